@@ -1,0 +1,320 @@
+/* The routines for one precision: included by blas.c with REAL, SFX and P (s or d) set. */
+
+#define FN(name) CAT3(mli_, name, SFX)
+#define CBLAS(name) SYM(CAT3(cblas_, P, name))
+#define LAPACK(name) SYM(CAT3(P, name, _))
+
+/* ------------------------------------------------------------ prototypes */
+
+void CBLAS(gemm)(int order, int transa, int transb, blasint m, blasint n, blasint k, REAL alpha,
+                 const REAL *a, blasint lda, const REAL *b, blasint ldb, REAL beta, REAL *c,
+                 blasint ldc);
+void CBLAS(syrk)(int order, int uplo, int trans, blasint n, blasint k, REAL alpha, const REAL *a,
+                 blasint lda, REAL beta, REAL *c, blasint ldc);
+void CBLAS(trsm)(int order, int side, int uplo, int trans, int diag, blasint m, blasint n,
+                 REAL alpha, const REAL *a, blasint lda, REAL *b, blasint ldb);
+void LAPACK(potrf)(const char *uplo, const blasint *n, REAL *a, const blasint *lda, blasint *info,
+                   size_t uplo_len);
+void LAPACK(syevd)(const char *jobz, const char *uplo, const blasint *n, REAL *a,
+                   const blasint *lda, REAL *w, REAL *work, const blasint *lwork, blasint *iwork,
+                   const blasint *liwork, blasint *info, size_t jobz_len, size_t uplo_len);
+void LAPACK(geqp3)(const blasint *m, const blasint *n, REAL *a, const blasint *lda, blasint *jpvt,
+                   REAL *tau, REAL *work, const blasint *lwork, blasint *info);
+void LAPACK(gelqf)(const blasint *m, const blasint *n, REAL *a, const blasint *lda, REAL *tau,
+                   REAL *work, const blasint *lwork, blasint *info);
+void LAPACK(gesdd)(const char *jobz, const blasint *m, const blasint *n, REAL *a,
+                   const blasint *lda, REAL *s, REAL *u, const blasint *ldu, REAL *vt,
+                   const blasint *ldvt, REAL *work, const blasint *lwork, blasint *iwork,
+                   blasint *info, size_t jobz_len);
+
+/* Length of a work array: what LAPACK asks for, at least the documented minimum; SIZE_MAX where
+ * an int32 cannot hold it. LAPACK answers in a REAL, which may round a long length down. */
+static size_t FN(work_length_)(REAL asked, size_t least)
+{
+    double want = (double)asked * (1.0 + (sizeof(REAL) == 4 ? 0x1p-23 : 0.0));
+    if (want > (double)least)
+        least = want < (double)INT32_MAX ? (size_t)want : (size_t)SIZE_MAX;
+    return least <= (size_t)INT32_MAX ? least : SIZE_MAX;
+}
+
+/* ------------------------------------------------------------------ BLAS */
+
+molae_status FN(gemm_)(int ta, int tb, int64_t m, int64_t n, int64_t k, REAL alpha, const REAL *A,
+                       int64_t lda, const REAL *B, int64_t ldb, REAL beta, REAL *C, int64_t ldc)
+{
+    if (!fits(m) || !fits(n) || !fits(k) || !fits(lda) || !fits(ldb) || !fits(ldc))
+        return out_of_range(m, n, k);
+    if (m == 0 || n == 0)
+        return MOLAE_OK;
+    if (lda < (ta ? m : k) || ldb < (tb ? k : n) || ldc < n)
+        return MOLAE_E_ARG;
+    CBLAS(gemm)(ROW_MAJOR, ta ? TRANS : NO_TRANS, tb ? TRANS : NO_TRANS, (blasint)m, (blasint)n,
+                (blasint)k, alpha, A, at_least_1(lda), B, at_least_1(ldb), beta, C, (blasint)ldc);
+    return MOLAE_OK;
+}
+
+molae_status FN(syrk_)(int trans, int64_t n, int64_t k, REAL alpha, const REAL *A, int64_t lda,
+                       REAL beta, REAL *C, int64_t ldc)
+{
+    if (!fits(n) || !fits(k) || !fits(lda) || !fits(ldc))
+        return out_of_range(n, k, 0);
+    if (n == 0)
+        return MOLAE_OK;
+    if (lda < (trans ? n : k) || ldc < n)
+        return MOLAE_E_ARG;
+    CBLAS(syrk)(ROW_MAJOR, UPPER, trans ? TRANS : NO_TRANS, (blasint)n, (blasint)k, alpha, A,
+                at_least_1(lda), beta, C, (blasint)ldc);
+    return MOLAE_OK;
+}
+
+molae_status FN(trsm_)(int upper, int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt,
+                       REAL *B, int64_t ldb)
+{
+    if (!fits(m) || !fits(n) || !fits(ldt) || !fits(ldb))
+        return out_of_range(m, n, 0);
+    if (m == 0 || n == 0)
+        return MOLAE_OK;
+    if (ldt < m || ldb < n)
+        return MOLAE_E_ARG;
+    CBLAS(trsm)(ROW_MAJOR, LEFT, upper ? UPPER : LOWER, trans ? TRANS : NO_TRANS, NON_UNIT,
+                (blasint)m, (blasint)n, (REAL)1, T, (blasint)ldt, B, (blasint)ldb);
+    return MOLAE_OK;
+}
+
+/* ---------------------------------------------------------------- LAPACK */
+
+molae_status FN(potrf_)(int64_t n, REAL *A, int64_t lda, int64_t *info)
+{
+    blasint bn = (blasint)n, blda = (blasint)lda, binfo = 0;
+
+    *info = 0;
+    if (!fits(n) || !fits(lda))
+        return out_of_range(n, 0, 0);
+    if (n == 0)
+        return MOLAE_OK;
+    if (lda < n)
+        return MOLAE_E_ARG;
+    LAPACK(potrf)("L", &bn, A, &blda, &binfo, 1); /* row-major upper is column-major lower */
+    *info = binfo;
+    return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
+}
+
+/* Lengths of the two work arrays of syevd; SIZE_MAX in *lwork where they do not fit. */
+static void FN(syevd_lengths_)(int vectors, int64_t n, size_t *lwork, size_t *liwork)
+{
+    size_t m = (size_t)n, least;
+    blasint bn = (blasint)n, blda = at_least_1(n), query = -1, iask = 0, info = 0;
+    REAL ask = 0, none = 0;
+
+    *liwork = 1;
+    *lwork = 1;
+    if (n <= 1)
+        return;
+    *liwork = vectors ? 3 + 5 * m : 1;
+    least = vectors ? mli_size_add(1 + 6 * m, mli_size_mul(2 * m, m)) : 2 * m + 1;
+    if (least > (size_t)INT32_MAX || *liwork > (size_t)INT32_MAX) {
+        *lwork = SIZE_MAX;
+        return;
+    }
+    LAPACK(syevd)(vectors ? "V" : "N", "L", &bn, &none, &blda, &none, &ask, &query, &iask, &query,
+                  &info, 1, 1);
+    *lwork = FN(work_length_)(ask, least);
+    if ((size_t)iask > *liwork)
+        *liwork = (size_t)iask;
+}
+
+size_t FN(syevd_work_)(int vectors, int64_t n)
+{
+    size_t lwork, liwork;
+
+    if (!fits(n))
+        return SIZE_MAX;
+    FN(syevd_lengths_)(vectors, n, &lwork, &liwork);
+    if (lwork == SIZE_MAX)
+        return SIZE_MAX;
+    return mli_size_add(mli_carve_size(lwork, sizeof(REAL)),
+                        mli_carve_size(liwork, sizeof(blasint)));
+}
+
+molae_status FN(syevd_)(int vectors, int64_t n, REAL *A, int64_t lda, REAL *w, void *work,
+                        size_t work_bytes, int64_t *info)
+{
+    blasint bn = (blasint)n, blda = (blasint)lda, binfo = 0, blw, bliw, *iwork;
+    size_t need = FN(syevd_work_)(vectors, n), lwork, liwork;
+    char *p = work;
+    REAL *rwork;
+
+    *info = 0;
+    if (!fits(n) || !fits(lda))
+        return out_of_range(n, 0, 0);
+    if (n == 0)
+        return MOLAE_OK;
+    if (need == SIZE_MAX)
+        return MOLAE_E_TOO_LARGE;
+    if (lda < n || work_bytes < need)
+        return MOLAE_E_ARG;
+    FN(syevd_lengths_)(vectors, n, &lwork, &liwork);
+    rwork = mli_carve(&p, lwork, sizeof(REAL));
+    iwork = mli_carve(&p, liwork, sizeof(blasint));
+    blw = (blasint)lwork;
+    bliw = (blasint)liwork;
+    LAPACK(syevd)(vectors ? "V" : "N", "L", &bn, A, &blda, w, rwork, &blw, iwork, &bliw, &binfo, 1,
+                  1);
+    *info = binfo;
+    return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
+}
+
+static size_t FN(geqp3_length_)(int64_t m, int64_t n)
+{
+    blasint bm = (blasint)m, bn = (blasint)n, blda = at_least_1(m), query = -1, jpvt = 0, info = 0;
+    REAL ask = 0, none = 0;
+
+    if (m == 0 || n == 0)
+        return 1;
+    LAPACK(geqp3)(&bm, &bn, &none, &blda, &jpvt, &none, &ask, &query, &info);
+    return FN(work_length_)(ask, 3 * (size_t)n + 1);
+}
+
+size_t FN(geqp3_work_)(int64_t m, int64_t n)
+{
+    size_t lwork;
+
+    if (!fits(m) || !fits(n))
+        return SIZE_MAX;
+    lwork = FN(geqp3_length_)(m, n);
+    return lwork == SIZE_MAX ? SIZE_MAX : mli_carve_size(lwork, sizeof(REAL));
+}
+
+molae_status FN(geqp3_)(int64_t m, int64_t n, REAL *A, int64_t lda, int32_t *jpvt, REAL *tau,
+                        void *work, size_t work_bytes, int64_t *info)
+{
+    blasint bm = (blasint)m, bn = (blasint)n, blda = (blasint)lda, binfo = 0, blw;
+    size_t need = FN(geqp3_work_)(m, n);
+
+    *info = 0;
+    if (!fits(m) || !fits(n) || !fits(lda))
+        return out_of_range(m, n, 0);
+    if (need == SIZE_MAX)
+        return MOLAE_E_TOO_LARGE;
+    if (lda < (m > 1 ? m : 1) || work_bytes < need)
+        return MOLAE_E_ARG;
+    if (m == 0 || n == 0) {
+        for (int64_t j = 0; j < n; j++)
+            jpvt[j] = (int32_t)j;
+        return MOLAE_OK;
+    }
+    for (int64_t j = 0; j < n; j++)
+        jpvt[j] = 0; /* free to move */
+    blw = (blasint)FN(geqp3_length_)(m, n);
+    LAPACK(geqp3)(&bm, &bn, A, &blda, jpvt, tau, work, &blw, &binfo);
+    for (int64_t j = 0; j < n; j++)
+        jpvt[j] -= 1;
+    *info = binfo;
+    return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
+}
+
+static size_t FN(gelqf_length_)(int64_t m, int64_t n)
+{
+    blasint bm = (blasint)m, bn = (blasint)n, blda = at_least_1(m), query = -1, info = 0;
+    REAL ask = 0, none = 0;
+
+    if (m == 0 || n == 0)
+        return 1;
+    LAPACK(gelqf)(&bm, &bn, &none, &blda, &none, &ask, &query, &info);
+    return FN(work_length_)(ask, (size_t)m);
+}
+
+size_t FN(gelqf_work_)(int64_t m, int64_t n)
+{
+    size_t lwork;
+
+    if (!fits(m) || !fits(n))
+        return SIZE_MAX;
+    lwork = FN(gelqf_length_)(m, n);
+    return lwork == SIZE_MAX ? SIZE_MAX : mli_carve_size(lwork, sizeof(REAL));
+}
+
+molae_status FN(gelqf_)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *tau, void *work,
+                        size_t work_bytes, int64_t *info)
+{
+    blasint bm = (blasint)m, bn = (blasint)n, blda = (blasint)lda, binfo = 0, blw;
+    size_t need = FN(gelqf_work_)(m, n);
+
+    *info = 0;
+    if (!fits(m) || !fits(n) || !fits(lda))
+        return out_of_range(m, n, 0);
+    if (need == SIZE_MAX)
+        return MOLAE_E_TOO_LARGE;
+    if (lda < (m > 1 ? m : 1) || work_bytes < need)
+        return MOLAE_E_ARG;
+    if (m == 0 || n == 0)
+        return MOLAE_OK;
+    blw = (blasint)FN(gelqf_length_)(m, n);
+    LAPACK(gelqf)(&bm, &bn, A, &blda, tau, work, &blw, &binfo);
+    *info = binfo;
+    return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
+}
+
+static size_t FN(gesdd_length_)(int64_t m, int64_t n)
+{
+    int64_t k = m < n ? m : n;
+    size_t q = (size_t)k, least = mli_size_add(mli_size_mul(4 * q, q), 7 * q);
+    blasint bm = (blasint)m, bn = (blasint)n, blda = at_least_1(m), ldvt = at_least_1(k);
+    blasint query = -1, iwork = 0, info = 0;
+    REAL ask = 0, none = 0;
+
+    if (k == 0)
+        return 1;
+    if (least > (size_t)INT32_MAX)
+        return SIZE_MAX;
+    LAPACK(gesdd)("S", &bm, &bn, &none, &blda, &none, &none, &blda, &none, &ldvt, &ask, &query,
+                  &iwork, &info, 1);
+    return FN(work_length_)(ask, least);
+}
+
+size_t FN(gesdd_work_)(int64_t m, int64_t n)
+{
+    size_t lwork, k = (size_t)(m < n ? m : n), bytes;
+
+    if (!fits(m) || !fits(n))
+        return SIZE_MAX;
+    lwork = FN(gesdd_length_)(m, n);
+    if (lwork == SIZE_MAX)
+        return SIZE_MAX;
+    bytes = mli_carve_size(mli_size_mul(k, (size_t)n), sizeof(REAL));
+    bytes = mli_size_add(bytes, mli_carve_size(lwork, sizeof(REAL)));
+    return mli_size_add(bytes, mli_carve_size(8 * k, sizeof(blasint)));
+}
+
+molae_status FN(gesdd_)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *s, REAL *U, int64_t ldu,
+                        void *work, size_t work_bytes, int64_t *info)
+{
+    int64_t k = m < n ? m : n;
+    blasint bm = (blasint)m, bn = (blasint)n, blda = (blasint)lda, bldu = (blasint)ldu;
+    blasint ldvt = at_least_1(k), binfo = 0, blw, *iwork;
+    size_t need = FN(gesdd_work_)(m, n), lwork;
+    char *p = work;
+    REAL *vt, *rwork;
+
+    *info = 0;
+    if (!fits(m) || !fits(n) || !fits(lda) || !fits(ldu))
+        return out_of_range(m, n, 0);
+    if (k == 0)
+        return MOLAE_OK;
+    if (need == SIZE_MAX)
+        return MOLAE_E_TOO_LARGE;
+    if (lda < m || ldu < m || work_bytes < need)
+        return MOLAE_E_ARG;
+    lwork = FN(gesdd_length_)(m, n);
+    vt = mli_carve(&p, (size_t)k * (size_t)n, sizeof(REAL));
+    rwork = mli_carve(&p, lwork, sizeof(REAL));
+    iwork = mli_carve(&p, 8 * (size_t)k, sizeof(blasint));
+    blw = (blasint)lwork;
+    LAPACK(gesdd)("S", &bm, &bn, A, &blda, s, U, &bldu, vt, &ldvt, rwork, &blw, iwork, &binfo, 1);
+    *info = binfo;
+    return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
+}
+
+#undef FN
+#undef CBLAS
+#undef LAPACK

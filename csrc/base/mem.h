@@ -1,0 +1,30 @@
+/* Memory: 64-byte aligned, counted, and cut from one block. The only caller of malloc is mem.c. */
+#ifndef MOLAE_BASE_MEM_H
+#define MOLAE_BASE_MEM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* 64-byte aligned block of at least `bytes` (never NULL for 0 bytes), or NULL. */
+void *mli_alloc(size_t bytes);
+
+/* Frees what mli_alloc returned; NULL is a no-op. */
+void mli_free(void *p);
+
+/* Blocks handed out by mli_alloc and not yet freed. */
+int64_t mli_mem_live(void);
+
+/* Test hook: the n-th mli_alloc from now fails (1 = the next one); 0 switches it off. */
+void mli_mem_fail_after(int64_t n);
+
+/* Size arithmetic for workspaces. SIZE_MAX means overflow and is sticky. */
+size_t mli_size_mul(size_t a, size_t b);
+size_t mli_size_add(size_t a, size_t b);
+
+/* Bytes that mli_carve takes for n items of `size` bytes (rounded up to 64), sticky on overflow. */
+size_t mli_carve_size(size_t n, size_t size);
+
+/* Cuts n items of `size` bytes off the block at *p and moves *p on. *p must be 64-byte aligned. */
+void *mli_carve(char **p, size_t n, size_t size);
+
+#endif

@@ -1,0 +1,32 @@
+/* Small inner loops behind one table. The table starts as the portable kernels of ref.c and
+ * better ones for the CPU overwrite its entries, so nothing can be missing. */
+#ifndef MOLAE_KERN_H
+#define MOLAE_KERN_H
+
+#include "../molae.h"
+
+typedef struct {
+    const char *isa; /* "ref", "avx2", "avx512" */
+    /* y[i] = x[i] widened; returns 1 if all n values are finite, else 0 (y is written anyway). */
+    int (*bf16_to_f32)(float *y, const uint16_t *x, int64_t n);
+    int (*f16_to_f32)(float *y, const uint16_t *x, int64_t n);
+    int (*f32_check)(float *y, const float *x, int64_t n); /* a checked copy */
+    /* y[i] = x[i] rounded to nearest, ties to even. NaN stays NaN. */
+    void (*f32_to_bf16)(uint16_t *y, const float *x, int64_t n);
+    void (*f32_to_f16)(uint16_t *y, const float *x, int64_t n);
+    /* sum of x[i]^2 in double, in an order that depends on n alone and is the same for every
+     * table (16 partial sums, lane i takes x[i], x[i+16], ...; folded in halves). */
+    double (*f32_sumsq)(const float *x, int64_t n);
+} mli_kernels;
+
+/* Best table for this CPU less the ISAs named by mli_kernels_disable; chosen once. */
+const mli_kernels *mli_kernels_get(void);
+
+/* For tests: the table named, or NULL if the build or the CPU lacks it. */
+const mli_kernels *mli_kernels_named(const char *isa);
+
+/* Comma-separated ISA names not to use ("avx512"), before the first mli_kernels_get. Called by
+ * the glue with the text of MOLAE_DISABLE_ISA: kernels read no environment. */
+void mli_kernels_disable(const char *isas);
+
+#endif
