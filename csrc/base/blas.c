@@ -5,6 +5,7 @@
 #include "blas.h"
 
 #include "mem.h"
+#include "real.h"
 
 #include <dlfcn.h>
 #include <stdatomic.h>
@@ -17,13 +18,13 @@
 #define MLI_BLAS_VENDORED 0
 #endif
 
-#define CAT2_(a, b) a##b
-#define CAT2(a, b) CAT2_(a, b)
-#define CAT3_(a, b, c) a##b##c
-#define CAT3(a, b, c) CAT3_(a, b, c)
+#define JOIN2_(a, b) a##b
+#define JOIN2(a, b) JOIN2_(a, b)
+#define JOIN3_(a, b, c) a##b##c
+#define JOIN3(a, b, c) JOIN3_(a, b, c)
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
-#define SYM(name) CAT2(MLI_BLAS_PREFIX, name)
+#define SYM(name) JOIN2(MLI_BLAS_PREFIX, name)
 
 typedef int32_t blasint; /* LP64 */
 

@@ -1,8 +1,7 @@
 /* The routines for one precision: included by blas.c with REAL, SFX and P (s or d) set. */
 
-#define FN(name) CAT3(mli_, name, SFX)
-#define CBLAS(name) SYM(CAT3(cblas_, P, name))
-#define LAPACK(name) SYM(CAT3(P, name, _))
+#define CBLAS(name) SYM(JOIN3(cblas_, P, name))
+#define LAPACK(name) SYM(JOIN3(P, name, _))
 
 /* ------------------------------------------------------------ prototypes */
 
@@ -29,7 +28,7 @@ void LAPACK(gesdd)(const char *jobz, const blasint *m, const blasint *n, REAL *a
 
 /* Length of a work array: what LAPACK asks for, at least the documented minimum; SIZE_MAX where
  * an int32 cannot hold it. LAPACK answers in a REAL, which may round a long length down. */
-static size_t FN(work_length_)(REAL asked, size_t least)
+static size_t FN(work_length)(REAL asked, size_t least)
 {
     double want = (double)asked * (1.0 + (sizeof(REAL) == 4 ? 0x1p-23 : 0.0));
     if (want > (double)least)
@@ -39,7 +38,7 @@ static size_t FN(work_length_)(REAL asked, size_t least)
 
 /* ------------------------------------------------------------------ BLAS */
 
-molae_status FN(gemm_)(int ta, int tb, int64_t m, int64_t n, int64_t k, REAL alpha, const REAL *A,
+molae_status FN(mli_gemm)(int ta, int tb, int64_t m, int64_t n, int64_t k, REAL alpha, const REAL *A,
                        int64_t lda, const REAL *B, int64_t ldb, REAL beta, REAL *C, int64_t ldc)
 {
     if (!fits(m) || !fits(n) || !fits(k) || !fits(lda) || !fits(ldb) || !fits(ldc))
@@ -53,7 +52,7 @@ molae_status FN(gemm_)(int ta, int tb, int64_t m, int64_t n, int64_t k, REAL alp
     return MOLAE_OK;
 }
 
-molae_status FN(syrk_)(int trans, int64_t n, int64_t k, REAL alpha, const REAL *A, int64_t lda,
+molae_status FN(mli_syrk)(int trans, int64_t n, int64_t k, REAL alpha, const REAL *A, int64_t lda,
                        REAL beta, REAL *C, int64_t ldc)
 {
     if (!fits(n) || !fits(k) || !fits(lda) || !fits(ldc))
@@ -67,7 +66,7 @@ molae_status FN(syrk_)(int trans, int64_t n, int64_t k, REAL alpha, const REAL *
     return MOLAE_OK;
 }
 
-molae_status FN(trsm_)(int upper, int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt,
+molae_status FN(mli_trsm)(int upper, int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt,
                        REAL *B, int64_t ldb)
 {
     if (!fits(m) || !fits(n) || !fits(ldt) || !fits(ldb))
@@ -83,7 +82,7 @@ molae_status FN(trsm_)(int upper, int trans, int64_t m, int64_t n, const REAL *T
 
 /* ---------------------------------------------------------------- LAPACK */
 
-molae_status FN(potrf_)(int64_t n, REAL *A, int64_t lda, int64_t *info)
+molae_status FN(mli_potrf)(int64_t n, REAL *A, int64_t lda, int64_t *info)
 {
     blasint bn = (blasint)n, blda = (blasint)lda, binfo = 0;
 
@@ -100,7 +99,7 @@ molae_status FN(potrf_)(int64_t n, REAL *A, int64_t lda, int64_t *info)
 }
 
 /* Lengths of the two work arrays of syevd; SIZE_MAX in *lwork where they do not fit. */
-static void FN(syevd_lengths_)(int vectors, int64_t n, size_t *lwork, size_t *liwork)
+static void FN(syevd_lengths)(int vectors, int64_t n, size_t *lwork, size_t *liwork)
 {
     size_t m = (size_t)n, least;
     blasint bn = (blasint)n, blda = at_least_1(n), query = -1, iask = 0, info = 0;
@@ -118,29 +117,29 @@ static void FN(syevd_lengths_)(int vectors, int64_t n, size_t *lwork, size_t *li
     }
     LAPACK(syevd)(vectors ? "V" : "N", "L", &bn, &none, &blda, &none, &ask, &query, &iask, &query,
                   &info, 1, 1);
-    *lwork = FN(work_length_)(ask, least);
+    *lwork = FN(work_length)(ask, least);
     if ((size_t)iask > *liwork)
         *liwork = (size_t)iask;
 }
 
-size_t FN(syevd_work_)(int vectors, int64_t n)
+size_t FN(mli_syevd_work)(int vectors, int64_t n)
 {
     size_t lwork, liwork;
 
     if (!fits(n))
         return SIZE_MAX;
-    FN(syevd_lengths_)(vectors, n, &lwork, &liwork);
+    FN(syevd_lengths)(vectors, n, &lwork, &liwork);
     if (lwork == SIZE_MAX)
         return SIZE_MAX;
     return mli_size_add(mli_carve_size(lwork, sizeof(REAL)),
                         mli_carve_size(liwork, sizeof(blasint)));
 }
 
-molae_status FN(syevd_)(int vectors, int64_t n, REAL *A, int64_t lda, REAL *w, void *work,
+molae_status FN(mli_syevd)(int vectors, int64_t n, REAL *A, int64_t lda, REAL *w, void *work,
                         size_t work_bytes, int64_t *info)
 {
     blasint bn = (blasint)n, blda = (blasint)lda, binfo = 0, blw, bliw, *iwork;
-    size_t need = FN(syevd_work_)(vectors, n), lwork, liwork;
+    size_t need = FN(mli_syevd_work)(vectors, n), lwork, liwork;
     char *p = work;
     REAL *rwork;
 
@@ -153,7 +152,7 @@ molae_status FN(syevd_)(int vectors, int64_t n, REAL *A, int64_t lda, REAL *w, v
         return MOLAE_E_TOO_LARGE;
     if (lda < n || work_bytes < need)
         return MOLAE_E_ARG;
-    FN(syevd_lengths_)(vectors, n, &lwork, &liwork);
+    FN(syevd_lengths)(vectors, n, &lwork, &liwork);
     rwork = mli_carve(&p, lwork, sizeof(REAL));
     iwork = mli_carve(&p, liwork, sizeof(blasint));
     blw = (blasint)lwork;
@@ -164,7 +163,7 @@ molae_status FN(syevd_)(int vectors, int64_t n, REAL *A, int64_t lda, REAL *w, v
     return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
 }
 
-static size_t FN(geqp3_length_)(int64_t m, int64_t n)
+static size_t FN(geqp3_length)(int64_t m, int64_t n)
 {
     blasint bm = (blasint)m, bn = (blasint)n, blda = at_least_1(m), query = -1, jpvt = 0, info = 0;
     REAL ask = 0, none = 0;
@@ -172,24 +171,24 @@ static size_t FN(geqp3_length_)(int64_t m, int64_t n)
     if (m == 0 || n == 0)
         return 1;
     LAPACK(geqp3)(&bm, &bn, &none, &blda, &jpvt, &none, &ask, &query, &info);
-    return FN(work_length_)(ask, 3 * (size_t)n + 1);
+    return FN(work_length)(ask, 3 * (size_t)n + 1);
 }
 
-size_t FN(geqp3_work_)(int64_t m, int64_t n)
+size_t FN(mli_geqp3_work)(int64_t m, int64_t n)
 {
     size_t lwork;
 
     if (!fits(m) || !fits(n))
         return SIZE_MAX;
-    lwork = FN(geqp3_length_)(m, n);
+    lwork = FN(geqp3_length)(m, n);
     return lwork == SIZE_MAX ? SIZE_MAX : mli_carve_size(lwork, sizeof(REAL));
 }
 
-molae_status FN(geqp3_)(int64_t m, int64_t n, REAL *A, int64_t lda, int32_t *jpvt, REAL *tau,
+molae_status FN(mli_geqp3)(int64_t m, int64_t n, REAL *A, int64_t lda, int32_t *jpvt, REAL *tau,
                         void *work, size_t work_bytes, int64_t *info)
 {
     blasint bm = (blasint)m, bn = (blasint)n, blda = (blasint)lda, binfo = 0, blw;
-    size_t need = FN(geqp3_work_)(m, n);
+    size_t need = FN(mli_geqp3_work)(m, n);
 
     *info = 0;
     if (!fits(m) || !fits(n) || !fits(lda))
@@ -205,7 +204,7 @@ molae_status FN(geqp3_)(int64_t m, int64_t n, REAL *A, int64_t lda, int32_t *jpv
     }
     for (int64_t j = 0; j < n; j++)
         jpvt[j] = 0; /* free to move */
-    blw = (blasint)FN(geqp3_length_)(m, n);
+    blw = (blasint)FN(geqp3_length)(m, n);
     LAPACK(geqp3)(&bm, &bn, A, &blda, jpvt, tau, work, &blw, &binfo);
     for (int64_t j = 0; j < n; j++)
         jpvt[j] -= 1;
@@ -213,7 +212,7 @@ molae_status FN(geqp3_)(int64_t m, int64_t n, REAL *A, int64_t lda, int32_t *jpv
     return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
 }
 
-static size_t FN(gelqf_length_)(int64_t m, int64_t n)
+static size_t FN(gelqf_length)(int64_t m, int64_t n)
 {
     blasint bm = (blasint)m, bn = (blasint)n, blda = at_least_1(m), query = -1, info = 0;
     REAL ask = 0, none = 0;
@@ -221,24 +220,24 @@ static size_t FN(gelqf_length_)(int64_t m, int64_t n)
     if (m == 0 || n == 0)
         return 1;
     LAPACK(gelqf)(&bm, &bn, &none, &blda, &none, &ask, &query, &info);
-    return FN(work_length_)(ask, (size_t)m);
+    return FN(work_length)(ask, (size_t)m);
 }
 
-size_t FN(gelqf_work_)(int64_t m, int64_t n)
+size_t FN(mli_gelqf_work)(int64_t m, int64_t n)
 {
     size_t lwork;
 
     if (!fits(m) || !fits(n))
         return SIZE_MAX;
-    lwork = FN(gelqf_length_)(m, n);
+    lwork = FN(gelqf_length)(m, n);
     return lwork == SIZE_MAX ? SIZE_MAX : mli_carve_size(lwork, sizeof(REAL));
 }
 
-molae_status FN(gelqf_)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *tau, void *work,
+molae_status FN(mli_gelqf)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *tau, void *work,
                         size_t work_bytes, int64_t *info)
 {
     blasint bm = (blasint)m, bn = (blasint)n, blda = (blasint)lda, binfo = 0, blw;
-    size_t need = FN(gelqf_work_)(m, n);
+    size_t need = FN(mli_gelqf_work)(m, n);
 
     *info = 0;
     if (!fits(m) || !fits(n) || !fits(lda))
@@ -249,13 +248,13 @@ molae_status FN(gelqf_)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *tau, v
         return MOLAE_E_ARG;
     if (m == 0 || n == 0)
         return MOLAE_OK;
-    blw = (blasint)FN(gelqf_length_)(m, n);
+    blw = (blasint)FN(gelqf_length)(m, n);
     LAPACK(gelqf)(&bm, &bn, A, &blda, tau, work, &blw, &binfo);
     *info = binfo;
     return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
 }
 
-static size_t FN(gesdd_length_)(int64_t m, int64_t n)
+static size_t FN(gesdd_length)(int64_t m, int64_t n)
 {
     int64_t k = m < n ? m : n;
     size_t q = (size_t)k, least = mli_size_add(mli_size_mul(4 * q, q), 7 * q);
@@ -269,16 +268,16 @@ static size_t FN(gesdd_length_)(int64_t m, int64_t n)
         return SIZE_MAX;
     LAPACK(gesdd)("S", &bm, &bn, &none, &blda, &none, &none, &blda, &none, &ldvt, &ask, &query,
                   &iwork, &info, 1);
-    return FN(work_length_)(ask, least);
+    return FN(work_length)(ask, least);
 }
 
-size_t FN(gesdd_work_)(int64_t m, int64_t n)
+size_t FN(mli_gesdd_work)(int64_t m, int64_t n)
 {
     size_t lwork, k = (size_t)(m < n ? m : n), bytes;
 
     if (!fits(m) || !fits(n))
         return SIZE_MAX;
-    lwork = FN(gesdd_length_)(m, n);
+    lwork = FN(gesdd_length)(m, n);
     if (lwork == SIZE_MAX)
         return SIZE_MAX;
     bytes = mli_carve_size(mli_size_mul(k, (size_t)n), sizeof(REAL));
@@ -286,13 +285,13 @@ size_t FN(gesdd_work_)(int64_t m, int64_t n)
     return mli_size_add(bytes, mli_carve_size(8 * k, sizeof(blasint)));
 }
 
-molae_status FN(gesdd_)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *s, REAL *U, int64_t ldu,
+molae_status FN(mli_gesdd)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *s, REAL *U, int64_t ldu,
                         void *work, size_t work_bytes, int64_t *info)
 {
     int64_t k = m < n ? m : n;
     blasint bm = (blasint)m, bn = (blasint)n, blda = (blasint)lda, bldu = (blasint)ldu;
     blasint ldvt = at_least_1(k), binfo = 0, blw, *iwork;
-    size_t need = FN(gesdd_work_)(m, n), lwork;
+    size_t need = FN(mli_gesdd_work)(m, n), lwork;
     char *p = work;
     REAL *vt, *rwork;
 
@@ -305,7 +304,7 @@ molae_status FN(gesdd_)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *s, REA
         return MOLAE_E_TOO_LARGE;
     if (lda < m || ldu < m || work_bytes < need)
         return MOLAE_E_ARG;
-    lwork = FN(gesdd_length_)(m, n);
+    lwork = FN(gesdd_length)(m, n);
     vt = mli_carve(&p, (size_t)k * (size_t)n, sizeof(REAL));
     rwork = mli_carve(&p, lwork, sizeof(REAL));
     iwork = mli_carve(&p, 8 * (size_t)k, sizeof(blasint));
@@ -315,6 +314,5 @@ molae_status FN(gesdd_)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *s, REA
     return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
 }
 
-#undef FN
 #undef CBLAS
 #undef LAPACK

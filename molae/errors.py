@@ -1,0 +1,38 @@
+"""Exceptions and warnings. Every error of molae's own is a `MolaeError`."""
+
+from __future__ import annotations
+
+from molae._core import (
+    ArgumentError,
+    ConvergenceWarning,
+    MolaeError,
+    NonFiniteError,
+    NumericalError,
+    PrecisionWarning,
+    ShapeError,
+)
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "ConvergenceWarning",
+    "DestinationError",
+    "MolaeError",
+    "NonFiniteError",
+    "NumericalError",
+    "PrecisionWarning",
+    "ShapeError",
+    "UnknownFamilyError",
+]
+
+
+class CheckpointError(MolaeError, ValueError):
+    """A checkpoint is incomplete, damaged or not what was expected."""
+
+
+class UnknownFamilyError(CheckpointError):
+    """No family of models fits the checkpoint."""
+
+
+class DestinationError(MolaeError, OSError):
+    """The place to write to cannot be used."""
