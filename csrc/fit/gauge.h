@@ -1,0 +1,17 @@
+/* The gauge form of a basis: rows of B span the same space as [I | M] P. */
+#ifndef MOLAE_FIT_GAUGE_H
+#define MOLAE_FIT_GAUGE_H
+
+#include "../molae.h"
+
+/* As molae_gauge_<real>, which is this after its argument checks; *info is LAPACK's. */
+molae_status mli_gauge_f32(float *M, int32_t *perm, const float *B, int64_t R, int64_t D,
+                           char *ws, int64_t *info);
+molae_status mli_gauge_f64(double *M, int32_t *perm, const double *B, int64_t R, int64_t D,
+                           char *ws, int64_t *info);
+
+/* B[:, perm] = [I | M], written out. */
+void mli_ungauge_f32(float *B, const float *M, const int32_t *perm, int64_t R, int64_t D);
+void mli_ungauge_f64(double *B, const double *M, const int32_t *perm, int64_t R, int64_t D);
+
+#endif

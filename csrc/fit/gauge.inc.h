@@ -1,0 +1,86 @@
+/* Body of gauge.c for one precision. */
+
+size_t
+FN(molae_gauge_ws)(int64_t R, int64_t D)
+{
+    size_t n = mli_carve_size(mli_size_mul((size_t)R, (size_t)D), sizeof(REAL));
+
+    n = mli_size_add(n, mli_carve_size(mli_size_mul((size_t)R, (size_t)R), sizeof(REAL)));
+    n = mli_size_add(n, mli_carve_size((size_t)R, sizeof(REAL)));
+    return mli_size_add(n, mli_carve_size(FN(mli_geqp3_work)(R, D), 1));
+}
+
+molae_status
+FN(mli_gauge)(REAL *M, int32_t *perm, const REAL *B, int64_t R, int64_t D, char *ws,
+              int64_t *info)
+{
+    const size_t work_bytes = FN(mli_geqp3_work)(R, D);
+    REAL *Q = mli_carve(&ws, (size_t)R * (size_t)D, sizeof(REAL)); /* column-major (R,D) */
+    REAL *T = mli_carve(&ws, (size_t)R * (size_t)R, sizeof(REAL));
+    REAL *tau = mli_carve(&ws, (size_t)R, sizeof(REAL));
+    void *work = mli_carve(&ws, work_bytes, 1);
+    molae_status rc;
+
+    for (int64_t r0 = 0; r0 < R; r0 += 16) /* transposed in strips that stay in cache */
+        for (int64_t c = 0; c < D; c++)
+            for (int64_t r = r0; r < MLI_MIN(r0 + 16, R); r++)
+                Q[c * R + r] = B[r * D + c];
+    rc = FN(mli_geqp3)(R, D, Q, R, perm, tau, work, work_bytes, info);
+    if (rc < 0)
+        return rc;
+
+    /* B P = Q [T | N]: the same rows are spanned by [I | T^-1 N] */
+    for (int64_t r = 0; r < R; r++) {
+        if (fabs((double)Q[r * R + r]) <=
+            (double)R * (double)REAL_EPSILON * fabs((double)Q[0]))
+            return MOLAE_E_ARG;
+        memset(T + r * R, 0, (size_t)r * sizeof(REAL));
+        for (int64_t c = r; c < R; c++)
+            T[r * R + c] = Q[c * R + r];
+    }
+    for (int64_t r0 = 0; r0 < R; r0 += 16)
+        for (int64_t c = R; c < D; c++)
+            for (int64_t r = r0; r < MLI_MIN(r0 + 16, R); r++)
+                M[r * (D - R) + c - R] = Q[c * R + r];
+    return FN(mli_trsm)(1, 0, R, D - R, T, R, M, D - R);
+}
+
+void
+FN(mli_ungauge)(REAL *B, const REAL *M, const int32_t *perm, int64_t R, int64_t D)
+{
+    memset(B, 0, (size_t)R * (size_t)D * sizeof(REAL));
+    for (int64_t r = 0; r < R; r++) {
+        REAL *b = B + r * D;
+        b[perm[r]] = 1;
+        for (int64_t c = R; c < D; c++)
+            b[perm[c]] = M[r * (D - R) + c - R];
+    }
+}
+
+molae_status
+FN(molae_gauge)(REAL *M, int32_t *perm, const REAL *B, int64_t R, int64_t D, void *ws,
+                size_t ws_bytes, molae_errinfo *err)
+{
+    molae_status rc;
+
+    err->expert = err->group = -1;
+    if (R < 1 || D < R) {
+        err->what = "B: expected shape (R, D) with 1 <= R <= D";
+        return MOLAE_E_SHAPE;
+    }
+    if (ws_bytes < FN(molae_gauge_ws)(R, D)) {
+        err->what = "ws: too small";
+        return MOLAE_E_ARG;
+    }
+    for (int64_t i = 0; i < R * D; i++)
+        if (!isfinite(B[i])) {
+            err->what = "B: NaN or Inf";
+            return MOLAE_E_NONFINITE;
+        }
+    rc = FN(mli_gauge)(M, perm, B, R, D, ws, &err->info);
+    if (rc == MOLAE_E_ARG)
+        err->what = "B: its rows are linearly dependent";
+    else if (rc < 0)
+        err->what = "pivoted QR failed";
+    return rc;
+}
