@@ -40,7 +40,7 @@ void *mli_alloc(size_t bytes)
     size_t rounded = mli_carve_size(bytes, 1);
     void *p;
 
-    if (rounded == SIZE_MAX || must_fail())
+    if (rounded > (size_t)PTRDIFF_MAX || must_fail()) /* no object is larger */
         return NULL;
     if (rounded == 0)
         rounded = ALIGN;

@@ -1,0 +1,113 @@
+# make demo     convert the checkpoint that comes with molae, and show what it cost
+# make test     the whole test suite
+# Each makes .venv on first use and installs what it needs. Further targets: lint, check-c (asan and
+# valgrind), bench, notebooks, clean.
+#
+# PYTHON=python3.12       the interpreter that .venv is made with
+# TORCH_INDEX=URL         another package index to look for torch in besides the usual one, such as
+#                         https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := hf,plot,test,notebooks
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: demo test lint asan valgrind check-c bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/molae demo
+
+# The installed package is tested, not the source tree: hence -P.
+test: $(VENV)/installed
+	$(BIN)/python -P -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks
+
+# ------------------------------------------------------------------ the environment
+
+SOURCES := $(shell find csrc molae -name __pycache__ -prune -o -type f ! -name '*.so' -print)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "molae needs Python 3.11 or newer; say make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Dependencies first and on their own, so that a change in the sources reinstalls molae alone.
+$(VENV)/dependencies: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install $(INDEX) -c constraints.txt '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/installed: $(SOURCES) pyproject.toml setup.py $(VENV)/dependencies
+	rm -rf build/lib* build/bdist*
+	$(PIP) install --no-deps --force-reinstall .
+	touch $@
+
+# ------------------------------------------------------------------ style and types
+
+$(VENV)/lint: pyproject.toml constraints.txt $(VENV)/installed
+	$(PIP) install -c constraints.txt 'ruff' 'mypy' 'clang-format' 'codespell'
+	touch $@
+
+C_FILES := $(wildcard csrc/*.h csrc/*/*.[ch] tests/c/*.[ch])
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+	$(BIN)/codespell csrc molae tests docs benchmarks *.md
+	$(BIN)/mypy
+
+# ------------------------------------------------------------------ C tests under checkers
+
+CC ?= cc
+CWARN := -Wall -Wextra -Wshadow -Wconversion -Wstrict-prototypes -Werror
+CBASE := -std=c11 -g -O1 -fno-omit-frame-pointer -ffp-contract=off -DMLI_DEBUG $(CWARN)
+BLAS_PIN := $(shell sed -n 's/^ *"\(scipy-openblas32==[0-9.]*\)".*/\1/p' pyproject.toml)
+BLAS_LIB := build/openblas/scipy_openblas32/lib
+BLAS_DEFS := -DMLI_BLAS_PREFIX=scipy_ -DMLI_BLAS_VENDORED=1
+BLAS_LINK := -L$(BLAS_LIB) -lscipy_openblas -Wl,-rpath,$(abspath $(BLAS_LIB)) -lpthread -ldl -lm
+
+C_SOURCES := $(sort $(wildcard csrc/base/*.c csrc/kern/*.c csrc/fit/*.c tests/c/*.c))
+C_HEADERS := $(wildcard csrc/*.h csrc/*/*.h tests/c/*.h)
+
+ifeq ($(shell uname -m),x86_64)
+build/%/csrc/kern/avx2.o: ISA := -mavx2 -mfma -mf16c
+build/%/csrc/kern/avx512.o: ISA := -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq
+endif
+
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+build/asan/%.o: CEXTRA := $(SANITIZE)
+
+$(BLAS_LIB): pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --quiet --upgrade --target build/openblas $(BLAS_PIN)
+	touch $@
+
+define c_tests
+build/$(1)/%.o: %.c $(C_HEADERS)
+	@mkdir -p $$(@D)
+	$(CC) $(CBASE) $$(CEXTRA) $$(ISA) $(BLAS_DEFS) -c $$< -o $$@
+
+build/$(1)/check: $(C_SOURCES:%.c=build/$(1)/%.o) | $(BLAS_LIB)
+	$(CC) $(2) $$^ $(BLAS_LINK) -o $$@
+endef
+$(eval $(call c_tests,asan,$(SANITIZE)))
+$(eval $(call c_tests,plain,))
+
+# AddressSanitizer and UndefinedBehaviorSanitizer together.
+asan: build/asan/check
+	OPENBLAS_NUM_THREADS=1 ASAN_OPTIONS=detect_stack_use_after_return=1 build/asan/check
+
+valgrind: build/plain/check
+	OPENBLAS_NUM_THREADS=1 valgrind --quiet --error-exitcode=1 --leak-check=full \
+	    --errors-for-leak-kinds=definite,indirect --suppressions=tests/c/valgrind.supp \
+	    build/plain/check
+
+check-c: asan valgrind
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) molae/.libs molae/*.so
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

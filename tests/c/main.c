@@ -1,0 +1,18 @@
+#include "test.h"
+
+#include "../../csrc/base/mem.h"
+#include "../../csrc/base/par.h"
+
+long test_checks, test_failures;
+
+int main(void)
+{
+    test_mem();
+    test_par();
+    test_blas();
+    test_kern();
+    CHECK(mli_mem_live() == 0);
+    mli_parallel_shutdown();
+    printf("%ld checks, %ld failed\n", test_checks, test_failures);
+    return test_failures == 0 ? 0 : 1;
+}

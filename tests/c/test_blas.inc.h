@@ -1,0 +1,298 @@
+/* For one precision; sums are checked against loops in double. */
+#include "../../csrc/base/real.h"
+
+static void FN(fill)(REAL *a, int64_t n, uint64_t seed)
+{
+    for (int64_t i = 0; i < n; i++)
+        a[i] = (REAL)test_random(&seed);
+}
+
+static int FN(near)(double a, double b, double scale)
+{
+    return fabs(a - b) <= 32 * EPS * scale;
+}
+
+static void FN(products)(void)
+{
+    enum { M = 5, N = 7, K = 3 };
+    REAL A[M * K], At[K * M], B[K * N], Bt[N * K], C[M * N], S[M * M];
+
+    FN(fill)(A, M * K, 1);
+    FN(fill)(B, K * N, 2);
+    for (int i = 0; i < M; i++)
+        for (int l = 0; l < K; l++)
+            At[l * M + i] = A[i * K + l];
+    for (int j = 0; j < N; j++)
+        for (int l = 0; l < K; l++)
+            Bt[j * K + l] = B[l * N + j];
+    for (int way = 0; way < 4; way++) {
+        int ta = way & 1, tb = way >> 1;
+        for (int i = 0; i < M * N; i++)
+            C[i] = (REAL)NAN; /* beta == 0 never reads */
+        CHECK(FN(mli_gemm)(ta, tb, M, N, K, (REAL)2, ta ? At : A, ta ? M : K, tb ? Bt : B,
+                           tb ? K : N, (REAL)0, C, N) == MOLAE_OK);
+        for (int i = 0; i < M; i++)
+            for (int j = 0; j < N; j++) {
+                double sum = 0;
+                for (int l = 0; l < K; l++)
+                    sum += 2.0 * (double)A[i * K + l] * (double)B[l * N + j];
+                CHECK(FN(near)((double)C[i * N + j], sum, K));
+            }
+    }
+    for (int trans = 0; trans < 2; trans++) {
+        for (int i = 0; i < M * M; i++)
+            S[i] = (REAL)9;
+        CHECK(FN(mli_syrk)(trans, M, K, (REAL)1, trans ? At : A, trans ? M : K, (REAL)0, S, M) ==
+              MOLAE_OK);
+        for (int i = 0; i < M; i++)
+            for (int j = 0; j < M; j++) {
+                double sum = 0;
+                for (int l = 0; l < K; l++)
+                    sum += (double)A[i * K + l] * (double)A[j * K + l];
+                if (j >= i)
+                    CHECK(FN(near)((double)S[i * M + j], sum, K));
+                else
+                    CHECK((double)S[i * M + j] == 9.0); /* the other triangle stays */
+            }
+    }
+    /* no inner dimension: the product is zero */
+    CHECK(FN(mli_gemm)(0, 0, M, N, 0, (REAL)1, A, 0, B, N, (REAL)0, C, N) == MOLAE_OK);
+    for (int i = 0; i < M * N; i++)
+        CHECK((double)C[i] == 0.0);
+}
+
+static void FN(solves)(void)
+{
+    enum { M = 6, N = 4 };
+    REAL T[M * M], X[M * N], B[M * N];
+
+    FN(fill)(T, M * M, 3);
+    FN(fill)(X, M * N, 4);
+    for (int i = 0; i < M; i++)
+        T[i * M + i] = (REAL)3;
+    for (int way = 0; way < 4; way++) {
+        int upper = way & 1, trans = way >> 1;
+        for (int i = 0; i < M; i++)
+            for (int j = 0; j < N; j++) {
+                double sum = 0;
+                for (int l = 0; l < M; l++) {
+                    int r = trans ? l : i, c = trans ? i : l;
+                    if (upper ? r <= c : r >= c)
+                        sum += (double)T[r * M + c] * (double)X[l * N + j];
+                }
+                B[i * N + j] = (REAL)sum;
+            }
+        CHECK(FN(mli_trsm)(upper, trans, M, N, T, M, B, N) == MOLAE_OK);
+        for (int i = 0; i < M * N; i++)
+            CHECK(FN(near)((double)B[i], (double)X[i], 16));
+    }
+}
+
+static void FN(cholesky)(void)
+{
+    enum { N = 5 };
+    REAL A[N * N], B[N * N];
+    int64_t info = -1;
+
+    FN(fill)(B, N * N, 5);
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < N; j++) {
+            double sum = i == j ? 1.0 : 0.0;
+            for (int l = 0; l < N; l++)
+                sum += (double)B[i * N + l] * (double)B[j * N + l];
+            A[i * N + j] = j >= i ? (REAL)sum : (REAL)NAN; /* the upper triangle alone is read */
+        }
+    CHECK(FN(mli_potrf)(N, A, N, &info) == MOLAE_OK && info == 0);
+    for (int i = 0; i < N; i++)
+        for (int j = i; j < N; j++) {
+            double want = i == j ? 1.0 : 0.0, sum = 0;
+            for (int l = 0; l < N; l++)
+                want += (double)B[i * N + l] * (double)B[j * N + l];
+            for (int l = 0; l <= i; l++)
+                sum += (double)A[l * N + i] * (double)A[l * N + j];
+            CHECK(FN(near)(sum, want, N));
+        }
+    memset(A, 0, sizeof A);
+    A[0] = (REAL)1;
+    CHECK(FN(mli_potrf)(N, A, N, &info) == MOLAE_E_LAPACK && info == 2);
+}
+
+static void FN(eigen)(int64_t n)
+{
+    REAL *A = mli_alloc((size_t)(n * n + 1) * sizeof(REAL));
+    REAL *V = mli_alloc((size_t)(n * n + 1) * sizeof(REAL));
+    REAL *w = mli_alloc((size_t)(n + 1) * sizeof(REAL));
+    size_t bytes = FN(mli_syevd_work)(1, n), small = FN(mli_syevd_work)(0, n);
+    void *work = mli_alloc(bytes);
+    int64_t info = -1;
+
+    FN(fill)(A, n * n, 6);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < i; j++)
+            A[i * n + j] = A[j * n + i];
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < n; j++)
+            V[i * n + j] = j >= i ? A[i * n + j] : (REAL)NAN;
+    CHECK(FN(mli_syevd)(1, n, V, n, w, work, bytes, &info) == MOLAE_OK && info == 0);
+    for (int64_t k = 0; k < n; k++) { /* A v = w v, v in row k, of length 1 */
+        double length = 0, worst = 0;
+        CHECK(k == 0 || w[k] >= w[k - 1]);
+        for (int64_t i = 0; i < n; i++) {
+            double sum = -(double)w[k] * (double)V[k * n + i];
+            for (int64_t j = 0; j < n; j++)
+                sum += (double)A[i * n + j] * (double)V[k * n + j];
+            length += (double)V[k * n + i] * (double)V[k * n + i];
+            worst = fmax(worst, fabs(sum));
+        }
+        CHECK(FN(near)(length, 1.0, 4));
+        CHECK(FN(near)(worst, 0.0, 4.0 * (double)n));
+    }
+    CHECK(small <= bytes);
+    for (int64_t i = 0; i < n * n; i++)
+        V[i] = A[i];
+    {
+        REAL *w2 = mli_alloc((size_t)(n + 1) * sizeof(REAL));
+        CHECK(FN(mli_syevd)(0, n, V, n, w2, work, small, &info) == MOLAE_OK && info == 0);
+        for (int64_t k = 0; k < n; k++)
+            CHECK(FN(near)((double)w[k], (double)w2[k], 4.0 * (double)n));
+        mli_free(w2);
+    }
+    if (n > 1)
+        CHECK(FN(mli_syevd)(1, n, V, n, w, work, bytes - 64, &info) == MOLAE_E_ARG);
+    mli_free(A);
+    mli_free(V);
+    mli_free(w);
+    mli_free(work);
+}
+
+static void FN(pivoted_qr)(void)
+{
+    enum { M = 6, N = 4 }; /* column-major */
+    REAL A[M * N], Q[M * N], tau[N];
+    int32_t jpvt[N], seen = 0;
+    size_t bytes = FN(mli_geqp3_work)(M, N);
+    void *work = mli_alloc(bytes);
+    int64_t info = -1;
+
+    FN(fill)(A, M * N, 7);
+    memcpy(Q, A, sizeof A);
+    CHECK(FN(mli_geqp3)(M, N, Q, M, jpvt, tau, work, bytes, &info) == MOLAE_OK && info == 0);
+    for (int j = 0; j < N; j++) {
+        CHECK(jpvt[j] >= 0 && jpvt[j] < N);
+        seen |= 1 << jpvt[j];
+        /* the diagonal falls, and column j of R has the length of column jpvt[j] of A */
+        CHECK(j == 0 ||
+              fabs((double)Q[j * M + j]) <= fabs((double)Q[(j - 1) * M + j - 1]) * (1 + 8 * EPS));
+        double a = 0, r = 0;
+        for (int i = 0; i < M; i++)
+            a += (double)A[jpvt[j] * M + i] * (double)A[jpvt[j] * M + i];
+        for (int i = 0; i <= j; i++)
+            r += (double)Q[j * M + i] * (double)Q[j * M + i];
+        CHECK(FN(near)(a, r, M));
+    }
+    CHECK(seen == (1 << N) - 1);
+    CHECK(FN(mli_geqp3)(0, 3, Q, 1, jpvt, tau, work, bytes, &info) == MOLAE_OK && jpvt[2] == 2);
+    mli_free(work);
+}
+
+static void FN(lq)(void)
+{
+    enum { M = 3, N = 8 }; /* column-major */
+    REAL A[M * N], L[M * N], tau[M];
+    size_t bytes = FN(mli_gelqf_work)(M, N);
+    void *work = mli_alloc(bytes);
+    int64_t info = -1;
+
+    FN(fill)(A, M * N, 8);
+    memcpy(L, A, sizeof A);
+    CHECK(FN(mli_gelqf)(M, N, L, M, tau, work, bytes, &info) == MOLAE_OK && info == 0);
+    for (int i = 0; i < M; i++) /* L L^T = A A^T */
+        for (int j = 0; j < M; j++) {
+            double a = 0, l = 0;
+            for (int k = 0; k < N; k++)
+                a += (double)A[k * M + i] * (double)A[k * M + j];
+            for (int k = 0; k <= (i < j ? i : j); k++)
+                l += (double)L[k * M + i] * (double)L[k * M + j];
+            CHECK(FN(near)(a, l, N));
+        }
+    mli_free(work);
+}
+
+static void FN(svd)(int64_t m, int64_t n)
+{
+    int64_t k = m < n ? m : n, info = -1;
+    size_t bytes = FN(mli_gesdd_work)(m, n);
+    REAL *A = mli_alloc((size_t)(m * n) * sizeof(REAL));
+    REAL *X = mli_alloc((size_t)(m * n) * sizeof(REAL));
+    REAL *U = mli_alloc((size_t)(m * k) * sizeof(REAL));
+    REAL *s = mli_alloc((size_t)k * sizeof(REAL));
+    void *work = mli_alloc(bytes);
+
+    FN(fill)(A, m * n, 9);
+    memcpy(X, A, (size_t)(m * n) * sizeof(REAL));
+    CHECK(FN(mli_gesdd)(m, n, X, m, s, U, m, work, bytes, &info) == MOLAE_OK && info == 0);
+    for (int64_t j = 0; j < k; j++) { /* |A^T u| = s, |u| = 1 */
+        double square = 0, length = 0;
+        CHECK(j == 0 || s[j] <= s[j - 1]);
+        for (int64_t c = 0; c < n; c++) {
+            double sum = 0;
+            for (int64_t i = 0; i < m; i++)
+                sum += (double)A[c * m + i] * (double)U[j * m + i];
+            square += sum * sum;
+        }
+        for (int64_t i = 0; i < m; i++)
+            length += (double)U[j * m + i] * (double)U[j * m + i];
+        CHECK(FN(near)(length, 1.0, 4));
+        CHECK(FN(near)(square, (double)s[j] * (double)s[j], (double)(m * n)));
+    }
+    mli_free(A);
+    mli_free(X);
+    mli_free(U);
+    mli_free(s);
+    mli_free(work);
+}
+
+static void FN(refusals)(void)
+{
+    const int64_t big = (int64_t)INT32_MAX + 1;
+    REAL a[4] = {0}, c[4] = {0};
+    int64_t info = -1;
+
+    CHECK(FN(mli_gemm)(0, 0, big, 1, 1, (REAL)1, a, 1, a, 1, (REAL)0, c, 1) == MOLAE_E_TOO_LARGE);
+    CHECK(FN(mli_gemm)(0, 0, 1, 1, 1, (REAL)1, a, big, a, 1, (REAL)0, c, 1) == MOLAE_E_TOO_LARGE);
+    CHECK(FN(mli_gemm)(0, 0, -1, 1, 1, (REAL)1, a, 1, a, 1, (REAL)0, c, 1) == MOLAE_E_ARG);
+    CHECK(FN(mli_gemm)(0, 0, 2, 2, 2, (REAL)1, a, 1, a, 2, (REAL)0, c, 2) == MOLAE_E_ARG);
+    CHECK(FN(mli_gemm)(0, 0, 0, 2, 2, (REAL)1, a, 2, a, 2, (REAL)0, c, 2) == MOLAE_OK);
+    CHECK(FN(mli_syrk)(0, big, 1, (REAL)1, a, 1, (REAL)0, c, 1) == MOLAE_E_TOO_LARGE);
+    CHECK(FN(mli_syrk)(0, 2, 2, (REAL)1, a, 1, (REAL)0, c, 2) == MOLAE_E_ARG);
+    CHECK(FN(mli_trsm)(1, 0, 2, 2, a, 1, c, 2) == MOLAE_E_ARG);
+    CHECK(FN(mli_trsm)(1, 0, big, 2, a, 1, c, 2) == MOLAE_E_TOO_LARGE);
+    CHECK(FN(mli_potrf)(2, a, 1, &info) == MOLAE_E_ARG);
+    CHECK(FN(mli_potrf)(0, a, 1, &info) == MOLAE_OK);
+    CHECK(FN(mli_syevd_work)(1, big) == SIZE_MAX);
+    CHECK(FN(mli_syevd_work)(1, 40000) == SIZE_MAX); /* 2 n^2 numbers do not fit an int32 */
+    CHECK(FN(mli_syevd_work)(0, 40000) != SIZE_MAX);
+    CHECK(FN(mli_syevd)(1, big, a, big, c, a, 0, &info) == MOLAE_E_TOO_LARGE);
+    CHECK(FN(mli_syevd)(1, 0, a, 1, c, a, 0, &info) == MOLAE_OK);
+    CHECK(FN(mli_geqp3_work)(big, 1) == SIZE_MAX);
+    CHECK(FN(mli_gelqf_work)(1, big) == SIZE_MAX);
+    CHECK(FN(mli_gesdd_work)(40000, 40000) == SIZE_MAX);
+    CHECK(FN(mli_gesdd)(0, 4, a, 1, c, a, 1, c, 0, &info) == MOLAE_OK);
+}
+
+static void FN(routines)(void)
+{
+    const int64_t sizes[] = {0, 1, 2, 17, 40};
+
+    FN(products)();
+    FN(solves)();
+    FN(cholesky)();
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        FN(eigen)(sizes[i]);
+    FN(pivoted_qr)();
+    FN(lq)();
+    FN(svd)(1, 1);
+    FN(svd)(12, 5);
+    FN(svd)(5, 12);
+    FN(refusals)();
+}
