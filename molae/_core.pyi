@@ -38,3 +38,27 @@ def raise_probe(
 
 # a (m,k), b (k,n) -> (m,n), on one thread.
 def gemm(a: npt.ArrayLike, b: npt.ArrayLike, /) -> npt.NDArray[np.float32]: ...
+
+# Of csrc/fit. W: E arrays (F,D), output side (D,F). ids (E), group_ptr (G+1), rank (G) or None.
+# -> shared (R,D-R) or (R,D), perm (D) or None, private (k,F,R) or (k,R,F): lists of G;
+#    spectrum (G,D), energy (E), residual (E) or None, used_svd (G).
+def factor_shared(
+    W: list[npt.NDArray[Any]],
+    ids: npt.ArrayLike,
+    group_ptr: npt.ArrayLike,
+    rank: npt.ArrayLike | None,
+    first_group: int,
+    output_side: bool,
+    gauge: bool,
+    errors: bool,
+    num_threads: int,
+    /,
+) -> tuple[Any, ...]: ...
+
+# W: E arrays (rows,cols) -> (E,rows,cols), used_svd (E)
+def reduce_rank(
+    W: list[npt.NDArray[Any]], rank: int, num_threads: int, /
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]: ...
+
+# B (R,D) -> M (R,D-R), perm (D)
+def gauge(B: npt.NDArray[Any], /) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]: ...
