@@ -1,0 +1,19 @@
+"""Model families: which tensors are an expert's, of which shapes, under which names."""
+
+from molae.arch.counts import active_numbers, dense_flops, hit_probabilities, latent_flops
+from molae.arch.family import Family, families, find_family, load_family
+from molae.arch.model import Counts, Model, describe
+
+__all__ = [
+    "Counts",
+    "Family",
+    "Model",
+    "active_numbers",
+    "dense_flops",
+    "describe",
+    "families",
+    "find_family",
+    "hit_probabilities",
+    "latent_flops",
+    "load_family",
+]

@@ -1,0 +1,390 @@
+"""Model families as data: which tensors they have, of which shapes, under which names."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from molae.config import TYPES
+from molae.errors import CheckpointError, UnknownFamilyError
+from molae.io.header import object_without_repeats
+
+__all__ = ["Family", "Layout", "MoeLayers", "Tensor", "families", "find_family", "load_family"]
+
+FUSED = "gate_up_proj"
+"""Role of a tensor whose first F rows are gate, and its last F rows up."""
+
+_KEYS = ("model_type", "letters", "moe_layers", "blocks", "experts", "layouts", "tensors")
+_LETTERS = ("L", "E", "K", "D", "F")
+_SHAPES = {
+    "gate_proj": ("F", "D"),
+    "up_proj": ("F", "D"),
+    "down_proj": ("D", "F"),
+    FUSED: ("2F", "D"),
+}
+_EXTENT = re.compile(r"[1-9][0-9]*|(?:[1-9][0-9]*)?([A-Z])")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor: its role, a template of its name, its shape in letters."""
+
+    role: str
+    name: str
+    shape: tuple[str, ...]
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The matrix types it holds."""
+        return ("gate_proj", "up_proj") if self.role == FUSED else (self.role,)
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert has one of its own."""
+        return "${expert}" in self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One way in which files hold the experts."""
+
+    name: str
+    tensors: tuple[Tensor, ...]
+
+    def of_type(self, kind: str) -> Tensor:
+        """The tensor that holds a matrix type."""
+        return next(t for t in self.tensors if kind in t.types)
+
+
+@dataclass(frozen=True, slots=True)
+class MoeLayers:
+    """Which layers have experts, by config keys; a key the config lacks changes nothing.
+
+    Layer l has experts iff l >= first, l % every == 0, (l + 1) % step == 0, and l is not in
+    except.
+    """
+
+    first: str | None = None
+    every: str | None = None
+    step: str | None = None
+    excluded: str | None = None
+
+    def indices(self, config: Mapping[str, Any], L: int) -> tuple[int, ...]:
+        """The layers, ascending.
+
+        Raises
+        ------
+        CheckpointError
+            A key holds something else than the rule needs.
+        """
+        first = _count(config, self.first, 0, least=0)
+        every = _count(config, self.every, 1, least=1)
+        step = _count(config, self.step, 1, least=1)
+        excluded = (config.get(self.excluded) if self.excluded else None) or []
+        if not isinstance(excluded, list) or not all(_is_int(x) for x in excluded):
+            raise CheckpointError(
+                f"config.json: {self.excluded!r} is {excluded!r}, expected a list of layers"
+            )
+        return tuple(
+            n
+            for n in range(first, L)
+            if n % every == 0 and (n + 1) % step == 0 and n not in excluded
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family.
+
+    Attributes
+    ----------
+    model_type : str
+        As in ``config.json``.
+    letters : dict of str to tuple of str
+        For each letter the config keys that may hold it, the first present counts.
+    moe_layers : MoeLayers
+    blocks : tuple of str
+        Templates of the module that holds router and experts; a checkpoint uses one.
+    experts : str
+        Template of the experts' prefix, with ``${block}``.
+    layouts : tuple of Layout
+    tensors : tuple of Tensor
+        What else each such block has, the router above all.
+    head : str or None
+        The tensor that is not counted when ``tie_word_embeddings`` is true.
+    """
+
+    model_type: str
+    letters: Mapping[str, tuple[str, ...]]
+    moe_layers: MoeLayers
+    blocks: tuple[str, ...]
+    experts: str
+    layouts: tuple[Layout, ...]
+    tensors: tuple[Tensor, ...]
+    head: str | None
+
+    def read_letters(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """The sizes, from a bare config.
+
+        Raises
+        ------
+        CheckpointError
+            A size is missing or no positive whole number, or K > E.
+        """
+        sizes = {letter: _letter(config, letter, keys) for letter, keys in self.letters.items()}
+        if sizes["K"] > sizes["E"]:
+            raise CheckpointError(
+                f"config.json: K={sizes['K']} experts a token of only E={sizes['E']}; "
+                f"copy or download the file again"
+            )
+        return sizes
+
+    def read_moe_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """The layers that have experts, from a bare config."""
+        L = _letter(config, "L", self.letters["L"])
+        return self.moe_layers.indices(config, L)
+
+
+@cache
+def families() -> Mapping[str, Family]:
+    """The families that molae ships, by model type."""
+    found = {}
+    for entry in sorted(resources.files("molae.arch").iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".json") and entry.name != "family.schema.json":
+            family = parse_family(entry.read_text("utf-8"), entry.name)
+            found[family.model_type] = family
+    return found
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The family of a config.
+
+    Raises
+    ------
+    UnknownFamilyError
+        molae has none for its ``model_type``; the known ones are listed.
+    """
+    model_type = config.get("model_type")
+    known = families()
+    if not isinstance(model_type, str) or model_type not in known:
+        raise UnknownFamilyError(
+            f"config.json: model_type {model_type!r} is unknown; known are {', '.join(known)}"
+        )
+    return known[model_type]
+
+
+def load_family(path: str | os.PathLike[str]) -> Family:
+    """Read a family's description from a JSON file.
+
+    Parameters
+    ----------
+    path : path
+        A file as described in ``family.schema.json`` and docs/formats.md.
+
+    Returns
+    -------
+    Family
+
+    Raises
+    ------
+    CheckpointError
+        The file cannot be read, is no JSON, or holds an unknown key, a missing one, a name
+        twice, or a shape that is not supported.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{path}: cannot be read: {e}") from e
+    return parse_family(text, path.name)
+
+
+def parse_family(text: str, name: str) -> Family:
+    """Read a family's description from JSON text; `name` is used in messages."""
+    try:
+        data = json.loads(text, object_pairs_hook=object_without_repeats)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{name}: not valid JSON, or a key is there twice ({e})") from e
+    return _Reader(name).family(data)
+
+
+class _Reader:
+    """Checks a description while it is read; every message starts with the file's name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def family(self, data: Any) -> Family:
+        self.keys("the description", data, _KEYS, ("$schema", "head"))
+        letters = self.letters(data["letters"])
+        blocks = self.strings("blocks", data["blocks"])
+        self.unique("blocks", blocks)
+        for block in blocks:
+            self.placeholders("blocks", block, {"layer"})
+        experts = self.string("experts", data["experts"])
+        self.placeholders("experts", experts, {"block"})
+        layouts = tuple(self.layout(x, letters) for x in self.items("layouts", data["layouts"]))
+        self.unique("layouts", [x.name for x in layouts])
+        tensors = tuple(
+            self.tensor("tensors", x, {"block"}, letters)
+            for x in self.items("tensors", data["tensors"], least=0)
+        )
+        for layout in layouts:
+            both = (*layout.tensors, *tensors)
+            self.unique("roles", [t.role for t in both])
+            self.unique("names", [t.name.replace("${experts}", experts) for t in both])
+        head = self.string("head", data["head"]) if "head" in data else None
+        return Family(
+            self.string("model_type", data["model_type"]),
+            letters,
+            self.moe_layers(data["moe_layers"]),
+            blocks,
+            experts,
+            layouts,
+            tensors,
+            head,
+        )
+
+    def letters(self, data: Any) -> dict[str, tuple[str, ...]]:
+        if not isinstance(data, dict):
+            raise self.error("letters: expected an object")
+        for letter in data:
+            if not re.fullmatch("[A-Z]", letter):
+                raise self.error(f"letters: {letter!r} is not one capital letter")
+        missing = [x for x in _LETTERS if x not in data]
+        if missing:
+            raise self.error(f"letters: {', '.join(missing)} missing")
+        return {
+            k: (v,) if isinstance(v, str) and v else self.strings(f"letters.{k}", v)
+            for k, v in data.items()
+        }
+
+    def moe_layers(self, data: Any) -> MoeLayers:
+        self.keys("moe_layers", data, (), ("first", "every", "step", "except"))
+        named = {k: self.string(f"moe_layers.{k}", v) for k, v in data.items()}
+        return MoeLayers(
+            named.get("first"), named.get("every"), named.get("step"), named.get("except")
+        )
+
+    def layout(self, data: Any, letters: Mapping[str, Any]) -> Layout:
+        self.keys("layouts", data, ("name", "tensors"), ())
+        name = self.string("layouts.name", data["name"])
+        where = f"layout {name!r}"
+        tensors = []
+        for x in self.items(where, data["tensors"]):
+            t = self.tensor(where, x, {"experts"}, letters, optional={"expert"})
+            if t.role not in _SHAPES:
+                raise self.error(f"{where}: role {t.role!r}, expected one of {', '.join(_SHAPES)}")
+            wanted = _SHAPES[t.role] if t.per_expert else ("E", *_SHAPES[t.role])
+            if t.shape != wanted:
+                raise self.error(
+                    f"{where}: {t.role} has shape {list(t.shape)}, molae reads {list(wanted)} only"
+                )
+            tensors.append(t)
+        held = sorted(kind for t in tensors for kind in t.types)
+        if held != sorted(TYPES):
+            raise self.error(f"{where}: must hold each of {', '.join(TYPES)} once, holds {held}")
+        return Layout(name, tuple(tensors))
+
+    def tensor(
+        self,
+        where: str,
+        data: Any,
+        needed: Set[str],
+        letters: Mapping[str, Any],
+        optional: Set[str] = frozenset(),
+    ) -> Tensor:
+        self.keys(where, data, ("role", "name", "shape"), ())
+        name = self.string(f"{where}.name", data["name"])
+        self.placeholders(where, name, needed, optional)
+        shape = self.strings(f"{where}.shape", data["shape"])
+        for extent in shape:
+            match = _EXTENT.fullmatch(extent)
+            if not match or (match[1] and match[1] not in letters):
+                raise self.error(f"{where}: {extent!r} in a shape, expected such as 'F' or '2F'")
+        return Tensor(self.string(f"{where}.role", data["role"]), name, shape)
+
+    def placeholders(
+        self, where: str, text: str, needed: Set[str], optional: Set[str] = frozenset()
+    ) -> None:
+        found = re.findall(r"\$\{(\w*)\}", text)
+        if "$" in re.sub(r"\$\{\w*\}", "", text) or not (
+            needed <= set(found) <= needed | optional and len(set(found)) == len(found)
+        ):
+            wanted = " and ".join(f"${{{x}}}" for x in sorted(needed))
+            raise self.error(f"{where}: {text!r}, expected a name with {wanted}")
+
+    def keys(
+        self, where: str, data: Any, required: tuple[str, ...], optional: tuple[str, ...]
+    ) -> None:
+        if not isinstance(data, dict):
+            raise self.error(f"{where}: expected an object, got {type(data).__name__}")
+        for key in data:
+            if key not in required + optional:
+                raise self.error(f"{where}: unknown key {key!r}")
+        for key in required:
+            if key not in data:
+                raise self.error(f"{where}: key {key!r} is missing")
+
+    def string(self, where: str, value: Any) -> str:
+        if not isinstance(value, str) or not value:
+            raise self.error(f"{where}: expected a text, got {value!r}")
+        return value
+
+    def strings(self, where: str, value: Any) -> tuple[str, ...]:
+        return tuple(self.string(where, x) for x in self.items(where, value))
+
+    def items(self, where: str, value: Any, least: int = 1) -> list[Any]:
+        if not isinstance(value, list) or len(value) < least:
+            raise self.error(f"{where}: expected a list of at least {least}, got {value!r}")
+        return value
+
+    def unique(self, where: str, values: Any) -> None:
+        seen = set()
+        for value in values:
+            if value in seen:
+                raise self.error(f"{where}: {value!r} is there twice")
+            seen.add(value)
+
+    def error(self, text: str) -> CheckpointError:
+        return CheckpointError(f"{self.name}: {text}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _count(config: Mapping[str, Any], key: str | None, default: int, *, least: int) -> int:
+    value = config.get(key) if key else None
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise CheckpointError(
+            f"config.json: {key!r} is {value!r}, expected a whole number of at least {least}"
+        )
+    return value
+
+
+def _letter(config: Mapping[str, Any], letter: str, keys: tuple[str, ...]) -> int:
+    key = next((k for k in keys if config.get(k) is not None), None)
+    if key is None:
+        raise CheckpointError(
+            f"config.json: {letter} is missing: no {' and no '.join(map(repr, keys))}; "
+            f"copy or download the file again"
+        )
+    value = config[key]
+    if isinstance(value, list) and value and all(x == value[0] for x in value):
+        value = value[0]  # some configs repeat a size for each layer
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(
+            f"config.json: {letter} is {value!r} (key {key!r}), "
+            f"expected a whole number of at least 1"
+        )
+    return value

@@ -1,0 +1,424 @@
+"""Match a checkpoint's tensors with its family: what is an expert's matrix, and where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from molae.arch.counts import active_numbers
+from molae.arch.family import FUSED, Family, Layout, Tensor, families, find_family
+from molae.config import TYPES
+from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError
+from molae.factored import Factored
+from molae.io import COMPUTABLE, Checkpoint, TensorInfo
+from molae.io.dtypes import FLOATING
+
+__all__ = ["Counts", "Model", "describe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Numbers of a model: all, those of its routed experts, and those one token meets."""
+
+    total_parameters: int
+    expert_parameters: int
+    active_parameters: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint's tensors, understood. Made by `describe`.
+
+    Attributes
+    ----------
+    family : Family
+    letters : dict of str to int
+        L layers, E experts, K experts a token, D model width, F expert width, and what else
+        the family names.
+    moe_layers : tuple of int
+        Layers with experts, ascending.
+    layout : str
+        Name of the family's layout that the checkpoint uses.
+    dtype : str
+        The experts' type, in the format's words (``"BF16"``).
+    factored : Factored or None
+        What a converted checkpoint says about itself; None for an ordinary one.
+    """
+
+    family: Family
+    letters: Mapping[str, int]
+    moe_layers: tuple[int, ...]
+    layout: str
+    dtype: str
+    factored: Factored | None
+    _block: str = field(repr=False)
+    _layout: Layout = field(repr=False)
+    _tensors: Mapping[str, TensorInfo] = field(repr=False)
+    _tied: bool = field(repr=False)
+
+    def experts_prefix(self, layer: int) -> str:
+        """Prefix of the names of a layer's experts, such as ``model.layers.3.mlp.experts``."""
+        return _fill(self.family.experts, self._block, layer)
+
+    def expert_tensors(self, layer: int, kind: str) -> tuple[str, ...]:
+        """Names of the tensors that hold one matrix type of a layer, in the experts' order.
+
+        One name where the layout holds all experts in one tensor; gate and up have the same
+        name where it fuses the two. In a converted checkpoint: the names the original had.
+        """
+        self._check_layer(layer)
+        return self._names(self._tensor(kind), layer)
+
+    def stored_together(self, kind: str) -> tuple[str, ...]:
+        """The matrix types that lie in the same tensors as `kind`, itself included."""
+        return self._tensor(kind).types
+
+    def matrices(self, checkpoint: Checkpoint, layer: int, kind: str) -> list[np.ndarray]:
+        """The experts' matrices of one type.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+        layer : int
+            One of `moe_layers`.
+        kind : {'gate_proj', 'up_proj', 'down_proj'}
+
+        Returns
+        -------
+        list of E ndarrays, each of `shape(kind)`
+            Read-only views of the mapped files, C-contiguous, no copies.
+        """
+        names = self.expert_tensors(layer, kind)
+        arrays = [checkpoint.array(n) for n in names]
+        tensor = self._tensor(kind)
+        if not tensor.per_expert:
+            arrays = list(arrays[0])
+        if tensor.role == FUSED:
+            F = self.letters["F"]
+            arrays = [a[:F] if kind == "gate_proj" else a[F:] for a in arrays]
+        return arrays
+
+    def shape(self, kind: str) -> tuple[int, int]:
+        """(rows, cols) of a type's matrices: (F, D) for gate and up, (D, F) for down."""
+        self._tensor(kind)
+        F, D = self.letters["F"], self.letters["D"]
+        return (D, F) if kind == "down_proj" else (F, D)
+
+    def side(self, kind: str) -> str:
+        """The side on which a type's experts can share a factor: ``"input"`` or ``"output"``."""
+        self._tensor(kind)
+        return "output" if kind == "down_proj" else "input"
+
+    def layer_of(self, name: str) -> int | None:
+        """The decoder layer a tensor belongs to by its name, None outside the layers.
+
+        Layers past the last (next-token heads) have numbers too.
+        """
+        match = _layer_pattern(self._block).match(name)
+        return int(match[1]) if match else None
+
+    def roles(self, layer: int) -> dict[str, str]:
+        """Names of a layer's other MoE tensors by role, such as ``router``."""
+        self._check_layer(layer)
+        return {t.role: _fill(t.name, self._block, layer) for t in self.family.tensors}
+
+    def counts(self) -> Counts:
+        """Count the model's numbers.
+
+        Returns
+        -------
+        Counts
+            ``total_parameters``: the numbers of a floating type in the checkpoint, tied
+            embeddings once. ``expert_parameters``: those of the routed experts in
+            `moe_layers`. ``active_parameters``: all others plus K/E of the experts; in a
+            converted checkpoint the shared factors count by the chance that a token needs
+            them (see `molae.arch.counts.active_numbers`), rounded.
+        """
+        skip = self.family.head if self._tied else None
+        sizes = {n: t.size for n, t in self._tensors.items() if t.dtype in FLOATING and n != skip}
+        total, own, factors = sum(sizes.values()), _expected(self), _factor_prefixes(self)
+        experts = sum(size for n, size in sizes.items() if n in own or n.startswith(factors))
+        active = sum(self._active(layer, kind) for layer in self.moe_layers for kind in TYPES)
+        return Counts(total, experts, total - experts + round(active))
+
+    def _active(self, layer: int, kind: str) -> float:
+        K, F, D = (self.letters[x] for x in "KFD")
+        split = self.factored.layers.get(layer, {}).get(kind) if self.factored else None
+        if self.factored is None or split is None:
+            return K * F * D
+        groups = [len(g) for g in split.groups]
+        return active_numbers(groups, split.ranks, form=self.factored.form, K=K, F=F, D=D)
+
+    def _tensor(self, kind: str) -> Tensor:
+        if kind not in TYPES:
+            raise ArgumentError(f"kind: expected one of {', '.join(TYPES)}, got {kind!r}")
+        return self._layout.of_type(kind)
+
+    def _names(self, tensor: Tensor, layer: int) -> tuple[str, ...]:
+        name = _fill(tensor.name, self._block, layer, self.family.experts)
+        if not tensor.per_expert:
+            return (name,)
+        return tuple(name.replace("${expert}", str(e)) for e in range(self.letters["E"]))
+
+    def _check_layer(self, layer: int) -> None:
+        if layer not in self.moe_layers:
+            raise ArgumentError(f"layer: {layer} has no experts; those that do: {self.moe_layers}")
+
+
+def describe(
+    source: Checkpoint | Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo] | None = None,
+    *,
+    family: Family | None = None,
+    converted: bool = False,
+) -> Model:
+    """Match a checkpoint with its family and check every tensor of its MoE blocks.
+
+    Parameters
+    ----------
+    source : Checkpoint or dict
+        An open checkpoint, or its config.
+    tensors : dict of str to TensorInfo, optional
+        With a config: what the checkpoint holds.
+    family : Family, optional
+        The family to use instead of the one named by ``model_type``.
+    converted : bool
+        Accept a checkpoint that molae has converted as well. Its factors are not checked here.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    UnknownFamilyError
+        No such family (the known ones are listed), or the names do not match it (some of
+        them are shown).
+    CheckpointError
+        A size missing in the config, an absent tensor, one of unexpected shape, experts of
+        an unsupported type or of several types, a quantized or already converted source.
+    """
+    config = source.config if isinstance(source, Checkpoint) else source
+    if tensors is None:
+        if not isinstance(source, Checkpoint):
+            raise ArgumentError("tensors: needed where source is a config")
+        tensors = source.tensors
+    if family is None:
+        family = _find(config, tensors)
+    _check_quantization(config, converted)
+    letters = family.read_letters(config)
+    layers = family.read_moe_layers(config)
+    if not layers:
+        raise CheckpointError(
+            f"config.json: by its settings none of the L={letters['L']} layers has experts; "
+            f"molae converts mixture-of-experts models only"
+        )
+    quant = config.get("quantization_config")
+    factored = Factored.from_dict(quant, E=letters["E"], D=letters["D"]) if quant else None
+    tied = config.get("tie_word_embeddings") is True
+    candidates = [
+        Model(family, letters, layers, layout.name, "", factored, block, layout, tensors, tied)
+        for block in family.blocks
+        for layout in family.layouts
+        if factored is None or layout.name == factored.layout
+    ]
+    if not candidates:
+        raise CheckpointError(
+            f"quantization_config.layout: {quant and quant.get('layout')!r} is unknown for family "
+            f"{family.model_type}; known are {', '.join(x.name for x in family.layouts)}"
+        )
+    model = _best(candidates)
+    _check_blocks(model)
+    dtype = _check_experts(model)
+    return Model(
+        family, letters, layers, model.layout, dtype, factored, model._block, model._layout,
+        tensors, tied,
+    )  # fmt: skip
+
+
+def _find(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Family:
+    try:
+        return find_family(config)
+    except UnknownFamilyError as e:
+        experts = [n for n in tensors if "expert" in n]
+        if experts:
+            hint = f"its experts' tensors are named like {_some(experts)}"
+        else:
+            hint = f"no tensor is named like an expert's, the names are like {_some(tensors)}"
+        raise UnknownFamilyError(
+            f"{e}; {hint}; a family of a known layout needs only a JSON description, "
+            f"see docs/formats.md"
+        ) from None
+
+
+def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:
+    quant = config.get("quantization_config")
+    if not quant:
+        return
+    method = quant.get("quant_method") if isinstance(quant, dict) else None
+    if method != "molae":
+        raise CheckpointError(
+            f"config.json: the checkpoint is quantized (quant_method {method!r}); "
+            f"dequantize it to BF16 first, or take the unquantized release"
+        )
+    if not converted:
+        raise CheckpointError(
+            "config.json: the checkpoint was already converted by molae; "
+            "convert the original, or run 'molae materialize' on this one first"
+        )
+
+
+def _best(candidates: list[Model]) -> Model:
+    """The block and layout that most names speak for."""
+    best, most = candidates[0], 0
+    for model in candidates:
+        score = sum(n in model._tensors for n in _expected(model))
+        factors = _factor_prefixes(model)
+        score += sum(n.startswith(factors) for n in model._tensors)
+        if score > most:
+            best, most = model, score
+    if most == 0:
+        wanted = [next(iter(_expected(m)), m.experts_prefix(m.moe_layers[0])) for m in candidates]
+        found = [n for n in best._tensors if "expert" in n] or list(best._tensors)
+        raise UnknownFamilyError(
+            f"family {best.family.model_type}: no tensor has a name it knows, such as "
+            f"{_some(wanted)}; the checkpoint has {_some(found)}; known families are "
+            f"{', '.join(families())}"
+        )
+    return best
+
+
+def _expected(model: Model) -> dict[str, tuple[Tensor, int, int | None]]:
+    """The experts' tensors in the source's form: name to (tensor, layer, expert)."""
+    names: dict[str, tuple[Tensor, int, int | None]] = {}
+    for layer in model.moe_layers:
+        touched = model.factored.layers.get(layer, {}) if model.factored else {}
+        for tensor in model._layout.tensors:
+            if not any(kind in touched for kind in tensor.types):
+                for e, name in enumerate(model._names(tensor, layer)):
+                    names[name] = (tensor, layer, e if tensor.per_expert else None)
+    return names
+
+
+def _factor_prefixes(model: Model) -> tuple[str, ...]:
+    """Prefixes of the names of a converted checkpoint's factors; empty for an ordinary one."""
+    layers = model.factored.layers if model.factored else {}
+    return tuple(
+        f"{model.experts_prefix(layer)}.{kind}."
+        for layer in model.moe_layers
+        for kind in layers.get(layer, {})
+    )
+
+
+def _check_blocks(model: Model) -> None:
+    """The router is there, and nothing under the experts' prefix is unaccounted for."""
+    family, tensors = model.family, model._tensors
+    known = set(_expected(model))
+    for layer in model.moe_layers:
+        for tensor in family.tensors:
+            name = _fill(tensor.name, model._block, layer)
+            known.add(name)
+            if name not in tensors:
+                raise CheckpointError(
+                    f"{name}: absent from the checkpoint ({tensor.role} of layer {layer}); "
+                    f"download it again"
+                )
+            _check_shape(model, tensor, tensors[name])
+    strange = [n for n in tensors if n not in known and _is_strange(model, n)]
+    if strange:
+        where = model.layer_of(strange[0])
+        E = model.letters["E"]
+        raise UnknownFamilyError(
+            f"family {family.model_type}: {len(strange)} tensors that it does not know, such as "
+            f"{_some(strange)}; config.json says E={E} and that layer {where} has "
+            f"{'' if where in model.moe_layers else 'no '}experts; known families are "
+            f"{', '.join(families())}"
+        )
+
+
+def _is_strange(model: Model, name: str) -> bool:
+    layer = model.layer_of(name)
+    if layer is None or layer >= model.letters["L"]:  # past the last: next-token heads, copied
+        return False
+    prefixes = (_fill(model.family.experts, b, layer) + "." for b in model.family.blocks)
+    return name.startswith(tuple(prefixes)) and not name.startswith(_factor_prefixes(model))
+
+
+def _check_experts(model: Model) -> str:
+    """Every expert's tensor is there, of the right shape and of one type; that type."""
+    expected, tensors = _expected(model), model._tensors
+    missing = [n for n in expected if n not in tensors]
+    if missing:
+        _, layer, expert = expected[missing[0]]
+        who = f"layer {layer}" if expert is None else f"expert {expert} of layer {layer}"
+        raise CheckpointError(
+            f"{missing[0]}: absent from the checkpoint ({who}); {len(missing)} of "
+            f"{len(expected)} expert tensors are missing; download it again"
+        )
+    first = None
+    for name, (tensor, _, _) in expected.items():
+        info = tensors[name]
+        _check_shape(model, tensor, info)
+        if info.dtype not in COMPUTABLE:
+            raise CheckpointError(
+                f"{name}: type {info.dtype}, experts must be {', '.join(COMPUTABLE)}; "
+                f"dequantize or cast the checkpoint first"
+            )
+        first = first or info
+        if info.dtype != first.dtype:
+            raise CheckpointError(
+                f"{name}: type {info.dtype}, but {first.name} is {first.dtype}; "
+                f"cast all experts to one type first"
+            )
+    return first.dtype if first else _factor_dtype(model)
+
+
+def _factor_dtype(model: Model) -> str:
+    """The type of a converted checkpoint of which no expert kept its form."""
+    factors = _factor_prefixes(model)
+    for name, info in model._tensors.items():
+        if name.startswith(factors) and info.dtype in COMPUTABLE:
+            return info.dtype
+    raise CheckpointError(
+        f"{factors[0]}*: no tensor of a floating type; convert the original again"
+    )
+
+
+def _check_shape(model: Model, tensor: Tensor, info: TensorInfo) -> None:
+    wanted = tuple(_extent(x, model.letters) for x in tensor.shape)
+    if info.shape != wanted:
+        pairs = zip(tensor.shape, wanted, strict=True)
+        text = ", ".join(x if x == str(n) else f"{x}={n}" for x, n in pairs)
+        swapped = info.shape[:-2] + info.shape[-2:][::-1]
+        hint = "; transposed?" if swapped == wanted else ""
+        raise CheckpointError(
+            f"{info.name}: expected shape ({text}) by config.json, got {info.shape}{hint}; "
+            f"config and weights do not belong together, or the layout is not supported"
+        )
+
+
+def _extent(text: str, letters: Mapping[str, int]) -> int:
+    if text[-1].isalpha():
+        return int(text[:-1] or 1) * letters[text[-1]]
+    return int(text)
+
+
+def _fill(template: str, block: str, layer: int, experts: str = "") -> str:
+    name = template.replace("${experts}", experts).replace("${block}", block)
+    return name.replace("${layer}", str(layer))
+
+
+@cache
+def _layer_pattern(block: str) -> re.Pattern[str]:
+    return re.compile(re.escape(block.partition("${layer}")[0]) + r"([0-9]{1,9})\.")
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = list(dict.fromkeys(names))
+    more = "" if len(shown) <= 3 else f" and {len(shown) - 3} more"
+    return (", ".join(shown[:3]) or "none") + more

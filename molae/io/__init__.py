@@ -1,0 +1,29 @@
+"""Checkpoints on disk: read safetensors lazily, write them without ever leaving half a file."""
+
+from molae.io.checkpoint import Checkpoint, natural_key, open_checkpoint
+from molae.io.dtypes import COMPUTABLE, DTYPES, DType, dtype_name, numpy_dtype
+from molae.io.header import TensorInfo
+from molae.io.writer import (
+    ShardWriter,
+    TensorSpec,
+    copy_file_atomic,
+    plan_bytes,
+    write_text_atomic,
+)
+
+__all__ = [
+    "COMPUTABLE",
+    "DTYPES",
+    "Checkpoint",
+    "DType",
+    "ShardWriter",
+    "TensorInfo",
+    "TensorSpec",
+    "copy_file_atomic",
+    "dtype_name",
+    "natural_key",
+    "numpy_dtype",
+    "open_checkpoint",
+    "plan_bytes",
+    "write_text_atomic",
+]

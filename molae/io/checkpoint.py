@@ -1,0 +1,370 @@
+"""Open a checkpoint folder: its config, its tensors as lazy views, its other files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from molae.errors import CheckpointError
+from molae.io.dtypes import numpy_dtype
+from molae.io.header import (
+    FileHeader,
+    RepeatedKey,
+    TensorInfo,
+    object_without_repeats,
+    read_header,
+)
+from molae.io.hub import fetch, is_hub_id
+
+__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "natural_key", "open_checkpoint"]
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Weights in any format, and what belongs to them: never copied as a companion.
+_WEIGHTS = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt",
+    ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".tflite", ".part",
+)  # fmt: skip
+# The one folder Transformers itself writes beside a tokenizer.
+_FOLDERS = ("additional_chat_templates",)
+
+
+def natural_key(name: str) -> tuple[tuple[Any, ...], str]:
+    """Sort key that orders ``layers.2`` before ``layers.10``.
+
+    Digits are compared by length and then as text, so that a name with thousands of digits
+    costs nothing.
+    """
+    parts: list[Any] = re.split(r"([0-9]+)", name)
+    for i in range(1, len(parts), 2):
+        digits = parts[i].lstrip("0")
+        parts[i] = (len(digits), digits)
+    return tuple(parts), name
+
+
+def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint and check the headers of all its files.
+
+    Parameters
+    ----------
+    src : str or path
+        A folder with ``config.json`` and ``model.safetensors``, or shards with
+        ``model.safetensors.index.json``; or a hub id ``org/name``, which is fetched with
+        huggingface_hub.
+
+    Returns
+    -------
+    Checkpoint
+
+    Raises
+    ------
+    CheckpointError
+        Nothing there, no config, no safetensors weights, a missing, truncated or damaged
+        shard, an index that names a tensor its shard lacks, a tensor in two shards, an index
+        entry that leads out of the folder, or a hub id that cannot be fetched.
+
+    Notes
+    -----
+    Only headers are read, so opening takes milliseconds whatever the checkpoint's size.
+    """
+    path = Path(src)
+    if not path.exists() and is_hub_id(str(src)):
+        path = fetch(str(src))
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such folder; give a checkpoint's folder or a hub id 'org/name'"
+        )
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: not a folder; give the folder that holds {CONFIG}")
+    config, config_sha = _read_json(path, CONFIG)
+    if config is None:
+        raise CheckpointError(f"{path}: no {CONFIG}; is this the checkpoint's own folder?")
+    weight_map, index_sha = _weight_map(path)
+    headers = tuple(read_header(path / f, f) for f in weight_map)
+    tensors = _gather(headers, weight_map)
+    return Checkpoint(path, config, tensors, headers, config_sha, index_sha)
+
+
+class Checkpoint:
+    """A checkpoint folder, opened by `open_checkpoint`.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    config : dict
+        ``config.json`` as it stands; keys keep their order.
+    tensors : dict of str to TensorInfo
+        In natural order of their names, whatever the order in files and index.
+    files : tuple of str
+        The weight files, in natural order.
+
+    Notes
+    -----
+    The arrays are views of memory-mapped files. The C kernels read the mapped pages
+    directly, so weights never enter the process's own (anonymous) memory, and the system
+    drops pages when it needs the room. A source must not be truncated while it is read: the
+    system would end the process (SIGBUS).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        headers: tuple[FileHeader, ...],
+        config_sha: str,
+        index_sha: str | None,
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.tensors = tensors
+        self.files = tuple(h.file for h in headers)
+        self._headers = {h.file: h for h in headers}
+        self._config_sha = config_sha
+        self._index_sha = index_sha
+        self._maps: dict[str, np.ndarray] | None = {}
+        self._lock = threading.Lock()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the folder has an index."""
+        return self._index_sha is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def array(self, name: str) -> np.ndarray:
+        """Read-only view of a tensor, without a copy.
+
+        Parameters
+        ----------
+        name : str
+
+        Returns
+        -------
+        ndarray
+            Of the tensor's shape and type; ``ml_dtypes.bfloat16`` for BF16. The view stays
+            valid after `close`. It may be misaligned in files not written by the reference
+            library: NumPy copes, and code that needs alignment copies.
+
+        Raises
+        ------
+        CheckpointError
+            No such tensor, no NumPy type for it, or the file has changed since it was opened.
+        """
+        info = self._info(name)
+        dtype = numpy_dtype(info.dtype)
+        return self._bytes(info).view(dtype).reshape(info.shape)
+
+    def raw(self, name: str) -> memoryview:
+        """Bytes of a tensor as they lie in the file, of whatever type, without a copy."""
+        return self._bytes(self._info(name)).data
+
+    def companions(self) -> list[Path]:
+        """Files to copy beside converted weights: tokenizer, licence, templates, code.
+
+        Returns
+        -------
+        list of Path
+            Paths below `path`, in order: every regular file of the folder but
+            ``config.json``, weights of any format and their indexes, files
+            named ``consolidated*`` and hidden ones; and those of
+            ``additional_chat_templates``. A link to an existing file counts as a file (hub
+            caches consist of them); no other folder is entered.
+        """
+        folders = [self.path, *(self.path / f for f in _FOLDERS if (self.path / f).is_dir())]
+        found = [p for f in folders for p in f.iterdir() if _is_companion(p)]
+        return sorted((p for p in found if p.is_file()), key=str)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Facts that tell whether the checkpoint has changed, cheap enough for every start.
+
+        Returns
+        -------
+        dict
+            ``files``: for each weight file its size, mtime_ns and the SHA-256 of its header;
+            ``config`` and ``index``: SHA-256 of the two JSON files (None without an index).
+        """
+        files = {
+            h.file: {"size": h.size, "mtime_ns": h.mtime_ns, "header_sha256": h.sha256}
+            for h in self._headers.values()
+        }
+        return {"files": files, "config": self._config_sha, "index": self._index_sha}
+
+    def close(self) -> None:
+        """Forget the maps; each goes when its last view does."""
+        with self._lock:
+            self._maps = None
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self.tensors)} tensors)"
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{name}: no such tensor in {self.path}")
+        return info
+
+    def _bytes(self, info: TensorInfo) -> np.ndarray:
+        return self._map(info.file)[info.offset : info.offset + info.nbytes]
+
+    def _map(self, file: str) -> np.ndarray:
+        with self._lock:
+            if self._maps is None:
+                raise CheckpointError(f"{self.path}: the checkpoint is closed; open it again")
+            if file not in self._maps:
+                self._maps[file] = _map_file(self.path / file, self._headers[file])
+            return self._maps[file]
+
+
+def _map_file(path: Path, header: FileHeader) -> np.ndarray:
+    try:
+        with open(path, "rb") as f:
+            stat = os.fstat(f.fileno())
+            if (stat.st_size, stat.st_mtime_ns) != (header.size, header.mtime_ns):
+                raise CheckpointError(
+                    f"{header.file}: changed since the checkpoint was opened; "
+                    f"let the other program finish and start again"
+                )
+            return np.asarray(np.memmap(f, dtype=np.uint8, mode="r"))
+    except OSError as e:
+        raise CheckpointError(f"{header.file}: cannot be mapped: {e.strerror or e}") from e
+
+
+def _is_companion(p: Path) -> bool:
+    name = p.name.lower()
+    return not (name == CONFIG or name.startswith((".", "consolidated")) or name.endswith(_WEIGHTS))
+
+
+def _read_json(
+    folder: Path, name: str, *, repeats: bool = True
+) -> tuple[dict[str, Any] | None, str]:
+    """One JSON object and the SHA-256 of its text; None where there is no such file."""
+    try:
+        raw = (folder / name).read_bytes()
+    except FileNotFoundError:
+        return None, ""
+    except OSError as e:
+        raise CheckpointError(f"{name}: cannot be read: {e.strerror or e}") from e
+    try:
+        value = json.loads(raw, object_pairs_hook=None if repeats else object_without_repeats)
+    except RepeatedKey as e:
+        raise CheckpointError(f"{name}: has {e.args[0]!r} twice; keep one of the two") from None
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{name}: not valid JSON ({e}); copy or download it again") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name}: expected a JSON object; copy or download it again")
+    return value, hashlib.sha256(raw).hexdigest()
+
+
+def _weight_map(folder: Path) -> tuple[dict[str, list[str]], str | None]:
+    """The weight files in natural order with the names the index gives each; the index's hash."""
+    index, sha = _read_json(folder, INDEX, repeats=False)
+    single = (folder / SINGLE).exists()
+    if index is None:
+        if single:
+            return {SINGLE: []}, None
+        raise CheckpointError(_no_weights(folder))
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+        raise CheckpointError(f"{INDEX}: no 'weight_map' from names to files; download it again")
+    if not names:
+        raise CheckpointError(f"{INDEX}: 'weight_map' is empty; download it again")
+    files: dict[str, list[str]] = {f: [] for f in sorted(set(names.values()), key=natural_key)}
+    for name, file in names.items():
+        files[file].append(name)
+    for file in files:
+        _check_inside(file)
+    if single and SINGLE not in files:
+        raise CheckpointError(
+            f"{folder}: both {SINGLE} and {INDEX}, which does not list it; "
+            f"remove the one that is out of date"
+        )
+    return files, sha
+
+
+def _check_inside(file: str) -> None:
+    # By the text alone: hub caches hold links that lead out of the folder rightly.
+    parts = PurePosixPath(file).parts
+    if not parts or file.startswith("/") or ".." in parts or "\\" in file or "\0" in file:
+        raise CheckpointError(
+            f"{INDEX}: the entry {file!r} leads out of the folder; "
+            f"do not use this checkpoint unless you trust its source and have mended the index"
+        )
+    if not file.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{INDEX}: the entry {file!r} is no safetensors file; "
+            f"save the model as safetensors (save_pretrained) first"
+        )
+
+
+def _no_weights(folder: Path) -> str:
+    shards = sorted((p.name for p in folder.glob("*.safetensors")), key=natural_key)
+    if shards:
+        return (
+            f"{folder}: {_some(shards)} without {INDEX}; copy the index too, "
+            f"or name a lone file {SINGLE}"
+        )
+    other = sorted(p.name for p in folder.iterdir() if p.name.lower().endswith(_WEIGHTS))
+    if other:
+        return (
+            f"{folder}: no {SINGLE}, only {_some(other)}; "
+            f"save the model as safetensors (save_pretrained) first"
+        )
+    return f"{folder}: no {SINGLE} and no {INDEX}; is this the checkpoint's own folder?"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = "" if len(names) <= 3 else f" and {len(names) - 3} more"
+    return ", ".join(names[:3]) + more
+
+
+def _gather(
+    headers: tuple[FileHeader, ...], weight_map: dict[str, list[str]]
+) -> dict[str, TensorInfo]:
+    found: dict[str, TensorInfo] = {}
+    for header in headers:
+        for info in header.tensors:
+            if info.name in found:
+                raise CheckpointError(
+                    f"{info.name}: in two shards, {found[info.name].file} and {info.file}; "
+                    f"it is unclear which one is meant: save the model anew (save_pretrained)"
+                )
+            found[info.name] = info
+    for file, names in weight_map.items():
+        absent = [n for n in names if n not in found or found[n].file != file]
+        if absent:
+            name = min(absent, key=natural_key)
+            where = f" (it is in {found[name].file})" if name in found else ""
+            raise CheckpointError(
+                f"{INDEX}: names {name} in {file}, which does not hold it{where}; "
+                f"{len(absent)} such in this file: index and shards do not belong together, "
+                f"download them again"
+            )
+    return {n: found[n] for n in sorted(found, key=natural_key)}
