@@ -31,18 +31,21 @@ typedef int32_t blasint; /* LP64 */
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112, UPPER = 121, LOWER = 122 };
 enum { NON_UNIT = 131, LEFT = 141 };
 
-static int fits(int64_t n)
+static int
+fits(int64_t n)
 {
     return n >= 0 && n <= INT32_MAX;
 }
 
 /* LAPACK wants leading dimensions of at least 1 even where nothing is read. */
-static blasint at_least_1(int64_t ld)
+static blasint
+at_least_1(int64_t ld)
 {
     return ld > 1 ? (blasint)ld : 1;
 }
 
-static molae_status out_of_range(int64_t m, int64_t n, int64_t k)
+static molae_status
+out_of_range(int64_t m, int64_t n, int64_t k)
 {
     return m < 0 || n < 0 || k < 0 ? MOLAE_E_ARG : MOLAE_E_TOO_LARGE;
 }
@@ -70,27 +73,32 @@ char *SYM(openblas_get_corename)(void);
 int SYM(openblas_get_num_threads)(void);
 void SYM(openblas_set_num_threads)(int n);
 
-const char *mli_blas_config(void)
+const char *
+mli_blas_config(void)
 {
     return SYM(openblas_get_config)();
 }
 
-const char *mli_blas_core(void)
+const char *
+mli_blas_core(void)
 {
     return SYM(openblas_get_corename)();
 }
 
-const char *mli_blas_prefix(void)
+const char *
+mli_blas_prefix(void)
 {
     return TEXT(MLI_BLAS_PREFIX);
 }
 
-int mli_blas_vendored(void)
+int
+mli_blas_vendored(void)
 {
     return MLI_BLAS_VENDORED;
 }
 
-const char *mli_blas_path(void)
+const char *
+mli_blas_path(void)
 {
     /* A data address is what dladdr takes; POSIX has the two convertible. */
     char *(*fn)(void) = SYM(openblas_get_config);
@@ -101,12 +109,14 @@ const char *mli_blas_path(void)
     return where.dli_fname;
 }
 
-int mli_blas_get_num_threads(void)
+int
+mli_blas_get_num_threads(void)
 {
     return SYM(openblas_get_num_threads)();
 }
 
-void mli_blas_set_num_threads(int n)
+void
+mli_blas_set_num_threads(int n)
 {
     SYM(openblas_set_num_threads)(n);
 }
@@ -116,14 +126,16 @@ static atomic_flag turn = ATOMIC_FLAG_INIT;
 static int users;
 static int before;
 
-static void lock(void)
+static void
+lock(void)
 {
     while (atomic_flag_test_and_set(&turn)) {
         /* held for a few instructions */
     }
 }
 
-void mli_blas_enter(void)
+void
+mli_blas_enter(void)
 {
     lock();
     if (users++ == 0) {
@@ -134,7 +146,8 @@ void mli_blas_enter(void)
     atomic_flag_clear(&turn);
 }
 
-void mli_blas_leave(void)
+void
+mli_blas_leave(void)
 {
     lock();
     if (--users == 0 && before != 1)

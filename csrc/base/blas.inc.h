@@ -28,7 +28,8 @@ void LAPACK(gesdd)(const char *jobz, const blasint *m, const blasint *n, REAL *a
 
 /* Length of a work array: what LAPACK asks for, at least the documented minimum; SIZE_MAX where
  * an int32 cannot hold it. LAPACK answers in a REAL, which may round a long length down. */
-static size_t FN(work_length)(REAL asked, size_t least)
+static size_t
+FN(work_length)(REAL asked, size_t least)
 {
     double want = (double)asked * (1.0 + (sizeof(REAL) == 4 ? 0x1p-23 : 0.0));
     if (want > (double)least)
@@ -38,8 +39,9 @@ static size_t FN(work_length)(REAL asked, size_t least)
 
 /* ------------------------------------------------------------------ BLAS */
 
-molae_status FN(mli_gemm)(int ta, int tb, int64_t m, int64_t n, int64_t k, REAL alpha, const REAL *A,
-                       int64_t lda, const REAL *B, int64_t ldb, REAL beta, REAL *C, int64_t ldc)
+molae_status
+FN(mli_gemm)(int ta, int tb, int64_t m, int64_t n, int64_t k, REAL alpha, const REAL *A,
+             int64_t lda, const REAL *B, int64_t ldb, REAL beta, REAL *C, int64_t ldc)
 {
     if (!fits(m) || !fits(n) || !fits(k) || !fits(lda) || !fits(ldb) || !fits(ldc))
         return out_of_range(m, n, k);
@@ -52,8 +54,9 @@ molae_status FN(mli_gemm)(int ta, int tb, int64_t m, int64_t n, int64_t k, REAL 
     return MOLAE_OK;
 }
 
-molae_status FN(mli_syrk)(int trans, int64_t n, int64_t k, REAL alpha, const REAL *A, int64_t lda,
-                       REAL beta, REAL *C, int64_t ldc)
+molae_status
+FN(mli_syrk)(int trans, int64_t n, int64_t k, REAL alpha, const REAL *A, int64_t lda, REAL beta,
+             REAL *C, int64_t ldc)
 {
     if (!fits(n) || !fits(k) || !fits(lda) || !fits(ldc))
         return out_of_range(n, k, 0);
@@ -66,8 +69,9 @@ molae_status FN(mli_syrk)(int trans, int64_t n, int64_t k, REAL alpha, const REA
     return MOLAE_OK;
 }
 
-molae_status FN(mli_trsm)(int upper, int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt,
-                       REAL *B, int64_t ldb)
+molae_status
+FN(mli_trsm)(int upper, int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, REAL *B,
+             int64_t ldb)
 {
     if (!fits(m) || !fits(n) || !fits(ldt) || !fits(ldb))
         return out_of_range(m, n, 0);
@@ -82,7 +86,8 @@ molae_status FN(mli_trsm)(int upper, int trans, int64_t m, int64_t n, const REAL
 
 /* ---------------------------------------------------------------- LAPACK */
 
-molae_status FN(mli_potrf)(int64_t n, REAL *A, int64_t lda, int64_t *info)
+molae_status
+FN(mli_potrf)(int64_t n, REAL *A, int64_t lda, int64_t *info)
 {
     blasint bn = (blasint)n, blda = (blasint)lda, binfo = 0;
 
@@ -99,7 +104,8 @@ molae_status FN(mli_potrf)(int64_t n, REAL *A, int64_t lda, int64_t *info)
 }
 
 /* Lengths of the two work arrays of syevd; SIZE_MAX in *lwork where they do not fit. */
-static void FN(syevd_lengths)(int vectors, int64_t n, size_t *lwork, size_t *liwork)
+static void
+FN(syevd_lengths)(int vectors, int64_t n, size_t *lwork, size_t *liwork)
 {
     size_t m = (size_t)n, least;
     blasint bn = (blasint)n, blda = at_least_1(n), query = -1, iask = 0, info = 0;
@@ -122,7 +128,8 @@ static void FN(syevd_lengths)(int vectors, int64_t n, size_t *lwork, size_t *liw
         *liwork = (size_t)iask;
 }
 
-size_t FN(mli_syevd_work)(int vectors, int64_t n)
+size_t
+FN(mli_syevd_work)(int vectors, int64_t n)
 {
     size_t lwork, liwork;
 
@@ -135,8 +142,9 @@ size_t FN(mli_syevd_work)(int vectors, int64_t n)
                         mli_carve_size(liwork, sizeof(blasint)));
 }
 
-molae_status FN(mli_syevd)(int vectors, int64_t n, REAL *A, int64_t lda, REAL *w, void *work,
-                        size_t work_bytes, int64_t *info)
+molae_status
+FN(mli_syevd)(int vectors, int64_t n, REAL *A, int64_t lda, REAL *w, void *work, size_t work_bytes,
+              int64_t *info)
 {
     blasint bn = (blasint)n, blda = (blasint)lda, binfo = 0, blw, bliw, *iwork;
     size_t need = FN(mli_syevd_work)(vectors, n), lwork, liwork;
@@ -163,7 +171,8 @@ molae_status FN(mli_syevd)(int vectors, int64_t n, REAL *A, int64_t lda, REAL *w
     return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
 }
 
-static size_t FN(geqp3_length)(int64_t m, int64_t n)
+static size_t
+FN(geqp3_length)(int64_t m, int64_t n)
 {
     blasint bm = (blasint)m, bn = (blasint)n, blda = at_least_1(m), query = -1, jpvt = 0, info = 0;
     REAL ask = 0, none = 0;
@@ -174,7 +183,8 @@ static size_t FN(geqp3_length)(int64_t m, int64_t n)
     return FN(work_length)(ask, 3 * (size_t)n + 1);
 }
 
-size_t FN(mli_geqp3_work)(int64_t m, int64_t n)
+size_t
+FN(mli_geqp3_work)(int64_t m, int64_t n)
 {
     size_t lwork;
 
@@ -184,8 +194,9 @@ size_t FN(mli_geqp3_work)(int64_t m, int64_t n)
     return lwork == SIZE_MAX ? SIZE_MAX : mli_carve_size(lwork, sizeof(REAL));
 }
 
-molae_status FN(mli_geqp3)(int64_t m, int64_t n, REAL *A, int64_t lda, int32_t *jpvt, REAL *tau,
-                        void *work, size_t work_bytes, int64_t *info)
+molae_status
+FN(mli_geqp3)(int64_t m, int64_t n, REAL *A, int64_t lda, int32_t *jpvt, REAL *tau, void *work,
+              size_t work_bytes, int64_t *info)
 {
     blasint bm = (blasint)m, bn = (blasint)n, blda = (blasint)lda, binfo = 0, blw;
     size_t need = FN(mli_geqp3_work)(m, n);
@@ -212,7 +223,8 @@ molae_status FN(mli_geqp3)(int64_t m, int64_t n, REAL *A, int64_t lda, int32_t *
     return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
 }
 
-static size_t FN(gelqf_length)(int64_t m, int64_t n)
+static size_t
+FN(gelqf_length)(int64_t m, int64_t n)
 {
     blasint bm = (blasint)m, bn = (blasint)n, blda = at_least_1(m), query = -1, info = 0;
     REAL ask = 0, none = 0;
@@ -223,7 +235,8 @@ static size_t FN(gelqf_length)(int64_t m, int64_t n)
     return FN(work_length)(ask, (size_t)m);
 }
 
-size_t FN(mli_gelqf_work)(int64_t m, int64_t n)
+size_t
+FN(mli_gelqf_work)(int64_t m, int64_t n)
 {
     size_t lwork;
 
@@ -233,8 +246,9 @@ size_t FN(mli_gelqf_work)(int64_t m, int64_t n)
     return lwork == SIZE_MAX ? SIZE_MAX : mli_carve_size(lwork, sizeof(REAL));
 }
 
-molae_status FN(mli_gelqf)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *tau, void *work,
-                        size_t work_bytes, int64_t *info)
+molae_status
+FN(mli_gelqf)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *tau, void *work, size_t work_bytes,
+              int64_t *info)
 {
     blasint bm = (blasint)m, bn = (blasint)n, blda = (blasint)lda, binfo = 0, blw;
     size_t need = FN(mli_gelqf_work)(m, n);
@@ -254,7 +268,8 @@ molae_status FN(mli_gelqf)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *tau
     return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
 }
 
-static size_t FN(gesdd_length)(int64_t m, int64_t n)
+static size_t
+FN(gesdd_length)(int64_t m, int64_t n)
 {
     int64_t k = m < n ? m : n;
     size_t q = (size_t)k, least = mli_size_add(mli_size_mul(4 * q, q), 7 * q);
@@ -271,7 +286,8 @@ static size_t FN(gesdd_length)(int64_t m, int64_t n)
     return FN(work_length)(ask, least);
 }
 
-size_t FN(mli_gesdd_work)(int64_t m, int64_t n)
+size_t
+FN(mli_gesdd_work)(int64_t m, int64_t n)
 {
     size_t lwork, k = (size_t)(m < n ? m : n), bytes;
 
@@ -285,8 +301,9 @@ size_t FN(mli_gesdd_work)(int64_t m, int64_t n)
     return mli_size_add(bytes, mli_carve_size(8 * k, sizeof(blasint)));
 }
 
-molae_status FN(mli_gesdd)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *s, REAL *U, int64_t ldu,
-                        void *work, size_t work_bytes, int64_t *info)
+molae_status
+FN(mli_gesdd)(int64_t m, int64_t n, REAL *A, int64_t lda, REAL *s, REAL *U, int64_t ldu, void *work,
+              size_t work_bytes, int64_t *info)
 {
     int64_t k = m < n ? m : n;
     blasint bm = (blasint)m, bn = (blasint)n, blda = (blasint)lda, bldu = (blasint)ldu;

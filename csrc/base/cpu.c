@@ -4,7 +4,8 @@
 #include <cpuid.h>
 
 /* State components that the system saves on a context switch (XCR0). */
-static unsigned saved_state(void)
+static unsigned
+saved_state(void)
 {
     unsigned lo, hi;
     __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
@@ -13,7 +14,8 @@ static unsigned saved_state(void)
 
 #define BIT(r, n) (((r) >> (n)) & 1u)
 
-int mli_cpu_has_avx2(void)
+int
+mli_cpu_has_avx2(void)
 {
     unsigned a, b, c, d;
 
@@ -26,7 +28,8 @@ int mli_cpu_has_avx2(void)
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && BIT(b, 5);
 }
 
-int mli_cpu_has_avx512(void)
+int
+mli_cpu_has_avx512(void)
 {
     unsigned a, b, c, d;
 
@@ -38,12 +41,14 @@ int mli_cpu_has_avx512(void)
 
 #else
 
-int mli_cpu_has_avx2(void)
+int
+mli_cpu_has_avx2(void)
 {
     return 0;
 }
 
-int mli_cpu_has_avx512(void)
+int
+mli_cpu_has_avx512(void)
 {
     return 0;
 }

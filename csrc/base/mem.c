@@ -25,7 +25,8 @@ static atomic_int_fast64_t live;
 static atomic_int_fast64_t fail_after;
 
 /* 1 if the test hook says that this allocation fails. */
-static int must_fail(void)
+static int
+must_fail(void)
 {
     int_fast64_t left = atomic_load(&fail_after);
     while (left > 0) {
@@ -35,7 +36,8 @@ static int must_fail(void)
     return 0;
 }
 
-void *mli_alloc(size_t bytes)
+void *
+mli_alloc(size_t bytes)
 {
     size_t rounded = mli_carve_size(bytes, 1);
     void *p;
@@ -54,7 +56,8 @@ void *mli_alloc(size_t bytes)
     return p;
 }
 
-void mli_free(void *p)
+void
+mli_free(void *p)
 {
     if (p == NULL)
         return;
@@ -62,17 +65,20 @@ void mli_free(void *p)
     free(p);
 }
 
-int64_t mli_mem_live(void)
+int64_t
+mli_mem_live(void)
 {
     return (int64_t)atomic_load(&live);
 }
 
-void mli_mem_fail_after(int64_t n)
+void
+mli_mem_fail_after(int64_t n)
 {
     atomic_store(&fail_after, n > 0 ? n : 0);
 }
 
-size_t mli_size_mul(size_t a, size_t b)
+size_t
+mli_size_mul(size_t a, size_t b)
 {
     size_t c;
     if (a == SIZE_MAX || b == SIZE_MAX || __builtin_mul_overflow(a, b, &c))
@@ -80,7 +86,8 @@ size_t mli_size_mul(size_t a, size_t b)
     return c;
 }
 
-size_t mli_size_add(size_t a, size_t b)
+size_t
+mli_size_add(size_t a, size_t b)
 {
     size_t c;
     if (a == SIZE_MAX || b == SIZE_MAX || __builtin_add_overflow(a, b, &c))
@@ -88,7 +95,8 @@ size_t mli_size_add(size_t a, size_t b)
     return c;
 }
 
-size_t mli_carve_size(size_t n, size_t size)
+size_t
+mli_carve_size(size_t n, size_t size)
 {
     size_t bytes = mli_size_add(mli_size_mul(n, size), ALIGN - 1);
     if (bytes == SIZE_MAX)
@@ -96,7 +104,8 @@ size_t mli_carve_size(size_t n, size_t size)
     return mli_size_add(bytes & ~(ALIGN - 1), MLI_GUARD);
 }
 
-void *mli_carve(char **p, size_t n, size_t size)
+void *
+mli_carve(char **p, size_t n, size_t size)
 {
     char *piece = *p;
     size_t step = mli_carve_size(n, size);

@@ -50,7 +50,8 @@ static _Thread_local int inside; /* this thread is running tasks */
 
 static const outcome_t nothing = {-1, MOLAE_OK, MOLAE_OK};
 
-static void merge(outcome_t *into, const outcome_t *from)
+static void
+merge(outcome_t *into, const outcome_t *from)
 {
     if (from->failed >= 0 && (into->failed < 0 || from->failed < into->failed)) {
         into->failed = from->failed;
@@ -60,7 +61,8 @@ static void merge(outcome_t *into, const outcome_t *from)
         into->warning = from->warning;
 }
 
-static outcome_t work(job_t *job, int32_t worker)
+static outcome_t
+work(job_t *job, int32_t worker)
 {
     outcome_t seen = nothing;
     int nested = inside;
@@ -84,7 +86,8 @@ static outcome_t work(job_t *job, int32_t worker)
     return seen;
 }
 
-static void *worker_main(void *p)
+static void *
+worker_main(void *p)
 {
     int32_t id = (int32_t)(intptr_t)p; /* 1, 2, ... */
     uint64_t seen = 0;
@@ -113,7 +116,8 @@ static void *worker_main(void *p)
 }
 
 /* The child of a fork has none of the threads and maybe held locks: start anew. */
-static void after_fork_in_child(void)
+static void
+after_fork_in_child(void)
 {
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.wake, NULL);
@@ -126,13 +130,15 @@ static void after_fork_in_child(void)
     pool.job = NULL;
 }
 
-static void init_once(void)
+static void
+init_once(void)
 {
     pthread_atfork(NULL, NULL, after_fork_in_child);
 }
 
 /* Starts workers until there are `want`; fewer if the system gives no more. Lock held. */
-static void grow(int32_t want)
+static void
+grow(int32_t want)
 {
     sigset_t all, old;
 
@@ -150,7 +156,8 @@ static void grow(int32_t want)
     pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
-molae_status mli_parallel_for(const molae_ctx *ctx, int64_t n, mli_task task, void *arg)
+molae_status
+mli_parallel_for(const molae_ctx *ctx, int64_t n, mli_task task, void *arg)
 {
     job_t job = {.task = task, .arg = arg, .n = n};
     outcome_t all = nothing, mine;
@@ -192,7 +199,8 @@ molae_status mli_parallel_for(const molae_ctx *ctx, int64_t n, mli_task task, vo
     return all.failed >= 0 ? all.failure : all.warning;
 }
 
-void mli_parallel_shutdown(void)
+void
+mli_parallel_shutdown(void)
 {
     pthread_mutex_lock(&gate);
     pthread_mutex_lock(&pool.lock);
@@ -206,7 +214,8 @@ void mli_parallel_shutdown(void)
     pthread_mutex_unlock(&gate);
 }
 
-int32_t mli_parallel_started(void)
+int32_t
+mli_parallel_started(void)
 {
     int32_t n;
     pthread_mutex_lock(&pool.lock);

@@ -1,6 +1,7 @@
 #include "status.h"
 
-const char *mli_status_text(molae_status status)
+const char *
+mli_status_text(molae_status status)
 {
     switch (status) {
     case MOLAE_OK:

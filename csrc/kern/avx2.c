@@ -5,13 +5,15 @@
 #include <immintrin.h>
 
 /* All ones in the lanes whose exponent is all ones: Inf or NaN. */
-static inline __m256i not_finite(__m256i u)
+static inline __m256i
+not_finite(__m256i u)
 {
     const __m256i mask = _mm256_set1_epi32(0x7F800000);
     return _mm256_cmpeq_epi32(_mm256_and_si256(u, mask), mask);
 }
 
-static int bf16_to_f32__avx2(float *y, const uint16_t *x, int64_t n)
+static int
+bf16_to_f32__avx2(float *y, const uint16_t *x, int64_t n)
 {
     __m256i bad = _mm256_setzero_si256();
     int64_t i = 0;
@@ -25,7 +27,8 @@ static int bf16_to_f32__avx2(float *y, const uint16_t *x, int64_t n)
     return mli_bf16_to_f32__ref(y + i, x + i, n - i) & _mm256_testz_si256(bad, bad);
 }
 
-static int f16_to_f32__avx2(float *y, const uint16_t *x, int64_t n)
+static int
+f16_to_f32__avx2(float *y, const uint16_t *x, int64_t n)
 {
     __m256i bad = _mm256_setzero_si256();
     int64_t i = 0;
@@ -39,7 +42,8 @@ static int f16_to_f32__avx2(float *y, const uint16_t *x, int64_t n)
     return mli_f16_to_f32__ref(y + i, x + i, n - i) & _mm256_testz_si256(bad, bad);
 }
 
-static int f32_check__avx2(float *y, const float *x, int64_t n)
+static int
+f32_check__avx2(float *y, const float *x, int64_t n)
 {
     __m256i bad = _mm256_setzero_si256();
     int64_t i = 0;
@@ -53,7 +57,8 @@ static int f32_check__avx2(float *y, const float *x, int64_t n)
 }
 
 /* Eight floats to bf16 in the low halves of 32-bit lanes. */
-static inline __m256i narrow_bf16(__m256i u)
+static inline __m256i
+narrow_bf16(__m256i u)
 {
     const __m256i low = _mm256_set1_epi32(0x7FFFFFFF), inf = _mm256_set1_epi32(0x7F800000);
     __m256i high = _mm256_srli_epi32(u, 16);
@@ -65,7 +70,8 @@ static inline __m256i narrow_bf16(__m256i u)
     return _mm256_blendv_epi8(rounded, quiet, nan);
 }
 
-static void f32_to_bf16__avx2(uint16_t *y, const float *x, int64_t n)
+static void
+f32_to_bf16__avx2(uint16_t *y, const float *x, int64_t n)
 {
     int64_t i = 0;
 
@@ -78,7 +84,8 @@ static void f32_to_bf16__avx2(uint16_t *y, const float *x, int64_t n)
     mli_f32_to_bf16__ref(y + i, x + i, n - i);
 }
 
-static void f32_to_f16__avx2(uint16_t *y, const float *x, int64_t n)
+static void
+f32_to_f16__avx2(uint16_t *y, const float *x, int64_t n)
 {
     int64_t i = 0;
 
@@ -89,7 +96,8 @@ static void f32_to_f16__avx2(uint16_t *y, const float *x, int64_t n)
     mli_f32_to_f16__ref(y + i, x + i, n - i);
 }
 
-static double f32_sumsq__avx2(const float *x, int64_t n)
+static double
+f32_sumsq__avx2(const float *x, int64_t n)
 {
     __m256d acc[4];
     double s[16];
@@ -107,7 +115,8 @@ static double f32_sumsq__avx2(const float *x, int64_t n)
     return mli_sumsq_finish(s, x + i, n - i);
 }
 
-int mli_kernels_add_avx2(mli_kernels *t)
+int
+mli_kernels_add_avx2(mli_kernels *t)
 {
     t->isa = "avx2";
     t->bf16_to_f32 = bf16_to_f32__avx2;
@@ -121,7 +130,8 @@ int mli_kernels_add_avx2(mli_kernels *t)
 
 #else
 
-int mli_kernels_add_avx2(mli_kernels *t)
+int
+mli_kernels_add_avx2(mli_kernels *t)
 {
     (void)t;
     return 0;

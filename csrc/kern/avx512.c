@@ -5,13 +5,15 @@
 #include <immintrin.h>
 
 /* Lanes whose exponent is all ones: Inf or NaN. */
-static inline __mmask16 not_finite(__m512i u)
+static inline __mmask16
+not_finite(__m512i u)
 {
     const __m512i mask = _mm512_set1_epi32(0x7F800000);
     return _mm512_cmpeq_epi32_mask(_mm512_and_si512(u, mask), mask);
 }
 
-static int bf16_to_f32__avx512(float *y, const uint16_t *x, int64_t n)
+static int
+bf16_to_f32__avx512(float *y, const uint16_t *x, int64_t n)
 {
     __mmask16 bad = 0;
     int64_t i = 0;
@@ -25,7 +27,8 @@ static int bf16_to_f32__avx512(float *y, const uint16_t *x, int64_t n)
     return mli_bf16_to_f32__ref(y + i, x + i, n - i) & (bad == 0);
 }
 
-static int f16_to_f32__avx512(float *y, const uint16_t *x, int64_t n)
+static int
+f16_to_f32__avx512(float *y, const uint16_t *x, int64_t n)
 {
     __mmask16 bad = 0;
     int64_t i = 0;
@@ -39,7 +42,8 @@ static int f16_to_f32__avx512(float *y, const uint16_t *x, int64_t n)
     return mli_f16_to_f32__ref(y + i, x + i, n - i) & (bad == 0);
 }
 
-static int f32_check__avx512(float *y, const float *x, int64_t n)
+static int
+f32_check__avx512(float *y, const float *x, int64_t n)
 {
     __mmask16 bad = 0;
     int64_t i = 0;
@@ -52,7 +56,8 @@ static int f32_check__avx512(float *y, const float *x, int64_t n)
     return mli_f32_check__ref(y + i, x + i, n - i) & (bad == 0);
 }
 
-static void f32_to_bf16__avx512(uint16_t *y, const float *x, int64_t n)
+static void
+f32_to_bf16__avx512(uint16_t *y, const float *x, int64_t n)
 {
     const __m512i low = _mm512_set1_epi32(0x7FFFFFFF), inf = _mm512_set1_epi32(0x7F800000);
     const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7FFF);
@@ -72,7 +77,8 @@ static void f32_to_bf16__avx512(uint16_t *y, const float *x, int64_t n)
     mli_f32_to_bf16__ref(y + i, x + i, n - i);
 }
 
-static void f32_to_f16__avx512(uint16_t *y, const float *x, int64_t n)
+static void
+f32_to_f16__avx512(uint16_t *y, const float *x, int64_t n)
 {
     int64_t i = 0;
 
@@ -83,7 +89,8 @@ static void f32_to_f16__avx512(uint16_t *y, const float *x, int64_t n)
     mli_f32_to_f16__ref(y + i, x + i, n - i);
 }
 
-static double f32_sumsq__avx512(const float *x, int64_t n)
+static double
+f32_sumsq__avx512(const float *x, int64_t n)
 {
     __m512d a = _mm512_setzero_pd(), b = _mm512_setzero_pd();
     double s[16];
@@ -100,7 +107,8 @@ static double f32_sumsq__avx512(const float *x, int64_t n)
     return mli_sumsq_finish(s, x + i, n - i);
 }
 
-int mli_kernels_add_avx512(mli_kernels *t)
+int
+mli_kernels_add_avx512(mli_kernels *t)
 {
     t->isa = "avx512";
     t->bf16_to_f32 = bf16_to_f32__avx512;
@@ -114,7 +122,8 @@ int mli_kernels_add_avx512(mli_kernels *t)
 
 #else
 
-int mli_kernels_add_avx512(mli_kernels *t)
+int
+mli_kernels_add_avx512(mli_kernels *t)
 {
     (void)t;
     return 0;

@@ -3,21 +3,24 @@
 
 #include <string.h>
 
-static inline uint32_t bits_of(float x)
+static inline uint32_t
+bits_of(float x)
 {
     uint32_t u;
     memcpy(&u, &x, sizeof u);
     return u;
 }
 
-static inline float float_of(uint32_t u)
+static inline float
+float_of(uint32_t u)
 {
     float x;
     memcpy(&x, &u, sizeof x);
     return x;
 }
 
-int mli_bf16_to_f32__ref(float *y, const uint16_t *x, int64_t n)
+int
+mli_bf16_to_f32__ref(float *y, const uint16_t *x, int64_t n)
 {
     int finite = 1;
     for (int64_t i = 0; i < n; i++) {
@@ -27,7 +30,8 @@ int mli_bf16_to_f32__ref(float *y, const uint16_t *x, int64_t n)
     return finite;
 }
 
-static inline float widen_f16(uint16_t h)
+static inline float
+widen_f16(uint16_t h)
 {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
     uint32_t exponent = (h >> 10) & 0x1Fu;
@@ -42,7 +46,8 @@ static inline float widen_f16(uint16_t h)
     return float_of(sign | ((exponent + 112u) << 23) | (mantissa << 13));
 }
 
-int mli_f16_to_f32__ref(float *y, const uint16_t *x, int64_t n)
+int
+mli_f16_to_f32__ref(float *y, const uint16_t *x, int64_t n)
 {
     int finite = 1;
     for (int64_t i = 0; i < n; i++) {
@@ -52,7 +57,8 @@ int mli_f16_to_f32__ref(float *y, const uint16_t *x, int64_t n)
     return finite;
 }
 
-int mli_f32_check__ref(float *y, const float *x, int64_t n)
+int
+mli_f32_check__ref(float *y, const float *x, int64_t n)
 {
     int finite = 1;
     for (int64_t i = 0; i < n; i++) {
@@ -63,7 +69,8 @@ int mli_f32_check__ref(float *y, const float *x, int64_t n)
     return finite;
 }
 
-void mli_f32_to_bf16__ref(uint16_t *y, const float *x, int64_t n)
+void
+mli_f32_to_bf16__ref(uint16_t *y, const float *x, int64_t n)
 {
     for (int64_t i = 0; i < n; i++) {
         uint32_t u = bits_of(x[i]);
@@ -74,7 +81,8 @@ void mli_f32_to_bf16__ref(uint16_t *y, const float *x, int64_t n)
     }
 }
 
-static inline uint16_t narrow_f16(float x)
+static inline uint16_t
+narrow_f16(float x)
 {
     uint32_t u = bits_of(x);
     uint32_t sign = (u >> 16) & 0x8000u;
@@ -92,13 +100,15 @@ static inline uint16_t narrow_f16(float x)
     return (uint16_t)(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u));
 }
 
-void mli_f32_to_f16__ref(uint16_t *y, const float *x, int64_t n)
+void
+mli_f32_to_f16__ref(uint16_t *y, const float *x, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)
         y[i] = narrow_f16(x[i]);
 }
 
-static double f32_sumsq__ref(const float *x, int64_t n)
+static double
+f32_sumsq__ref(const float *x, int64_t n)
 {
     double s[16] = {0};
     int64_t i = 0;
@@ -109,7 +119,8 @@ static double f32_sumsq__ref(const float *x, int64_t n)
     return mli_sumsq_finish(s, x + i, n - i);
 }
 
-void mli_kernels_fill_ref(mli_kernels *t)
+void
+mli_kernels_fill_ref(mli_kernels *t)
 {
     t->isa = "ref";
     t->bf16_to_f32 = mli_bf16_to_f32__ref;

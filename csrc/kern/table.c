@@ -10,12 +10,13 @@ enum { REF, AVX2, AVX512, COUNT };
 static const char *const names[COUNT] = {"ref", "avx2", "avx512"};
 
 static mli_kernels tables[COUNT];
-static int usable[COUNT];     /* built, and the CPU has it */
-static atomic_int state;      /* 0 empty, 1 being filled, 2 ready */
-static atomic_uint disabled;  /* one bit an ISA */
+static int usable[COUNT];    /* built, and the CPU has it */
+static atomic_int state;     /* 0 empty, 1 being filled, 2 ready */
+static atomic_uint disabled; /* one bit an ISA */
 static atomic_int chosen = -1;
 
-static void prepare(void)
+static void
+prepare(void)
 {
     int empty = 0;
 
@@ -35,7 +36,8 @@ static void prepare(void)
     }
 }
 
-const mli_kernels *mli_kernels_get(void)
+const mli_kernels *
+mli_kernels_get(void)
 {
     int best = atomic_load(&chosen);
 
@@ -50,7 +52,8 @@ const mli_kernels *mli_kernels_get(void)
     return &tables[best];
 }
 
-const mli_kernels *mli_kernels_named(const char *isa)
+const mli_kernels *
+mli_kernels_named(const char *isa)
 {
     prepare();
     for (int i = 0; i < COUNT; i++)
@@ -59,7 +62,8 @@ const mli_kernels *mli_kernels_named(const char *isa)
     return NULL;
 }
 
-void mli_kernels_disable(const char *isas)
+void
+mli_kernels_disable(const char *isas)
 {
     unsigned off = atomic_load(&disabled);
 

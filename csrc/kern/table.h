@@ -17,7 +17,8 @@ void mli_f32_to_bf16__ref(uint16_t *y, const float *x, int64_t n);
 void mli_f32_to_f16__ref(uint16_t *y, const float *x, int64_t n);
 
 /* Adds the last n < 16 squares to the 16 partial sums and folds them in halves. */
-static inline double mli_sumsq_finish(double s[16], const float *x, int64_t n)
+static inline double
+mli_sumsq_finish(double s[16], const float *x, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)
         s[i] += (double)x[i] * (double)x[i];

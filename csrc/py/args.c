@@ -2,7 +2,8 @@
 
 #include <string.h>
 
-int mli_py_ctx(mli_pystate *st, Py_ssize_t num_threads, molae_ctx *ctx)
+int
+mli_py_ctx(mli_pystate *st, Py_ssize_t num_threads, molae_ctx *ctx)
 {
     if (num_threads < 1 || num_threads > INT32_MAX) {
         PyErr_Format(st->ArgumentError, "num_threads: expected 1 or more, got %zd", num_threads);
@@ -13,7 +14,8 @@ int mli_py_ctx(mli_pystate *st, Py_ssize_t num_threads, molae_ctx *ctx)
 }
 
 /* "(E=64, F=1408, R=128)"; lengths of -1 are shown as the letter alone. */
-static PyObject *shape_text(int ndim, const npy_intp *dims, const char *letters)
+static PyObject *
+shape_text(int ndim, const npy_intp *dims, const char *letters)
 {
     PyObject *text = PyUnicode_FromString("("), *part, *joined;
 
@@ -41,8 +43,9 @@ static PyObject *shape_text(int ndim, const npy_intp *dims, const char *letters)
     return text;
 }
 
-int mli_py_check_shape(mli_pystate *st, const char *name, PyArrayObject *a, int ndim,
-                       const npy_intp *want, const char *letters)
+int
+mli_py_check_shape(mli_pystate *st, const char *name, PyArrayObject *a, int ndim,
+                   const npy_intp *want, const char *letters)
 {
     int good = PyArray_NDIM(a) == ndim, swapped = ndim >= 2 && PyArray_NDIM(a) == ndim;
     const npy_intp *have = PyArray_DIMS(a);
@@ -66,7 +69,8 @@ int mli_py_check_shape(mli_pystate *st, const char *name, PyArrayObject *a, int 
     return -1;
 }
 
-int mli_py_check_layout(mli_pystate *st, const char *name, PyArrayObject *a)
+int
+mli_py_check_layout(mli_pystate *st, const char *name, PyArrayObject *a)
 {
     const char *fault = NULL;
 
@@ -82,7 +86,8 @@ int mli_py_check_layout(mli_pystate *st, const char *name, PyArrayObject *a)
     return -1;
 }
 
-int mli_py_dtype(mli_pystate *st, const char *name, PyArrayObject *a, molae_dtype *dtype)
+int
+mli_py_dtype(mli_pystate *st, const char *name, PyArrayObject *a, molae_dtype *dtype)
 {
     PyArray_Descr *d = PyArray_DESCR(a);
     PyObject *type_name;
@@ -113,8 +118,7 @@ int mli_py_dtype(mli_pystate *st, const char *name, PyArrayObject *a, molae_dtyp
         *dtype = MOLAE_BF16;
         return 0;
     }
-    PyErr_Format(st->ArgumentError,
-                 "%s: expected float32, float64, float16 or bfloat16, got %S", name,
-                 (PyObject *)d);
+    PyErr_Format(st->ArgumentError, "%s: expected float32, float64, float16 or bfloat16, got %S",
+                 name, (PyObject *)d);
     return -1;
 }

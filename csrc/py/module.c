@@ -9,7 +9,8 @@
 
 /* ------------------------------------------------------------ exceptions */
 
-static int set_index(PyObject *exc, const char *name, int64_t value)
+static int
+set_index(PyObject *exc, const char *name, int64_t value)
 {
     PyObject *number;
     int rc;
@@ -25,7 +26,8 @@ static int set_index(PyObject *exc, const char *name, int64_t value)
 }
 
 /* "expert 13 of group 2: eigenvalues did not converge (info 7)" */
-static PyObject *message(molae_status status, const molae_errinfo *err)
+static PyObject *
+message(molae_status status, const molae_errinfo *err)
 {
     const char *what = mli_status_text(status);
     PyObject *where = NULL, *text = NULL;
@@ -54,7 +56,8 @@ static PyObject *message(molae_status status, const molae_errinfo *err)
 }
 
 /* Sets an exception of `type` that carries the indices as attributes. */
-static void raise_numerical(PyObject *type, PyObject *text, const molae_errinfo *err)
+static void
+raise_numerical(PyObject *type, PyObject *text, const molae_errinfo *err)
 {
     PyObject *exc = PyObject_CallOneArg(type, text);
 
@@ -67,7 +70,8 @@ static void raise_numerical(PyObject *type, PyObject *text, const molae_errinfo 
     Py_DECREF(exc);
 }
 
-int mli_py_raise(mli_pystate *st, molae_status status, const molae_errinfo *err)
+int
+mli_py_raise(mli_pystate *st, molae_status status, const molae_errinfo *err)
 {
     PyObject *text, *category;
     int rc = 0;
@@ -108,8 +112,8 @@ int mli_py_raise(mli_pystate *st, molae_status status, const molae_errinfo *err)
 }
 
 /* Makes an exception class in molae.errors with one or two bases and adds it to the module. */
-static PyObject *new_class(PyObject *mod, const char *name, const char *doc, PyObject *base,
-                           PyObject *other)
+static PyObject *
+new_class(PyObject *mod, const char *name, const char *doc, PyObject *base, PyObject *other)
 {
     PyObject *bases = NULL, *cls = NULL, *full = NULL;
 
@@ -125,7 +129,8 @@ static PyObject *new_class(PyObject *mod, const char *name, const char *doc, PyO
 }
 
 /* Classes that carry indices have them as class attributes too, None where nothing is known. */
-static int default_indices(PyObject *cls)
+static int
+default_indices(PyObject *cls)
 {
     return PyObject_SetAttrString(cls, "expert", Py_None) < 0 ||
                    PyObject_SetAttrString(cls, "group", Py_None) < 0 ||
@@ -134,7 +139,8 @@ static int default_indices(PyObject *cls)
                : 0;
 }
 
-static int add_classes(PyObject *mod, mli_pystate *st)
+static int
+add_classes(PyObject *mod, mli_pystate *st)
 {
     st->MolaeError = new_class(mod, "MolaeError", "Base of molae's errors.", PyExc_Exception, NULL);
     if (st->MolaeError == NULL)
@@ -164,7 +170,8 @@ static int add_classes(PyObject *mod, mli_pystate *st)
 
 /* ----------------------------------------------------------------- module */
 
-static int core_exec(PyObject *mod)
+static int
+core_exec(PyObject *mod)
 {
     static atomic_int loaded;
     mli_pystate *st = PyModule_GetState(mod);
@@ -187,7 +194,8 @@ static int core_exec(PyObject *mod)
     return 0;
 }
 
-static int core_traverse(PyObject *mod, visitproc visit, void *arg)
+static int
+core_traverse(PyObject *mod, visitproc visit, void *arg)
 {
     mli_pystate *st = PyModule_GetState(mod);
 
@@ -201,7 +209,8 @@ static int core_traverse(PyObject *mod, visitproc visit, void *arg)
     return 0;
 }
 
-static int core_clear(PyObject *mod)
+static int
+core_clear(PyObject *mod)
 {
     mli_pystate *st = PyModule_GetState(mod);
 
@@ -215,7 +224,8 @@ static int core_clear(PyObject *mod)
     return 0;
 }
 
-static void core_free(void *mod)
+static void
+core_free(void *mod)
 {
     (void)core_clear((PyObject *)mod);
 }
@@ -243,7 +253,8 @@ static struct PyModuleDef core_def = {
 
 PyMODINIT_FUNC PyInit__core(void);
 
-PyMODINIT_FUNC PyInit__core(void)
+PyMODINIT_FUNC
+PyInit__core(void)
 {
     return PyModuleDef_Init(&core_def);
 }

@@ -25,7 +25,8 @@
 static const char *const isa_names[] = {"ref", "avx2", "avx512"};
 
 /* Names of the tables that the build has and this CPU runs. */
-static PyObject *isas_usable(void)
+static PyObject *
+isas_usable(void)
 {
     PyObject *list = PyList_New(0);
 
@@ -41,33 +42,36 @@ static PyObject *isas_usable(void)
     return list;
 }
 
-static PyObject *py_build_info(PyObject *mod, PyObject *unused)
+static PyObject *
+py_build_info(PyObject *mod, PyObject *unused)
 {
     PyObject *isas = isas_usable(), *info = NULL;
 
     (void)mod;
     (void)unused;
     if (isas != NULL)
-        info = Py_BuildValue(
-            "{s:s, s:s, s:s, s:s, s:O, s:{s:s, s:s, s:s, s:O, s:N, s:i}, s:i}",
-            "version", MLI_VERSION, "compiler", COMPILER, "flags", MLI_BUILD_FLAGS, "isa",
-            mli_kernels_get()->isa, "isas", isas, "blas", "config", mli_blas_config(), "core",
-            mli_blas_core(), "prefix", mli_blas_prefix(), "vendored",
-            mli_blas_vendored() ? Py_True : Py_False, "path",
-            PyUnicode_DecodeFSDefault(mli_blas_path()), "threads", mli_blas_get_num_threads(),
-            "pool_threads", (int)mli_parallel_started());
+        info =
+            Py_BuildValue("{s:s, s:s, s:s, s:s, s:O, s:{s:s, s:s, s:s, s:O, s:N, s:i}, s:i}",
+                          "version", MLI_VERSION, "compiler", COMPILER, "flags", MLI_BUILD_FLAGS,
+                          "isa", mli_kernels_get()->isa, "isas", isas, "blas", "config",
+                          mli_blas_config(), "core", mli_blas_core(), "prefix", mli_blas_prefix(),
+                          "vendored", mli_blas_vendored() ? Py_True : Py_False, "path",
+                          PyUnicode_DecodeFSDefault(mli_blas_path()), "threads",
+                          mli_blas_get_num_threads(), "pool_threads", (int)mli_parallel_started());
     Py_XDECREF(isas);
     return info;
 }
 
-static PyObject *py_mem_live(PyObject *mod, PyObject *unused)
+static PyObject *
+py_mem_live(PyObject *mod, PyObject *unused)
 {
     (void)mod;
     (void)unused;
     return PyLong_FromLongLong((long long)mli_mem_live());
 }
 
-static PyObject *py_mem_fail_after(PyObject *mod, PyObject *arg)
+static PyObject *
+py_mem_fail_after(PyObject *mod, PyObject *arg)
 {
     long long n = PyLong_AsLongLong(arg);
 
@@ -78,7 +82,8 @@ static PyObject *py_mem_fail_after(PyObject *mod, PyObject *arg)
     Py_RETURN_NONE;
 }
 
-static PyObject *py_disable_isa(PyObject *mod, PyObject *arg)
+static PyObject *
+py_disable_isa(PyObject *mod, PyObject *arg)
 {
     const char *text = PyUnicode_AsUTF8(arg);
 
@@ -102,7 +107,8 @@ static const struct {
     {"f32_to_f16", NPY_FLOAT, NPY_UINT16},  {"f32_sumsq", NPY_FLOAT, NPY_DOUBLE},
 };
 
-static PyObject *py_kernel(PyObject *mod, PyObject *args)
+static PyObject *
+py_kernel(PyObject *mod, PyObject *args)
 {
     mli_pystate *st = PyModule_GetState(mod);
     const char *name, *isa;
@@ -170,7 +176,8 @@ typedef struct {
     int64_t *worker;       /* who ran it */
 } probe_arg;
 
-static molae_status probe_task(void *p, int64_t index, int32_t worker)
+static molae_status
+probe_task(void *p, int64_t index, int32_t worker)
 {
     probe_arg *arg = p;
 
@@ -178,7 +185,8 @@ static molae_status probe_task(void *p, int64_t index, int32_t worker)
     return (molae_status)arg->status[index];
 }
 
-static PyObject *py_parallel_probe(PyObject *mod, PyObject *args, PyObject *kw)
+static PyObject *
+py_parallel_probe(PyObject *mod, PyObject *args, PyObject *kw)
 {
     static char *names[] = {"status", "num_threads", NULL};
     mli_pystate *st = PyModule_GetState(mod);
@@ -215,7 +223,8 @@ done:
     return ret;
 }
 
-static PyObject *py_raise_probe(PyObject *mod, PyObject *args)
+static PyObject *
+py_raise_probe(PyObject *mod, PyObject *args)
 {
     mli_pystate *st = PyModule_GetState(mod);
     long long expert, group, info;
@@ -231,7 +240,8 @@ static PyObject *py_raise_probe(PyObject *mod, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static PyObject *py_gemm(PyObject *mod, PyObject *args)
+static PyObject *
+py_gemm(PyObject *mod, PyObject *args)
 {
     mli_pystate *st = PyModule_GetState(mod);
     PyArrayObject *a = NULL, *b = NULL, *c = NULL;
@@ -281,8 +291,7 @@ PyMethodDef mli_py_info_methods[] = {
      "disable_isa($module, names, /)\n--\n\nInstruction sets not to use, before the first use."},
     {"kernel", py_kernel, METH_VARARGS,
      "kernel($module, name, isa, array, /)\n--\n\nTest hook: runs one kernel on a 1-D array."},
-    {"parallel_probe", (PyCFunction)(void (*)(void))py_parallel_probe,
-     METH_VARARGS | METH_KEYWORDS,
+    {"parallel_probe", (PyCFunction)(void (*)(void))py_parallel_probe, METH_VARARGS | METH_KEYWORDS,
      "parallel_probe($module, status, num_threads)\n--\n\n"
      "Test hook: a parallel loop whose task i returns status[i]."},
     {"raise_probe", py_raise_probe, METH_VARARGS,

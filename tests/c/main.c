@@ -5,7 +5,8 @@
 
 long test_checks, test_failures;
 
-int main(void)
+int
+main(void)
 {
     test_mem();
     test_par();

@@ -7,17 +7,18 @@
 
 extern long test_checks, test_failures;
 
-#define CHECK(cond)                                                                               \
-    do {                                                                                          \
-        test_checks++;                                                                            \
-        if (!(cond)) {                                                                            \
-            test_failures++;                                                                      \
-            fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #cond);                    \
-        }                                                                                         \
+#define CHECK(cond)                                                            \
+    do {                                                                       \
+        test_checks++;                                                         \
+        if (!(cond)) {                                                         \
+            test_failures++;                                                   \
+            fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #cond); \
+        }                                                                      \
     } while (0)
 
 /* Uniform in -1..1, the same sequence for the same seed everywhere. */
-static inline double test_random(uint64_t *seed)
+static inline double
+test_random(uint64_t *seed)
 {
     *seed = *seed * 6364136223846793005u + 1442695040888963407u;
     return (double)(int64_t)(*seed >> 11) * 0x1p-52 - 1.0;

@@ -22,7 +22,8 @@
 #undef SFX
 #undef EPS
 
-static void library(void)
+static void
+library(void)
 {
     CHECK(strstr(mli_blas_config(), "OpenBLAS") != NULL);
     CHECK(mli_blas_core()[0] != '\0');
@@ -30,7 +31,8 @@ static void library(void)
     CHECK((mli_blas_prefix()[0] != '\0') == mli_blas_vendored());
 }
 
-static void thread_counts(void)
+static void
+thread_counts(void)
 {
     mli_blas_set_num_threads(2);
     mli_blas_enter();
@@ -43,7 +45,8 @@ static void thread_counts(void)
     mli_blas_set_num_threads(1);
 }
 
-void test_blas(void)
+void
+test_blas(void)
 {
     library();
     thread_counts();

@@ -1,18 +1,21 @@
 /* For one precision; sums are checked against loops in double. */
 #include "../../csrc/base/real.h"
 
-static void FN(fill)(REAL *a, int64_t n, uint64_t seed)
+static void
+FN(fill)(REAL *a, int64_t n, uint64_t seed)
 {
     for (int64_t i = 0; i < n; i++)
         a[i] = (REAL)test_random(&seed);
 }
 
-static int FN(near)(double a, double b, double scale)
+static int
+FN(near)(double a, double b, double scale)
 {
     return fabs(a - b) <= 32 * EPS * scale;
 }
 
-static void FN(products)(void)
+static void
+FN(products)(void)
 {
     enum { M = 5, N = 7, K = 3 };
     REAL A[M * K], At[K * M], B[K * N], Bt[N * K], C[M * N], S[M * M];
@@ -61,7 +64,8 @@ static void FN(products)(void)
         CHECK((double)C[i] == 0.0);
 }
 
-static void FN(solves)(void)
+static void
+FN(solves)(void)
 {
     enum { M = 6, N = 4 };
     REAL T[M * M], X[M * N], B[M * N];
@@ -88,7 +92,8 @@ static void FN(solves)(void)
     }
 }
 
-static void FN(cholesky)(void)
+static void
+FN(cholesky)(void)
 {
     enum { N = 5 };
     REAL A[N * N], B[N * N];
@@ -117,7 +122,8 @@ static void FN(cholesky)(void)
     CHECK(FN(mli_potrf)(N, A, N, &info) == MOLAE_E_LAPACK && info == 2);
 }
 
-static void FN(eigen)(int64_t n)
+static void
+FN(eigen)(int64_t n)
 {
     REAL *A = mli_alloc((size_t)(n * n + 1) * sizeof(REAL));
     REAL *V = mli_alloc((size_t)(n * n + 1) * sizeof(REAL));
@@ -165,7 +171,8 @@ static void FN(eigen)(int64_t n)
     mli_free(work);
 }
 
-static void FN(pivoted_qr)(void)
+static void
+FN(pivoted_qr)(void)
 {
     enum { M = 6, N = 4 }; /* column-major */
     REAL A[M * N], Q[M * N], tau[N];
@@ -195,7 +202,8 @@ static void FN(pivoted_qr)(void)
     mli_free(work);
 }
 
-static void FN(lq)(void)
+static void
+FN(lq)(void)
 {
     enum { M = 3, N = 8 }; /* column-major */
     REAL A[M * N], L[M * N], tau[M];
@@ -218,7 +226,8 @@ static void FN(lq)(void)
     mli_free(work);
 }
 
-static void FN(svd)(int64_t m, int64_t n)
+static void
+FN(svd)(int64_t m, int64_t n)
 {
     int64_t k = m < n ? m : n, info = -1;
     size_t bytes = FN(mli_gesdd_work)(m, n);
@@ -252,7 +261,8 @@ static void FN(svd)(int64_t m, int64_t n)
     mli_free(work);
 }
 
-static void FN(refusals)(void)
+static void
+FN(refusals)(void)
 {
     const int64_t big = (int64_t)INT32_MAX + 1;
     REAL a[4] = {0}, c[4] = {0};
@@ -280,7 +290,8 @@ static void FN(refusals)(void)
     CHECK(FN(mli_gesdd)(0, 4, a, 1, c, a, 1, c, 0, &info) == MOLAE_OK);
 }
 
-static void FN(routines)(void)
+static void
+FN(routines)(void)
 {
     const int64_t sizes[] = {0, 1, 2, 17, 40};
 

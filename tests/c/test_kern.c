@@ -9,14 +9,16 @@
 static const int64_t sizes[] = {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 61, 257};
 static const char *const isas[] = {"ref", "avx2", "avx512"};
 
-static uint32_t bits(float x)
+static uint32_t
+bits(float x)
 {
     uint32_t u;
     memcpy(&u, &x, sizeof u);
     return u;
 }
 
-static float from_bits(uint32_t u)
+static float
+from_bits(uint32_t u)
 {
     float x;
     memcpy(&x, &u, sizeof x);
@@ -24,7 +26,8 @@ static float from_bits(uint32_t u)
 }
 
 /* Every 16-bit pattern through both wideners, in pieces of 37 so that tails are met. */
-static void widen(const mli_kernels *t, const mli_kernels *ref)
+static void
+widen(const mli_kernels *t, const mli_kernels *ref)
 {
     static uint16_t x[65536];
     static float y[65536], z[65536];
@@ -44,7 +47,8 @@ static void widen(const mli_kernels *t, const mli_kernels *ref)
 }
 
 /* Floats around every rounding boundary of both 16-bit types, and what was widened back. */
-static void narrow(const mli_kernels *t, const mli_kernels *ref)
+static void
+narrow(const mli_kernels *t, const mli_kernels *ref)
 {
     enum { N = 65536 * 3 };
     float *x = mli_alloc(N * sizeof *x);
@@ -81,7 +85,8 @@ static void narrow(const mli_kernels *t, const mli_kernels *ref)
     mli_free(z);
 }
 
-static void check_and_sum(const mli_kernels *t, const mli_kernels *ref)
+static void
+check_and_sum(const mli_kernels *t, const mli_kernels *ref)
 {
     float x[257], y[257];
     uint64_t seed = 11;
@@ -108,7 +113,8 @@ static void check_and_sum(const mli_kernels *t, const mli_kernels *ref)
     }
 }
 
-static void by_hand(const mli_kernels *t)
+static void
+by_hand(const mli_kernels *t)
 {
     const float x[] = {1.0f, -2.5f, 65504.0f, 65520.0f, 0x1p-24f, 0x1p-25f, 0x1.8p-25f, -0.0f};
     const uint16_t f16[] = {0x3C00, 0xC100, 0x7BFF, 0x7C00, 0x0001, 0x0000, 0x0001, 0x8000};
@@ -122,7 +128,8 @@ static void by_hand(const mli_kernels *t)
     CHECK(memcmp(y, bf16, sizeof bf16) == 0);
 }
 
-void test_kern(void)
+void
+test_kern(void)
 {
     const mli_kernels *ref = mli_kernels_named("ref");
     int found = 0;

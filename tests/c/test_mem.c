@@ -4,7 +4,8 @@
 
 #include <string.h>
 
-static void sizes(void)
+static void
+sizes(void)
 {
     CHECK(mli_size_mul(3, 5) == 15);
     CHECK(mli_size_mul(SIZE_MAX / 2, 3) == SIZE_MAX);
@@ -16,11 +17,13 @@ static void sizes(void)
     CHECK(mli_carve_size(1, 1) == mli_carve_size(64, 1));
     CHECK(mli_carve_size(65, 1) > mli_carve_size(64, 1));
     CHECK(mli_carve_size(SIZE_MAX, 1) == SIZE_MAX);
-    CHECK(mli_carve_size(SIZE_MAX - 70, 1) == SIZE_MAX || mli_carve_size(SIZE_MAX - 70, 1) % 64 == 0);
+    CHECK(mli_carve_size(SIZE_MAX - 70, 1) == SIZE_MAX ||
+          mli_carve_size(SIZE_MAX - 70, 1) % 64 == 0);
     CHECK(mli_carve_size(SIZE_MAX / 4, 8) == SIZE_MAX);
 }
 
-static void blocks(void)
+static void
+blocks(void)
 {
     int64_t before = mli_mem_live();
     void *p = mli_alloc(0), *q = mli_alloc(100);
@@ -38,7 +41,8 @@ static void blocks(void)
     CHECK(mli_mem_live() == before);
 }
 
-static void failing(void)
+static void
+failing(void)
 {
     void *p, *q;
 
@@ -59,9 +63,11 @@ static void failing(void)
     mli_free(p);
 }
 
-static void carving(void)
+static void
+carving(void)
 {
-    size_t total = mli_size_add(mli_carve_size(3, sizeof(float)), mli_carve_size(5, sizeof(double)));
+    size_t total =
+        mli_size_add(mli_carve_size(3, sizeof(float)), mli_carve_size(5, sizeof(double)));
     char *block = mli_alloc(total), *p = block;
     float *a = mli_carve(&p, 3, sizeof(float));
     double *b = mli_carve(&p, 5, sizeof(double));
@@ -81,7 +87,8 @@ static void carving(void)
     mli_free(block);
 }
 
-void test_mem(void)
+void
+test_mem(void)
 {
     sizes();
     blocks();

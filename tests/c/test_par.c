@@ -21,7 +21,8 @@ typedef struct {
     int64_t warn;
 } seen_t;
 
-static molae_status count(void *p, int64_t i, int32_t worker)
+static molae_status
+count(void *p, int64_t i, int32_t worker)
 {
     seen_t *s = p;
 
@@ -35,7 +36,8 @@ static molae_status count(void *p, int64_t i, int32_t worker)
     return i == s->warn ? MOLAE_W_PRECISION : (i % 7 == 0 ? MOLAE_W_NOT_CONVERGED : MOLAE_OK);
 }
 
-static molae_status go(seen_t *s, int32_t threads, int64_t n)
+static molae_status
+go(seen_t *s, int32_t threads, int64_t n)
 {
     molae_ctx ctx = {threads};
 
@@ -45,7 +47,8 @@ static molae_status go(seen_t *s, int32_t threads, int64_t n)
     return mli_parallel_for(&ctx, n, count, s);
 }
 
-static int each_once(const seen_t *s, int64_t n)
+static int
+each_once(const seen_t *s, int64_t n)
 {
     for (int64_t i = 0; i < N; i++)
         if (atomic_load(&s->runs[i]) != (i < n ? 1 : 0))
@@ -53,7 +56,8 @@ static int each_once(const seen_t *s, int64_t n)
     return !atomic_load(&s->bad_worker);
 }
 
-static void loops(void)
+static void
+loops(void)
 {
     static seen_t s = {.fail_a = -1, .fail_b = -1, .warn = -1};
     const int32_t threads[] = {1, 2, 3, 8, 5, 2, 1000};
@@ -69,7 +73,8 @@ static void loops(void)
     CHECK(go(&s, 4, N) == MOLAE_W_PRECISION); /* the largest warning */
 }
 
-static void failures(void)
+static void
+failures(void)
 {
     static seen_t s = {.warn = -1};
 
@@ -92,7 +97,8 @@ typedef struct {
     atomic_int wrong;
 } nest_t;
 
-static molae_status nested(void *p, int64_t i, int32_t worker)
+static molae_status
+nested(void *p, int64_t i, int32_t worker)
 {
     nest_t *s = p;
 
@@ -103,7 +109,8 @@ static molae_status nested(void *p, int64_t i, int32_t worker)
     return MOLAE_OK;
 }
 
-static void nesting(void)
+static void
+nesting(void)
 {
     static nest_t s;
     molae_ctx ctx = {2};
@@ -112,7 +119,8 @@ static void nesting(void)
     CHECK(!atomic_load(&s.wrong));
 }
 
-static void *caller(void *p)
+static void *
+caller(void *p)
 {
     atomic_int *wrong = p;
     static _Thread_local seen_t s = {.fail_a = -1, .fail_b = -1, .warn = -1};
@@ -123,7 +131,8 @@ static void *caller(void *p)
     return NULL;
 }
 
-static void several_callers(void)
+static void
+several_callers(void)
 {
     atomic_int wrong = 0;
     pthread_t t[4];
@@ -135,7 +144,8 @@ static void several_callers(void)
     CHECK(!atomic_load(&wrong));
 }
 
-static void forking(void)
+static void
+forking(void)
 {
     static seen_t s = {.fail_a = -1, .fail_b = -1, .warn = -1};
     int status = -1;
@@ -158,7 +168,8 @@ static void forking(void)
     CHECK(each_once(&s, N));
 }
 
-static void stopping(void)
+static void
+stopping(void)
 {
     static seen_t s = {.fail_a = -1, .fail_b = -1, .warn = -1};
 
@@ -170,7 +181,8 @@ static void stopping(void)
     mli_parallel_shutdown();
 }
 
-void test_par(void)
+void
+test_par(void)
 {
     loops();
     failures();
