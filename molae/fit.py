@@ -492,7 +492,7 @@ def common_kernel_dim(singular_values: npt.ArrayLike, D: int, *, tol: float = 1e
 
 def _contiguous(a: Array) -> Array:
     """`a` itself where C can read it as it is, else a copy."""
-    if a.dtype in DTYPES and not a.dtype.isnative:
+    if not a.dtype.isnative:
         a = a.astype(a.dtype.newbyteorder("="))
     return np.require(a, requirements=["C", "A"])
 

@@ -314,15 +314,15 @@ FN(shared_factor)(FN(job) * job, FN(group) * q, int64_t g)
     q->what = "eigenvalues of the Gram matrix did not converge";
     MLI_TRY(FN(basis)(job, q, job->out->spectrum + g * D));
     job->out->used_svd[g] = rc == MOLAE_W_PRECISION;
+    if (job->rank != NULL && job->form == MOLAE_FORM_GAUGE)
+        for (int64_t j = 0; j < D; j++)
+            job->out->perm[g][j] = (int32_t)j;
     if (R == 0)
         goto done;
     if (R == D) {
         memset(q->B, 0, (size_t)R * (size_t)D * sizeof(REAL));
-        for (int64_t j = 0; j < D; j++) {
+        for (int64_t j = 0; j < D; j++)
             q->B[j * D + j] = 1;
-            if (job->form == MOLAE_FORM_GAUGE)
-                job->out->perm[g][j] = (int32_t)j;
-        }
         if (job->form == MOLAE_FORM_PLAIN)
             (void)FN(mli_round)(job->out->shared[g], t, q->B, R * D);
         goto done; /* A_i = X_i */

@@ -1,0 +1,1 @@
+"""References in float64 NumPy: the plain mathematics, nothing of molae."""
