@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -109,7 +109,7 @@ class Model:
         F, D = self.letters["F"], self.letters["D"]
         return (D, F) if kind == "down_proj" else (F, D)
 
-    def side(self, kind: str) -> str:
+    def side(self, kind: str) -> Literal["input", "output"]:
         """The side on which a type's experts can share a factor: ``"input"`` or ``"output"``."""
         self._tensor(kind)
         return "output" if kind == "down_proj" else "input"

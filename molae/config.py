@@ -1,0 +1,155 @@
+"""Settings, as frozen dataclasses that go to JSON and come back.
+
+Each field says what it means once, in ``metadata["help"]``; the docstring of
+the class and the help of the command are built from that text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from molae.errors import ArgumentError
+
+__all__ = ["TYPES", "ConvertConfig", "field_help"]
+
+#: The matrices of one expert, in the order in which they are worked on.
+TYPES = ("gate_proj", "up_proj", "down_proj")
+
+#: Raised by one when an old settings file can no longer be read.
+SETTINGS_VERSION = 1
+
+
+def field_help(config: type, name: str) -> str:
+    """The help text of one field of a settings class."""
+    for entry in dataclasses.fields(config):
+        if entry.name == name:
+            return str(entry.metadata["help"])
+    raise AttributeError(f"{config.__name__} has no field {name!r}")
+
+
+def _document(config: type) -> type:
+    """Append the fields and their help texts to the class's docstring."""
+    lines = [(config.__doc__ or "").rstrip(), "", "    Parameters", "    ----------"]
+    for entry in dataclasses.fields(config):
+        lines += [f"    {entry.name} : {entry.type}, default {entry.default!r}"]
+        lines += [f"        {entry.metadata['help']}"]
+    config.__doc__ = "\n".join(lines) + "\n"
+    return config
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@_document
+@dataclass(frozen=True)
+class ConvertConfig:
+    """How a checkpoint is converted. A wrong value is refused with the value shown."""
+
+    method: str = field(
+        default="latent",
+        metadata={"help": "Name of the method: 'latent' (molae's own) or 'molae' (the paper's)."},
+    )
+    size: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the experts' numbers to keep, above 0 and at most 1. "
+            "None means 0.75, or whatever `rank` and `group_size` give when both are set."
+        },
+    )
+    group_size: int | str | Mapping[str, int] = field(
+        default="auto",
+        metadata={
+            "help": "Experts that share one factor: a number, one number a type "
+            "({'gate_proj': 8, 'down_proj': 4}; types left out are 'auto'), or 'auto'."
+        },
+    )
+    rank: int | None = field(
+        default=None,
+        metadata={"help": "Latent rank, method 'molae' only. None means min(F, D)."},
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise ArgumentError(f"method: expected a name, got {self.method!r}")
+        if self.size is not None:
+            if isinstance(self.size, bool) or not isinstance(self.size, (int, float)):
+                raise ArgumentError(f"size: expected a number, got {self.size!r}")
+            if not (math.isfinite(self.size) and 0 < self.size <= 1):
+                raise ArgumentError(
+                    f"size: expected a share above 0 and at most 1, got {self.size!r}"
+                )
+            object.__setattr__(self, "size", float(self.size))
+        if self.rank is not None and not (_is_int(self.rank) and self.rank >= 1):
+            raise ArgumentError(f"rank: expected a whole number of at least 1, got {self.rank!r}")
+        object.__setattr__(self, "group_size", _check_group_size(self.group_size))
+
+    @property
+    def target_size(self) -> float | None:
+        """The size to reach: as given, 0.75, or None where rank and group size decide."""
+        if self.size is None and not (
+            self.rank and self.group_size_of("gate_proj") and self.group_size_of("up_proj")
+        ):
+            return 0.75
+        return self.size
+
+    def group_size_of(self, kind: str) -> int | None:
+        """Group size asked for one matrix type; None means that it is chosen."""
+        if isinstance(self.group_size, Mapping):
+            return self.group_size.get(kind)
+        return None if isinstance(self.group_size, str) else self.group_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, with a version stamp."""
+        out: dict[str, Any] = {"settings_version": SETTINGS_VERSION}
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            out[entry.name] = dict(value) if isinstance(value, Mapping) else value
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ConvertConfig:
+        """The settings written by `to_dict`.
+
+        Raises
+        ------
+        ArgumentError
+            An unknown key, a version that this molae cannot read, or a bad value.
+        """
+        data = dict(data)
+        version = data.pop("settings_version", SETTINGS_VERSION)
+        if version != SETTINGS_VERSION:
+            raise ArgumentError(
+                f"settings_version: this molae reads version {SETTINGS_VERSION}, got {version!r}"
+            )
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise ArgumentError(f"unknown settings {unknown}; known are {known}")
+        return cls(**data)
+
+
+def _check_group_size(value: Any) -> int | str | dict[str, int]:
+    if value == "auto" and isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        sizes: dict[str, int] = {}
+        for name, size in value.items():
+            kind = name if name in TYPES else f"{name}_proj"
+            if kind not in TYPES:
+                raise ArgumentError(f"group_size: unknown matrix type {name!r}; known are {TYPES}")
+            if not (_is_int(size) and size >= 1):
+                raise ArgumentError(
+                    f"group_size: expected a whole number of at least 1 for {name}, got {size!r}"
+                )
+            sizes[kind] = size
+        return {kind: sizes[kind] for kind in TYPES if kind in sizes} or "auto"
+    if _is_int(value) and value >= 1:
+        return int(value)
+    raise ArgumentError(
+        f"group_size: expected 'auto', a whole number of at least 1 or a mapping, got {value!r}"
+    )

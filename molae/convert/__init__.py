@@ -1,0 +1,140 @@
+"""Conversion of checkpoints: plan, layer jobs, writer, report.
+
+The package can be called: ``molae.convert(src, dst, config)`` is `convert.convert`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+from molae.config import ConvertConfig
+from molae.convert.conversion import Conversion
+from molae.convert.execute import Watcher, execute
+from molae.convert.inspection import Inspection, inspect
+from molae.convert.materialization import Materialization
+from molae.convert.methods import METHODS
+from molae.convert.planning import Plan
+from molae.convert.report import Report, TypeRow
+from molae.io import open_checkpoint
+
+__all__ = [
+    "METHODS",
+    "Inspection",
+    "Plan",
+    "Report",
+    "TypeRow",
+    "Watcher",
+    "convert",
+    "inspect",
+    "materialize",
+    "plan",
+    "plan_materialize",
+]
+
+Source = str | os.PathLike[str]
+
+
+def convert(
+    src: Source,
+    dst: str | os.PathLike[str],
+    config: ConvertConfig | None = None,
+    *,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+) -> Report:
+    """Make a smaller checkpoint from a mixture-of-experts checkpoint.
+
+    Parameters
+    ----------
+    src : str or path
+        Folder of the checkpoint, or a hub id ``org/name``.
+    dst : str or path
+        Folder of the result; made, or empty, or left by an interrupted run of the same kind.
+    config : ConvertConfig, optional
+        Settings; by default method 'latent' at size 0.75.
+    overwrite : bool
+        Replace a finished result, or start an unfinished run anew.
+    watcher : Watcher, optional
+        Is told the plan and the progress.
+
+    Returns
+    -------
+    Report
+        Also written to ``dst/molae-report.json``.
+
+    Raises
+    ------
+    CheckpointError, UnknownFamilyError
+        The source is damaged, or not a checkpoint that molae knows.
+    ArgumentError
+        A setting does not fit the model, or the size cannot be reached.
+    NonFiniteError
+        NaN or infinity in a weight; the message names tensor, layer and expert.
+    DestinationError
+        The destination cannot be used; the message says why and what to do.
+
+    Notes
+    -----
+    Interrupted at any moment, even by a kill, the same call goes on where it stopped, and the
+    result has the same bytes (but for times in the report). Memory is bounded by the largest
+    matrix type of one layer, not by the checkpoint; results do not depend on the number of
+    threads.
+
+    Examples
+    --------
+    >>> import tempfile, molae, molae.demo
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = molae.convert(molae.demo.CHECKPOINT, folder, molae.ConvertConfig(size=0.6))
+    >>> report.plan["size_reached"] <= 0.6
+    True
+    """
+    with open_checkpoint(src) as checkpoint:
+        conversion = Conversion(os.fspath(src), checkpoint, config or ConvertConfig())
+        return execute(conversion, Path(dst), overwrite=overwrite, watcher=watcher)
+
+
+def plan(src: Source, config: ConvertConfig | None = None) -> Plan:
+    """What `convert` would do, without writing anything.
+
+    Parameters, errors: as `convert`.
+    """
+    with open_checkpoint(src) as checkpoint:
+        return Conversion(os.fspath(src), checkpoint, config or ConvertConfig()).plan(timed=True)
+
+
+def materialize(
+    src: Source,
+    dst: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+) -> Report:
+    """Multiply the factors of a converted checkpoint out to an ordinary one.
+
+    The result has the original's full size, names and layout; stock Transformers, vLLM and
+    llama.cpp load it. Parameters and errors as in `convert`; it resumes in the same way.
+    """
+    with open_checkpoint(src) as checkpoint:
+        task = Materialization(os.fspath(src), checkpoint)
+        return execute(task, Path(dst), overwrite=overwrite, watcher=watcher)
+
+
+def plan_materialize(src: Source) -> Plan:
+    """What `materialize` would do, without writing anything."""
+    with open_checkpoint(src) as checkpoint:
+        return Materialization(os.fspath(src), checkpoint).plan(timed=True)
+
+
+class _Callable(types.ModuleType):
+    """This package is also the function `molae.convert`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Report:
+        return convert(*args, **kwargs)
+
+
+_Callable.__call__.__doc__ = convert.__doc__
+sys.modules[__name__].__class__ = _Callable

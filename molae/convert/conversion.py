@@ -1,0 +1,170 @@
+"""An ordinary checkpoint on its way to molae's form."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from molae import __version__
+from molae.arch import Model, describe
+from molae.config import ConvertConfig
+from molae.convert.allocation import Allocation, complete_fused, split_numbers
+from molae.convert.card import convert_card
+from molae.convert.estimate import fit_seconds, memory_bytes
+from molae.convert.jsontext import json_text
+from molae.convert.methods import find_method
+from molae.convert.pipeline import Data
+from molae.convert.planning import Plan, storage, summarize
+from molae.convert.probe import Probe
+from molae.convert.report import TypeRow
+from molae.convert.shards import Job, convert_shards
+from molae.errors import NonFiniteError
+from molae.factored import Factored, group_tensors
+from molae.io import DTYPES, Checkpoint
+
+__all__ = ["Conversion"]
+
+
+class Conversion:
+    """The work of `molae.convert`: what each job computes and what the folder says of it.
+
+    Making one opens nothing and writes nothing; it decides groups and ranks.
+    """
+
+    kind = "convert"
+
+    def __init__(self, source: str, checkpoint: Checkpoint, config: ConvertConfig) -> None:
+        self.source_name = source
+        self.checkpoint = checkpoint
+        self.config = config
+        self.method = find_method(config.method)
+        self.model: Model = describe(checkpoint)
+        probe = Probe(checkpoint, self.model)
+        self.allocation: Allocation = complete_fused(
+            self.method.allocate(self.model, config, probe), self.model
+        )
+        self.shards = convert_shards(
+            checkpoint, self.model, self.allocation.layers, self.allocation.form
+        )
+        E, F, D = (self.model.letters[letter] for letter in "EFD")
+        self.stack_bytes = E * F * D * DTYPES["F32"].itemsize
+        self.room = int(1.25 * self.stack_bytes)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    @property
+    def digest(self) -> str:
+        """What must not change for a run to go on."""
+        return self.allocation.digest()
+
+    def source(self, job: Job) -> Sequence[np.ndarray]:
+        return self.model.matrices(self.checkpoint, job.layer, job.kinds[0])
+
+    def compute(self, job: Job) -> tuple[dict[str, Data], list[dict[str, Any]]]:
+        """Factors of one layer's matrix type, and its row of the report."""
+        (kind,) = job.kinds
+        split = self.allocation.layers[job.layer][kind]
+        matrices = self.model.matrices(self.checkpoint, job.layer, kind)
+        start = time.perf_counter()
+        try:
+            fitted = self.method.fit(matrices, split, self.model.side(kind))
+        except NonFiniteError as error:
+            raise self._named(error, job.layer, kind) from error
+        seconds = time.perf_counter() - start
+
+        E, F, D = (self.model.letters[letter] for letter in "EFD")
+        prefix, form = self.model.experts_prefix(job.layer), self.allocation.form
+        tensors: dict[str, Data] = {}
+        for g, (group, rank) in enumerate(zip(split.groups, split.ranks, strict=True)):
+            for part in group_tensors(prefix, kind, g, len(group), rank, F=F, D=D, form=form):
+                if part.role == "dense":
+                    tensors[part.name] = [matrices[i] for i in group]
+                else:
+                    tensors[part.name] = fitted.factors[g, part.role]
+        row = TypeRow(
+            layer=job.layer,
+            kind=kind,
+            groups=[list(group) for group in split.groups],
+            ranks=list(split.ranks),
+            stored_numbers=split_numbers(split, F=F, D=D, form=form),
+            dense_numbers=E * F * D,
+            error=fitted.total_error,
+            expert_error_min=float(fitted.error.min()),
+            expert_error_max=float(fitted.error.max()),
+            seconds=seconds,
+            **fitted.diagnostics,
+        )
+        return tensors, [dataclasses.asdict(row)]
+
+    def _named(self, error: NonFiniteError, layer: int, kind: str) -> NonFiniteError:
+        """The same error with the names that a user knows."""
+        what = str(error).rpartition(": ")[2]
+        expert = error.expert
+        names = self.model.expert_tensors(layer, kind)
+        if expert is None:
+            return NonFiniteError(f"layer {layer}, {kind}: {what}; check the source checkpoint")
+        name = names[expert] if len(names) > 1 else f"{names[0]}[{expert}]"
+        named = NonFiniteError(
+            f"{name}: {what} (expert {expert} of layer {layer}, {kind}); "
+            "check the source checkpoint, or download it again"
+        )
+        named.expert = expert
+        return named
+
+    def factored(self) -> Factored | None:
+        """The ``quantization_config`` of the result; None where nothing leaves its form."""
+        if not self.allocation.layers:
+            return None
+        return Factored(
+            method=self.method.name,
+            form=self.allocation.form,
+            layout=self.model.layout,
+            layers=self.allocation.layers,
+            molae_version=__version__,
+        )
+
+    def config_text(self) -> str:
+        """The result's ``config.json``: the source's, and what molae adds at its end."""
+        config = dict(self.checkpoint.config)
+        if (factored := self.factored()) is not None:
+            config["quantization_config"] = factored.to_dict()
+        return json_text(config)
+
+    def card(self, plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> str:
+        return convert_card(plan, rows, kept)
+
+    def plan(self, *, timed: bool) -> Plan:
+        """Facts about this conversion; `timed` measures how fast a few groups go."""
+        model, layers, form = self.model, self.allocation.layers, self.allocation.form
+        counts = model.counts()
+        others = (
+            counts.total_parameters - counts.expert_parameters,
+            self.checkpoint.nbytes - counts.expert_parameters * DTYPES[model.dtype].itemsize,
+        )
+        before, after = storage(model, {}, form, others), storage(model, layers, form, others)
+        return Plan(
+            kind=self.kind,
+            source=self.source_name,
+            family=model.family.model_type,
+            layout=model.layout,
+            dtype=model.dtype,
+            letters=dict(model.letters),
+            method=self.method.name,
+            form=form,
+            settings=self.settings,
+            size_asked=self.config.target_size,
+            size_reached=after.expert_numbers / before.expert_numbers,
+            before=before,
+            after=after,
+            types=summarize(layers),
+            candidates=self.allocation.candidates,
+            memory_bytes=memory_bytes(self),
+            disk_bytes=sum(shard.nbytes for shard in self.shards),
+            seconds=fit_seconds(self) if timed else None,
+        )

@@ -1,0 +1,117 @@
+"""The record of an unfinished run: what it was asked, and which shards are done.
+
+``DST/.molae-journal.jsonl`` has one JSON object a line. The first says what the run
+is: settings, source, versions. Each further line stands for one finished shard and is
+synced to the disk before the next shard is finished, so that after a kill the same
+command knows what it need not do again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from molae.io import write_text_atomic
+
+__all__ = ["JOURNAL", "Journal", "differences"]
+
+JOURNAL = ".molae-journal.jsonl"
+
+
+class Journal:
+    """The journal of one destination.
+
+    Attributes
+    ----------
+    header : dict or None
+        The first line; None where there is no (whole) first line.
+    shards : dict of str to dict
+        The lines of finished shards, by file name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / JOURNAL
+        self.header: dict[str, Any] | None = None
+        self.shards: dict[str, dict[str, Any]] = {}
+        self._end = 0
+        self._read()
+
+    @property
+    def exists(self) -> bool:
+        return self._path.exists()
+
+    def _read(self) -> None:
+        if not self.exists:
+            return
+        for line in self._path.read_bytes().splitlines(keepends=True):
+            entry = _parse(line)
+            if entry is None:
+                break  # torn by a crash: what it stood for is done again
+            self._end += len(line)
+            if self.header is None:
+                self.header = entry
+            elif "file" in entry:
+                self.shards[entry["file"]] = entry
+
+    def start(self, header: Mapping[str, Any]) -> None:
+        """Begin a new journal."""
+        write_text_atomic(self._path, json.dumps(header) + "\n")
+        self.header, self.shards, self._end = dict(header), {}, self._path.stat().st_size
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Record a finished shard, durably."""
+        line = (json.dumps(entry) + "\n").encode()
+        with open(self._path, "r+b") as file:
+            file.truncate(self._end)
+            file.seek(self._end)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._end += len(line)
+        self.shards[entry["file"]] = dict(entry)
+
+    def verify(self) -> Iterator[tuple[str, bool]]:
+        """(file, whether it is still as recorded) of each finished shard."""
+        for name, entry in self.shards.items():
+            path = self._folder / name
+            same = path.is_file() and path.stat().st_size == entry["bytes"]
+            yield name, same and file_sha256(path) == entry["sha256"]
+
+    def forget(self, file: str) -> None:
+        """Take a shard as not done."""
+        del self.shards[file]
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where two headers differ, as short texts: 'settings.size: 0.75 then, 0.5 now'."""
+    found = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found += differences(was, now, f"{prefix}{key}.")
+        elif was != now:
+            found.append(f"{prefix}{key}: {was!r} then, {now!r} now")
+    return found

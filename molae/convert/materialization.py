@@ -1,0 +1,212 @@
+"""A converted checkpoint on its way back to an ordinary one of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from molae import fit
+from molae.arch import Model, describe
+from molae.config import TYPES
+from molae.convert.card import materialize_card
+from molae.convert.estimate import BASE_BYTES
+from molae.convert.jsontext import json_text
+from molae.convert.pipeline import Data
+from molae.convert.planning import Plan, storage, summarize
+from molae.convert.report import TypeRow
+from molae.convert.shards import Job, factored_specs, materialize_shards
+from molae.errors import CheckpointError, NonFiniteError, ShapeError
+from molae.factored import Factored, group_tensors
+from molae.io import DTYPES, Checkpoint, numpy_dtype
+
+__all__ = ["Materialization"]
+
+
+class Materialization:
+    """The work of `molae.materialize`: every matrix is multiplied out where it is written."""
+
+    kind = "materialize"
+
+    def __init__(self, source: str, checkpoint: Checkpoint) -> None:
+        self.source_name = source
+        self.checkpoint = checkpoint
+        self.model: Model = describe(checkpoint, converted=True)
+        if self.model.factored is None:
+            raise CheckpointError(
+                f"{source}: an ordinary checkpoint, not one that molae converted; "
+                "there is nothing to multiply out"
+            )
+        self.factored: Factored = self.model.factored
+        _check_factors(self.model, self.factored, checkpoint)
+        self.shards = materialize_shards(checkpoint, self.model)
+        E, F, D = (self.model.letters[letter] for letter in "EFD")
+        self.room = E * F * D * DTYPES["F32"].itemsize
+        self.settings: dict[str, Any] = {}
+        self.digest = ""
+
+    def source(self, job: Job) -> Sequence[np.ndarray]:
+        return [
+            self.checkpoint.array(spec.name)
+            for kind in job.kinds
+            for spec in factored_specs(
+                self.model, job.layer, kind, self.factored.layers[job.layer][kind],
+                self.factored.form,
+            )
+        ]  # fmt: skip
+
+    def compute(self, job: Job) -> tuple[dict[str, Data], list[dict[str, Any]]]:
+        """The job's tensors, each expert's still to be computed when it is to be written."""
+        products = [_Products(self, job.layer, kind) for kind in job.kinds]
+        E = self.model.letters["E"]
+        if len(job.specs) == 1 and E > 1:
+            return {job.specs[0].name: _Experts(products, E)}, []
+        return {spec.name: _one(products, e) for e, spec in enumerate(job.specs)}, []
+
+    def config_text(self) -> str:
+        config = dict(self.checkpoint.config)
+        del config["quantization_config"]
+        return json_text(config)
+
+    def card(self, plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> str:
+        return materialize_card(plan, kept)
+
+    def plan(self, *, timed: bool) -> Plan:
+        """Facts about this run; its time is that of reading and writing and is not estimated."""
+        model, form = self.model, self.factored.form
+        counts = model.counts()
+        others = counts.total_parameters - counts.expert_parameters
+        factored = storage(model, self.factored.layers, form, (others, 0))
+        bytes_of_others = self.checkpoint.nbytes - factored.expert_bytes
+        before = storage(model, self.factored.layers, form, (others, bytes_of_others))
+        after = storage(model, {}, form, (others, bytes_of_others))
+        rows, cols = model.shape("gate_proj")
+        return Plan(
+            kind=self.kind,
+            source=self.source_name,
+            family=model.family.model_type,
+            layout=model.layout,
+            dtype=model.dtype,
+            letters=dict(model.letters),
+            method=self.factored.method,
+            form=form,
+            settings=self.settings,
+            size_asked=None,
+            size_reached=before.expert_numbers / after.expert_numbers,
+            before=before,
+            after=after,
+            types=summarize(self.factored.layers),
+            candidates=(),
+            memory_bytes=BASE_BYTES + 6 * 4 * rows * cols + 2 * 4 * cols * cols,
+            disk_bytes=sum(shard.nbytes for shard in self.shards),
+            seconds=None,
+        )
+
+
+class _Products:
+    """The matrices of one layer's type, multiplied out one at a time."""
+
+    def __init__(self, work: Materialization, layer: int, kind: str) -> None:
+        self._checkpoint, self._model = work.checkpoint, work.model
+        self._kind, self._form = kind, work.factored.form
+        self._prefix = work.model.experts_prefix(layer)
+        self._split = work.factored.layers[layer][kind]
+        self._where = {
+            i: (g, at) for g, group in enumerate(self._split.groups) for at, i in enumerate(group)
+        }
+        self._basis: tuple[int, np.ndarray] | None = None
+
+    def __call__(self, expert: int) -> np.ndarray:
+        """(rows, cols) in the checkpoint's type."""
+        g, at = self._where[expert]
+        names = {part.role: part.name for part in self._parts(g)}
+        dtype = numpy_dtype(self._model.dtype)
+        if "dense" in names:
+            return self._checkpoint.array(names["dense"])[at]
+        if not names:
+            return np.zeros(self._model.shape(self._kind), dtype)
+        A = self._checkpoint.array(names["private"])[at].astype(np.float32)
+        B = self._basis_of(g, names)
+        product = A @ B if self._model.side(self._kind) == "input" else B.T @ A
+        with np.errstate(over="ignore"):
+            matrix = product.astype(dtype)
+        if not np.isfinite(matrix.astype(np.float32)).all():
+            raise NonFiniteError(
+                f"{names['private']}: expert {expert} multiplies out to NaN or Inf in "
+                f"{self._model.dtype}; check the converted checkpoint"
+            )
+        return matrix
+
+    def _parts(self, g: int) -> Sequence[Any]:
+        F, D = self._model.letters["F"], self._model.letters["D"]
+        return group_tensors(
+            self._prefix, self._kind, g, len(self._split.groups[g]), self._split.ranks[g],
+            F=F, D=D, form=self._form,
+        )  # fmt: skip
+
+    def _basis_of(self, g: int, names: dict[str, str]) -> np.ndarray:
+        if self._basis is None or self._basis[0] != g:
+            shared = self._checkpoint.array(names["shared"]).astype(np.float32)
+            if self._form == "gauge":
+                try:
+                    shared = fit.ungauge(shared, self._checkpoint.array(names["perm"]))
+                except ShapeError as error:
+                    raise CheckpointError(
+                        f"{names['perm']}: {error}; convert the original again"
+                    ) from error
+            self._basis = (g, shared)
+        return self._basis[1]
+
+
+class _Experts(Sequence[np.ndarray]):
+    """All experts of a tensor that holds them together, made one at a time."""
+
+    def __init__(self, products: Sequence[_Products], E: int) -> None:
+        self._products, self._E = products, E
+
+    def __len__(self) -> int:
+        return self._E
+
+    def __getitem__(self, expert: Any) -> Any:
+        return _one(self._products, expert)()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[expert] for expert in range(self._E))
+
+
+def _one(products: Sequence[_Products], expert: int) -> Callable[[], np.ndarray]:
+    """Makes one expert's matrix; gate above up where the two are one tensor."""
+
+    def make() -> np.ndarray:
+        matrices = [product(expert) for product in products]
+        return matrices[0] if len(matrices) == 1 else np.concatenate(matrices)
+
+    return make
+
+
+def _check_factors(model: Model, factored: Factored, checkpoint: Checkpoint) -> None:
+    """Every factor that ``quantization_config`` promises is there, and no others are."""
+    for layer, kinds in factored.layers.items():
+        for kind in (kind for kind in TYPES if kind in kinds):
+            specs = factored_specs(model, layer, kind, kinds[kind], factored.form)
+            for spec in specs:
+                info = checkpoint.tensors.get(spec.name)
+                if info is None:
+                    raise CheckpointError(
+                        f"{spec.name}: absent, though quantization_config.layers.{layer}.{kind} "
+                        "promises it; convert the original again"
+                    )
+                if (info.shape, info.dtype) != (spec.shape, spec.dtype):
+                    raise CheckpointError(
+                        f"{spec.name}: expected {spec.dtype} of shape {spec.shape} by "
+                        f"quantization_config, got {info.dtype} of shape {info.shape}; "
+                        "convert the original again"
+                    )
+            prefix = f"{model.experts_prefix(layer)}.{kind}."
+            names = {spec.name for spec in specs}
+            for name in checkpoint.tensors:
+                if name.startswith(prefix) and name not in names:
+                    raise CheckpointError(
+                        f"{name}: quantization_config does not know it; convert the original again"
+                    )

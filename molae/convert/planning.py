@@ -1,0 +1,189 @@
+"""What a run will do and cost, before it does it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molae.arch import Model, dense_flops, latent_flops
+from molae.config import TYPES
+from molae.convert.allocation import Candidate
+from molae.factored import Form, Split, numbers_by_role
+from molae.io import DTYPES
+from molae.io.hub import is_hub_id
+
+__all__ = ["Plan", "Storage", "TypeSummary"]
+
+ROLES = ("shared", "private", "perm", "dense")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Numbers and bytes of one form of a model.
+
+    Attributes
+    ----------
+    numbers : dict of str to dict of str to int
+        By matrix type and role ('shared', 'private', 'perm', 'dense'). ``perm`` counts
+        indices, which are no parameters and in no sum.
+    expert_numbers, other_numbers : int
+        Parameters of the routed experts, and all others.
+    expert_bytes, other_bytes : int
+        Bytes of the tensors, permutations included.
+    flops_per_token : float
+        Of the routed experts, all layers: a multiplication and an addition are two. In
+        molae's form the expected number for a router that picks evenly.
+    """
+
+    numbers: Mapping[str, Mapping[str, int]]
+    expert_numbers: int
+    other_numbers: int
+    expert_bytes: int
+    other_bytes: int
+    flops_per_token: float
+
+    @property
+    def total_numbers(self) -> int:
+        return self.expert_numbers + self.other_numbers
+
+    @property
+    def total_bytes(self) -> int:
+        return self.expert_bytes + self.other_bytes
+
+
+def storage(
+    model: Model, layers: Mapping[int, Mapping[str, Split]], form: Form, others: tuple[int, int]
+) -> Storage:
+    """Count a model whose types are stored as `layers` says, all others dense.
+
+    Parameters
+    ----------
+    others : (int, int)
+        Numbers and bytes of all but the routed experts.
+    """
+    E, K, F, D = (model.letters[letter] for letter in "EKFD")
+    numbers = {kind: dict.fromkeys(ROLES, 0) for kind in TYPES}
+    flops = 0.0
+    for layer in model.moe_layers:
+        for kind in TYPES:
+            split = layers.get(layer, {}).get(kind)
+            if split is None:
+                numbers[kind]["dense"] += E * F * D
+                flops += dense_flops(K, F, D)
+                continue
+            for role, count in numbers_by_role(split, F=F, D=D, form=form).items():
+                numbers[kind][role] += count
+            sizes = [len(group) for group in split.groups]
+            flops += latent_flops(sizes, split.ranks, form=form, K=K, F=F, D=D)
+    indices = sum(roles["perm"] for roles in numbers.values())
+    expert_numbers = sum(sum(roles.values()) for roles in numbers.values()) - indices
+    itemsize = DTYPES[model.dtype].itemsize
+    return Storage(
+        numbers=numbers,
+        expert_numbers=expert_numbers,
+        other_numbers=others[0],
+        expert_bytes=expert_numbers * itemsize + indices * DTYPES["I32"].itemsize,
+        other_bytes=others[1],
+        flops_per_token=flops,
+    )
+
+
+@dataclass(frozen=True)
+class TypeSummary:
+    """Group sizes and ranks of one matrix type that occur, over all layers."""
+
+    group_sizes: tuple[int, ...]
+    ranks: tuple[int | None, ...]
+    layers: int
+
+
+def summarize(layers: Mapping[int, Mapping[str, Split]]) -> dict[str, TypeSummary]:
+    """Per matrix type in molae's form: the group sizes and ranks that occur."""
+    found = {}
+    for kind in TYPES:
+        splits = [kinds[kind] for kinds in layers.values() if kind in kinds]
+        if splits:
+            sizes = {len(group) for split in splits for group in split.groups}
+            ranks = {rank for split in splits for rank in split.ranks}
+            ordered = sorted(ranks, key=lambda rank: (rank is None, rank or 0), reverse=True)
+            found[kind] = TypeSummary(
+                tuple(sorted(sizes, reverse=True)), tuple(ordered), len(splits)
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes
+    ----------
+    kind : {'convert', 'materialize'}
+    source : str
+    family, layout, dtype : str
+    letters : dict of str to int
+        L, E, K, D, F.
+    method, form : str
+    settings : dict
+        As asked for; empty for 'materialize'.
+    size_asked : float or None
+    size_reached : float
+        Numbers stored for the routed experts in molae's form, over those of the original.
+    before, after : Storage
+    types : dict of str to TypeSummary
+        Types in molae's form.
+    candidates : tuple of Candidate
+        Group sizes that were tried, where they were chosen by molae.
+    memory_bytes : int
+        Estimate of the peak of anonymous memory. Mapped pages of the source are not in it.
+    disk_bytes : int
+        What the result takes on the disk.
+    seconds : float or None
+        Estimate of the wall time; None where it was not asked for.
+    """
+
+    kind: str
+    source: str
+    family: str
+    layout: str
+    dtype: str
+    letters: Mapping[str, int]
+    method: str
+    form: str
+    settings: Mapping[str, Any]
+    size_asked: float | None
+    size_reached: float
+    before: Storage
+    after: Storage
+    types: Mapping[str, TypeSummary]
+    candidates: tuple[Candidate, ...]
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float | None
+
+    @property
+    def hub_id(self) -> str | None:
+        """The source's id, where it came from the hub."""
+        return self.source if is_hub_id(self.source) and not Path(self.source).exists() else None
+
+    @property
+    def source_title(self) -> str:
+        """The source's id, or the name of its folder."""
+        return self.hub_id or Path(self.source).resolve().name
+
+    @property
+    def flops_ratio(self) -> float:
+        """FLOPs per token of the routed experts, after over before."""
+        return self.after.flops_per_token / self.before.flops_per_token
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same facts for JSON."""
+        out = dataclasses.asdict(self)
+        for key, stored in (("before", self.before), ("after", self.after)):
+            out[key]["total_numbers"] = stored.total_numbers
+            out[key]["total_bytes"] = stored.total_bytes
+        out["flops_ratio"] = self.flops_ratio
+        return out

@@ -1,0 +1,150 @@
+"""The report of a finished run, kept beside its result as ``molae-report.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molae.errors import CheckpointError
+
+__all__ = ["REPORT", "Report", "TypeRow", "total_error"]
+
+REPORT = "molae-report.json"
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TypeRow:
+    """What was done to one layer's matrix type.
+
+    Attributes
+    ----------
+    layer : int
+    kind : str
+    groups : list of list of int
+    ranks : list of (int or None)
+        One a group; None for a group left dense.
+    stored_numbers, dense_numbers : int
+        Numbers stored now (permutations not counted) and before.
+    error : float
+        Relative Frobenius error of the whole type, as stored.
+    expert_error_min, expert_error_max : float
+        The same for the best and the worst expert.
+    discarded_energy : list of float
+        One a group: share of the squared singular values beyond the rank. 0 for dense groups.
+    effective_rank : list of (float or None)
+    kernel_dim : list of (int or None)
+        One a group: dimension of the common kernel of its experts. None for dense groups.
+    used_svd : list of bool
+        One a group: whether the Gram matrix was too coarse and a direct SVD was used.
+    seconds : float
+        Time of the factorization.
+    """
+
+    layer: int
+    kind: str
+    groups: list[list[int]]
+    ranks: list[int | None]
+    stored_numbers: int
+    dense_numbers: int
+    error: float
+    expert_error_min: float
+    expert_error_max: float
+    discarded_energy: list[float]
+    effective_rank: list[float | None]
+    kernel_dim: list[int | None]
+    used_svd: list[bool]
+    seconds: float
+
+
+def total_error(rows: Sequence[TypeRow]) -> float:
+    """Root mean square of the relative errors of several layers and types; 0 of none.
+
+    Each counts at its own scale, so that a layer with large weights does not hide the others.
+    """
+    return math.sqrt(sum(row.error**2 for row in rows) / len(rows)) if rows else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Facts about a finished run.
+
+    Attributes
+    ----------
+    kind : {'convert', 'materialize'}
+    versions : dict
+        Of molae, Python, NumPy, and the BLAS and instruction set in use.
+    settings : dict
+        As asked for; empty for 'materialize'.
+    plan : dict
+        What `Plan.to_dict` says: sizes, stored numbers, FLOPs.
+    inputs : dict
+        The source: ``path``, ``fingerprint``, and ``sha256`` by shard: of the tensors copied
+        into it, and of each layer's matrix type (the experts' matrices one after the other).
+    rows : tuple of TypeRow
+        One for each layer and type in molae's form; empty for 'materialize'.
+    files : dict
+        Everything the run wrote but this report: bytes and SHA-256.
+    seconds : float
+        Wall time of this run; where it was resumed, of its last part.
+    """
+
+    kind: str
+    versions: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    rows: tuple[TypeRow, ...]
+    files: Mapping[str, Mapping[str, Any]]
+    seconds: float
+
+    def error(self, kind: str | None = None) -> float:
+        """`total_error` of one matrix type, or of all that are in molae's form."""
+        return total_error([row for row in self.rows if kind in (None, row.kind)])
+
+    def to_dict(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"molae_report": REPORT_VERSION}
+        for entry in dataclasses.fields(self):
+            out[entry.name] = getattr(self, entry.name)
+        out["rows"] = [dataclasses.asdict(row) for row in self.rows]
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The report written by `to_dict`.
+
+        Raises
+        ------
+        CheckpointError
+            It is not a report, or one that this molae cannot read.
+        """
+        version = data.get("molae_report")
+        if version != REPORT_VERSION:
+            raise CheckpointError(
+                f"molae_report: this molae reads version {REPORT_VERSION}, got {version!r}"
+            )
+        try:
+            values = {entry.name: data[entry.name] for entry in dataclasses.fields(cls)}
+            values["rows"] = tuple(TypeRow(**row) for row in data["rows"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{REPORT}: missing or unknown entry: {error}") from error
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Report:
+        """Read a report; `path` may be the folder of the result."""
+        path = Path(path)
+        path = path / REPORT if path.is_dir() else path
+        try:
+            data = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such report; is this a result of molae?") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not JSON: {error}") from error
+        return cls.from_dict(data)

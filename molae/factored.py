@@ -1,0 +1,258 @@
+"""What a converted checkpoint says about itself: groups, ranks, tensor names.
+
+The same facts serve the writer, the reader and whoever loads such a model:
+`Split` is one layer's matrix type, `Factored` the whole ``quantization_config``,
+and `group_tensors` gives the names and shapes of one group. The format is
+described in ``docs/formats.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from molae.config import TYPES
+from molae.errors import CheckpointError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "FORMS",
+    "QUANT_METHOD",
+    "Factored",
+    "Form",
+    "Part",
+    "Split",
+    "group_tensors",
+    "index_groups",
+    "numbers_by_role",
+]
+
+QUANT_METHOD = "molae"
+FORMAT_VERSION = 1
+Form = Literal["gauge", "plain"]
+FORMS: tuple[Form, ...] = ("gauge", "plain")
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the experts of one layer and matrix type are stored.
+
+    Parameters
+    ----------
+    groups : tuple of tuple of int
+        Expert numbers, each expert in one group; groups may differ in size.
+    ranks : tuple of (int or None)
+        One a group: the rank of its factors, 0 for "nothing is kept", None for "left dense".
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    ranks: tuple[int | None, ...]
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether any group is stored as factors."""
+        return any(rank is not None for rank in self.ranks)
+
+    def latent_groups(self) -> Iterator[tuple[int, tuple[int, ...], int]]:
+        """(number, experts, rank) of each group that is not left dense."""
+        for g, (experts, rank) in enumerate(zip(self.groups, self.ranks, strict=True)):
+            if rank is not None:
+                yield g, experts, rank
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"groups": [list(group) for group in self.groups], "ranks": list(self.ranks)}
+
+
+def index_groups(experts: int, size: int) -> tuple[tuple[int, ...], ...]:
+    """Groups of `size` experts in index order; the last may be smaller."""
+    return tuple(tuple(range(i, min(i + size, experts))) for i in range(0, experts, size))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a group: its role, name, shape, and whether it holds integers."""
+
+    role: str
+    name: str
+    shape: tuple[int, ...]
+    integer: bool = False
+
+    @property
+    def numbers(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+
+def group_tensors(
+    prefix: str,
+    kind: str,
+    group: int,
+    experts: int,
+    rank: int | None,
+    *,
+    F: int,
+    D: int,
+    form: Form,
+) -> tuple[Part, ...]:
+    """Names and shapes of the tensors of one group.
+
+    Parameters
+    ----------
+    prefix : str
+        The family's prefix of a layer's experts.
+    kind : str
+        One of `TYPES`.
+    group, experts : int
+        Number of the group, and how many experts it has.
+    rank : int or None
+        0 gives no tensors, None one dense tensor.
+    F, D : int
+        Expert width and model width.
+    form : {'gauge', 'plain'}
+    """
+    down = kind == "down_proj"
+    base = f"{prefix}.{kind}.{group}"
+    if rank is None:
+        shape = (experts, D, F) if down else (experts, F, D)
+        return (Part("dense", f"{base}.dense", shape),)
+    if rank == 0:
+        return ()
+    private = Part("private", f"{base}.private", (experts, rank, F) if down else (experts, F, rank))
+    if form == "plain":
+        return (Part("shared", f"{base}.shared", (rank, D)), private)
+    return (
+        Part("perm", f"{base}.perm", (D,), integer=True),
+        Part("shared", f"{base}.shared", (rank, D - rank)),
+        private,
+    )
+
+
+def numbers_by_role(split: Split, *, F: int, D: int, form: Form) -> dict[str, int]:
+    """Numbers that one layer's matrix type stores, by role."""
+    totals = {"shared": 0, "private": 0, "perm": 0, "dense": 0}
+    for group, rank in zip(split.groups, split.ranks, strict=True):
+        for part in group_tensors("", "gate_proj", 0, len(group), rank, F=F, D=D, form=form):
+            totals[part.role] += part.numbers
+    return totals
+
+
+@dataclass(frozen=True)
+class Factored:
+    """The ``quantization_config`` of a converted checkpoint.
+
+    `layers` holds the types that are stored in molae's form; a type without an
+    entry is stored as the source stores it. `layout` is the name of the source's
+    layout in the family's description.
+    """
+
+    method: str
+    form: Form
+    layout: str
+    layers: Mapping[int, Mapping[str, Split]]
+    molae_version: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The value of ``quantization_config`` in ``config.json``."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "molae_version": self.molae_version,
+            "method": self.method,
+            "form": self.form,
+            "layout": self.layout,
+            "layers": {
+                str(layer): {kind: split.to_dict() for kind, split in kinds.items()}
+                for layer, kinds in self.layers.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, E: int, D: int) -> Factored:
+        """Read and check the ``quantization_config`` of a model with E experts of width D.
+
+        Raises
+        ------
+        CheckpointError
+            Another quantization, a newer format, or an entry that makes no sense;
+            the message names the entry.
+        """
+        if data.get("quant_method") != QUANT_METHOD:
+            raise CheckpointError(
+                f"quantization_config: expected quant_method 'molae', "
+                f"got {data.get('quant_method')!r}"
+            )
+        version: Any = data.get("format_version")
+        if not _is_count(version) or version < 1:
+            raise CheckpointError(f"quantization_config.format_version: got {version!r}")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"quantization_config.format_version: this molae reads up to {FORMAT_VERSION}, "
+                f"the checkpoint has {version}; install a newer molae"
+            )
+        form: Any = data.get("form")
+        if form not in FORMS:
+            raise CheckpointError(
+                f"quantization_config.form: expected one of {FORMS}, got {form!r}"
+            )
+        layers = data.get("layers")
+        if not isinstance(layers, Mapping):
+            raise CheckpointError("quantization_config.layers: missing, or not a JSON object")
+        return cls(
+            method=str(data.get("method")),
+            form=form,
+            layout=str(data.get("layout")),
+            layers={
+                _layer_number(key): _read_kinds(key, kinds, E, D) for key, kinds in layers.items()
+            },
+            molae_version=str(data.get("molae_version")),
+        )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _layer_number(key: str) -> int:
+    if not key.isdecimal():
+        raise CheckpointError(f"quantization_config.layers: {key!r} is not a layer number")
+    return int(key)
+
+
+def _read_kinds(layer: str, kinds: Any, E: int, D: int) -> dict[str, Split]:
+    where = f"quantization_config.layers.{layer}"
+    if not isinstance(kinds, Mapping) or not set(kinds) <= set(TYPES):
+        raise CheckpointError(f"{where}: expected an object with keys among {TYPES}, got {kinds!r}")
+    return {kind: _read_split(f"{where}.{kind}", kinds[kind], E, D) for kind in kinds}
+
+
+def _read_split(where: str, data: Any, E: int, D: int) -> Split:
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"{where}: expected an object with 'groups' and 'ranks'")
+    groups: Any = data.get("groups")
+    ranks: Any = data.get("ranks")
+    if not _is_list_of_lists(groups):
+        raise CheckpointError(f"{where}.groups: expected a list of lists of expert numbers")
+    members = sorted(expert for group in groups for expert in group)
+    if members != list(range(E)):
+        raise CheckpointError(
+            f"{where}.groups: expected each of the E={E} experts once, got {members}"
+        )
+    if not isinstance(ranks, Sequence) or len(ranks) != len(groups):
+        raise CheckpointError(
+            f"{where}.ranks: expected one for each of the {len(groups)} groups, got {ranks!r}"
+        )
+    if not all(rank is None or (_is_count(rank) and rank <= D) for rank in ranks):
+        raise CheckpointError(
+            f"{where}.ranks: expected null or whole numbers of at most D={D}, got {ranks!r}"
+        )
+    return Split(groups=tuple(tuple(group) for group in groups), ranks=tuple(ranks))
+
+
+def _is_list_of_lists(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(group, list) and group and all(_is_count(item) for item in group)
+        for group in value
+    )
