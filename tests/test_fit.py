@@ -208,13 +208,13 @@ def test_planted_common_subspace_is_recovered(dtype, side):
 
 def test_gram_alone_would_miss_what_the_svd_finds():
     """Why there is a direct path: in float32 the Gram matrix cannot see past sqrt(eps)."""
-    W = experts(6, 8, 64, 96, F32, common=40)
+    W = decaying(6, 8, 64, 96, 0.3, F32)
     X = ref.stack(W, range(8), "input").astype(F32)
-    V = np.linalg.eigh(X.T @ X)[1][:, -40:].astype(F64)
+    V = np.linalg.eigh(X.T @ X)[1][:, -48:].astype(F64)
     by_gram = np.linalg.norm(X - X @ V @ V.T) / np.linalg.norm(X)
     with pytest.warns(PrecisionWarning):
-        by_molae = fit.factor_shared(W, 40).group_error[0]
-    assert by_molae < 1e-6
+        by_molae = fit.factor_shared(W, 48).group_error[0]
+    assert by_molae < 2e-6
     assert by_gram > 10 * by_molae
 
 
