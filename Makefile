@@ -1,7 +1,7 @@
 # make demo     convert the checkpoint that comes with molae, and show what it cost
 # make test     the whole test suite
 # Each makes .venv on first use and installs what it needs. Further targets: lint, check-c (asan and
-# valgrind), bench, notebooks, clean.
+# valgrind), package, bench, clean.
 #
 # PYTHON=python3.12       the interpreter that .venv is made with
 # TORCH_INDEX=URL         another package index to look for torch in besides the usual one, such as
@@ -15,7 +15,7 @@ EXTRAS := hf,plot,test,notebooks
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint asan valgrind check-c bench clean
+.PHONY: demo test lint asan valgrind check-c package bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/molae demo
@@ -107,6 +107,18 @@ valgrind: build/plain/check
 	    build/plain/check
 
 check-c: asan valgrind
+
+# ------------------------------------------------------------------ the package
+
+# Source archive, wheel made from it, wheel in an environment of its own.
+package: $(VENV)/dependencies
+	rm -rf build/package build/lib* build/bdist*
+	$(BIN)/python -P -m build --outdir build/package/dist .
+	$(PYTHON) -m venv build/package/venv
+	build/package/venv/bin/python -m pip --disable-pip-version-check install \
+	    -c constraints.txt build/package/dist/*.whl
+	cd build/package && venv/bin/python -c 'import molae; molae.show_config()'
+	cd build/package && venv/bin/molae --version
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) molae/.libs molae/*.so

@@ -14,10 +14,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
 from glob import glob
+from importlib.metadata import distribution
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -95,6 +97,8 @@ def vendor_openblas(folder: Path) -> Path:
     target.unlink(missing_ok=True)  # a running process may have the old one mapped
     target.write_bytes(data.replace(entry, b"\0" + OWN_SONAME + b"\0"))
     target.chmod(0o755)
+    licence = next(f for f in distribution("scipy-openblas32").files if f.name == "LICENSE.txt")
+    (folder / "LICENSE-OpenBLAS.txt").write_bytes(Path(licence.locate()).read_bytes())
     return target
 
 
@@ -137,6 +141,8 @@ class BuildExt(build_ext):
             cflags, libs = system_openblas()
             ext.extra_compile_args += cflags
             ext.extra_link_args += libs
+            if self.inplace:  # what an earlier build with the vendored library left
+                shutil.rmtree(HERE / "molae" / ".libs", ignore_errors=True)
         else:
             libs_folder = Path(self.build_lib) / "molae" / ".libs"
             library = vendor_openblas(libs_folder)
