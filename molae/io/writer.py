@@ -145,7 +145,8 @@ class ShardWriter:
         ----------
         name : str
         arrays : sequence of ndarray
-            As many as the tensor's first axis is long, each of the shape of the rest.
+            As many as the tensor's first axis is long, each of the shape of the rest. Each is
+            asked for once and in order, so they may be computed on the way.
 
         Raises
         ------
@@ -155,9 +156,13 @@ class ShardWriter:
         spec = self._spec(name)
         if not spec.shape or len(arrays) != spec.shape[0]:
             raise ArgumentError(f"{name}: got {len(arrays)} arrays for shape {list(spec.shape)}")
-        for a in arrays:
-            self._check(spec, a.dtype, (len(arrays), *a.shape))
-        self._put(name, (piece for a in arrays for piece in _pieces(a)))
+
+        def pieces() -> Iterator[memoryview]:
+            for a in arrays:
+                self._check(spec, a.dtype, (len(arrays), *a.shape))
+                yield from _pieces(a)
+
+        self._put(name, pieces())
 
     def finish(self) -> str:
         """Make the file durable and give it its name.
