@@ -71,7 +71,7 @@ def test_c_in_order_passes():
     good = {
         **HEADER,
         "csrc/base/mem.h": "",
-        "csrc/base/mem.c": '#include "mem.h"\n#include <stdlib.h>\nvoid f(void) { free(malloc(1)); }',
+        "csrc/base/mem.c": '#include "mem.h"\nvoid f(void) { free(malloc(1)); }',
         "csrc/base/par.c": "#include <pthread.h>\nvoid g(void) { pthread_create(); }",
         "csrc/base/blas.c": "void h(void) { cblas_sgemm(); }",
         "csrc/kern/avx2.c": "#include <immintrin.h>\n__m256 x;",
