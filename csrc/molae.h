@@ -39,7 +39,7 @@ typedef enum {
 /* Filled by the function that failed; -1 where an index does not apply. */
 typedef struct {
     const char *what; /* static text: what went wrong */
-    int64_t expert; /* index into the experts as the caller passed them; -1: none */
+    int64_t expert;   /* index into the experts as the caller passed them; -1: none */
     int64_t group;
     int64_t info; /* LAPACK's info, or a count */
 } molae_errinfo;

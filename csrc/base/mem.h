@@ -27,4 +27,14 @@ size_t mli_carve_size(size_t n, size_t size);
 /* Cuts n items of `size` bytes off the block at *p and moves *p on. *p must be 64-byte aligned. */
 void *mli_carve(char **p, size_t n, size_t size);
 
+/* One piece of a block, in functions that size it (p == NULL) and cut it (p != NULL) with the same
+ * lines, so that the two cannot disagree. */
+#define MLI_CUT(total, p, field, count, size)                               \
+    do {                                                                    \
+        const size_t cut_items = (count);                                   \
+        (total) = mli_size_add((total), mli_carve_size(cut_items, (size))); \
+        if ((p) != NULL)                                                    \
+            (field) = mli_carve((p), cut_items, (size));                    \
+    } while (0)
+
 #endif

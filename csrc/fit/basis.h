@@ -17,21 +17,21 @@ int mli_gram_too_coarse_f32(const float *w, int64_t p, int64_t R);
 int mli_gram_too_coarse_f64(const double *w, int64_t p, int64_t R);
 
 /* The triangular factor of a stack of rows of length D, built by orthogonal reduction. */
-#define MLI_TSQR_DECLARE(REAL, SFX)                                                               \
-    typedef struct {                                                                              \
-        int64_t D;                                                                                \
-        int64_t used;     /* rows held */                                                         \
-        REAL *rows;       /* (D + MLI_CHUNK, D): write new rows at rows + used * D, then push */  \
-        REAL *tau;        /* (D,) */                                                              \
-        REAL *s;          /* (D,): singular values, descending, after finish */                   \
-        REAL *V;          /* (p, D): row j is the right singular vector of s[j], after finish */  \
-        void *work;                                                                               \
-        size_t work_bytes;                                                                        \
-        int64_t info; /* LAPACK's */                                                              \
-    } mli_tsqr_##SFX;                                                                             \
-    size_t mli_tsqr_ws_##SFX(int64_t m, int64_t D);                                               \
-    void mli_tsqr_init_##SFX(mli_tsqr_##SFX *t, int64_t m, int64_t D, char *ws);                  \
-    molae_status mli_tsqr_push_##SFX(mli_tsqr_##SFX *t, int64_t nr); /* nr <= MLI_CHUNK */        \
+#define MLI_TSQR_DECLARE(REAL, SFX)                                                          \
+    typedef struct {                                                                         \
+        int64_t D;                                                                           \
+        int64_t used; /* rows held */                                                        \
+        REAL *rows;   /* (D + MLI_CHUNK, D): write new rows at rows + used * D, then push */ \
+        REAL *tau;    /* (D,) */                                                             \
+        REAL *s;      /* (D,): singular values, descending, after finish */                  \
+        REAL *V;      /* (p, D): row j is the right singular vector of s[j], after finish */ \
+        void *work;                                                                          \
+        size_t work_bytes;                                                                   \
+        int64_t info; /* LAPACK's */                                                         \
+    } mli_tsqr_##SFX;                                                                        \
+    size_t mli_tsqr_ws_##SFX(int64_t m, int64_t D);                                          \
+    void mli_tsqr_init_##SFX(mli_tsqr_##SFX *t, int64_t m, int64_t D, char *ws);             \
+    molae_status mli_tsqr_push_##SFX(mli_tsqr_##SFX *t, int64_t nr); /* nr <= MLI_CHUNK */   \
     molae_status mli_tsqr_finish_##SFX(mli_tsqr_##SFX *t);
 
 MLI_TSQR_DECLARE(float, f32)

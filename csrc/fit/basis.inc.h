@@ -40,8 +40,7 @@ FN(mli_tsqr_init)(FN(mli_tsqr) * t, int64_t m, int64_t D, char *ws)
     t->tau = mli_carve(&ws, (size_t)D, sizeof(REAL));
     t->s = mli_carve(&ws, (size_t)D, sizeof(REAL));
     t->V = mli_carve(&ws, (size_t)p * (size_t)D, sizeof(REAL));
-    t->work_bytes =
-        MLI_MAX(FN(mli_gelqf_work)(D, D + MLI_CHUNK), FN(mli_gesdd_work)(D, p));
+    t->work_bytes = MLI_MAX(FN(mli_gelqf_work)(D, D + MLI_CHUNK), FN(mli_gesdd_work)(D, p));
     t->work = mli_carve(&ws, t->work_bytes, 1);
 }
 

@@ -11,7 +11,7 @@
 
 /* Units of work: fixed by shape, never by the thread count. */
 enum {
-    LOAD_ROWS = 128,    /* rows read by one task */
+    LOAD_ROWS = 128, /* rows read by one task */
     LOADS = MLI_CHUNK / LOAD_ROWS,
     PANEL = 512,        /* rows of a Gram matrix computed by one task */
     PRIVATE_ROWS = 256, /* rows of A_i computed by one task */

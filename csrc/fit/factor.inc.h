@@ -6,16 +6,16 @@ typedef struct {
     int64_t m;     /* rows of its stack, k F */
     int64_t p;     /* order of its Gram matrix, min(m, D) */
     int64_t R;
-    int whole;     /* the stack is kept whole and the Gram matrix is X X^T, as m < D */
-    REAL *X;       /* the chunk being read (MLI_CHUNK, D), or the whole stack (m, D) */
-    REAL *gram;    /* (p,p) upper triangle, then eigenvectors as rows */
-    REAL *w;       /* (p,): eigenvalues, ascending */
-    REAL *B;       /* (R,D) */
-    REAL *P;       /* (R,D): (B B^T)^-1 B, so that A_i = X_i P^T */
-    REAL *S;       /* (R,R): B B^T and its Cholesky factor */
-    REAL *M;       /* (R,D-R) */
-    REAL *tmp;     /* scratch of a row load */
-    char *work;    /* eigensolver, then SVD, then pivoted QR: one after the other */
+    int whole;  /* the stack is kept whole and the Gram matrix is X X^T, as m < D */
+    REAL *X;    /* the chunk being read (MLI_CHUNK, D), or the whole stack (m, D) */
+    REAL *gram; /* (p,p) upper triangle, then eigenvectors as rows */
+    REAL *w;    /* (p,): eigenvalues, ascending */
+    REAL *B;    /* (R,D) */
+    REAL *P;    /* (R,D): (B B^T)^-1 B, so that A_i = X_i P^T */
+    REAL *S;    /* (R,R): B B^T and its Cholesky factor */
+    REAL *M;    /* (R,D-R) */
+    REAL *tmp;  /* scratch of a row load */
+    char *work; /* eigensolver, then SVD, then pivoted QR: one after the other */
     double sumsq[LOADS];
     molae_status load[LOADS];
     molae_status status;
@@ -28,15 +28,15 @@ typedef struct {
     const molae_factors *out;
     const int64_t *rank;
     molae_form form;
-    FN(group) *groups;
-    int64_t step;          /* chunk being read: every group is at the same one */
-    int64_t chunks;        /* chunks an expert */
-    int64_t blocks;        /* blocks of PRIVATE_ROWS an expert */
+    FN(group) * groups;
+    int64_t step;   /* chunk being read: every group is at the same one */
+    int64_t chunks; /* chunks an expert */
+    int64_t blocks; /* blocks of PRIVATE_ROWS an expert */
     int64_t max_R;
-    int64_t *group_of;     /* (E,) */
-    double *residual;      /* (E, blocks) */
+    int64_t *group_of;            /* (E,) */
+    double *residual;             /* (E, blocks) */
     molae_status *private_status; /* (E, blocks) */
-    REAL *X, *A, *tmp;     /* scratch of a worker: (workers, ...) */
+    REAL *X, *A, *tmp;            /* scratch of a worker: (workers, ...) */
 } FN(job);
 
 /* -------------------------------------------------------------- workspace */
@@ -60,22 +60,15 @@ FN(group_cut)(FN(group) * q, char **p, const molae_stack *s)
     const size_t work = FN(group_work_bytes)(q->m, s->D, q->R);
     size_t n = 0;
 
-#define CUT(field, count, size)                                                                   \
-    do {                                                                                          \
-        const size_t items = (count);                                                             \
-        n = mli_size_add(n, mli_carve_size(items, (size)));                                       \
-        if (p != NULL)                                                                            \
-            q->field = mli_carve(p, items, (size));                                               \
-    } while (0)
-    CUT(X, mli_size_mul(rows, D), sizeof(REAL));
-    CUT(gram, mli_size_mul(gram, gram), sizeof(REAL));
-    CUT(w, gram, sizeof(REAL));
-    CUT(B, mli_size_mul(R, D), sizeof(REAL));
-    CUT(P, mli_size_mul(R, D), sizeof(REAL));
-    CUT(S, mli_size_mul(R, R), sizeof(REAL));
-    CUT(M, mli_size_mul(R, D - R), sizeof(REAL));
-    CUT(tmp, MLI_ROWS_TILE * LOAD_ROWS * LOADS, sizeof(REAL));
-    CUT(work, work, 1);
+    MLI_CUT(n, p, q->X, mli_size_mul(rows, D), sizeof(REAL));
+    MLI_CUT(n, p, q->gram, mli_size_mul(gram, gram), sizeof(REAL));
+    MLI_CUT(n, p, q->w, gram, sizeof(REAL));
+    MLI_CUT(n, p, q->B, mli_size_mul(R, D), sizeof(REAL));
+    MLI_CUT(n, p, q->P, mli_size_mul(R, D), sizeof(REAL));
+    MLI_CUT(n, p, q->S, mli_size_mul(R, R), sizeof(REAL));
+    MLI_CUT(n, p, q->M, mli_size_mul(R, D - R), sizeof(REAL));
+    MLI_CUT(n, p, q->tmp, MLI_ROWS_TILE * LOAD_ROWS * LOADS, sizeof(REAL));
+    MLI_CUT(n, p, q->work, work, 1);
     return n;
 }
 
@@ -100,16 +93,15 @@ FN(job_cut)(FN(job) * q, char **p, const molae_stack *s, int64_t workers)
     const size_t cells = mli_size_mul(E, (size_t)q->blocks);
     size_t n = 0;
 
-    CUT(groups, (size_t)s->G, sizeof(FN(group)));
-    CUT(group_of, E, sizeof(int64_t));
-    CUT(residual, cells, sizeof(double));
-    CUT(private_status, cells, sizeof(molae_status));
-    CUT(X, mli_size_mul(T * PRIVATE_ROWS, D), sizeof(REAL));
-    CUT(A, mli_size_mul(T * PRIVATE_ROWS, (size_t)q->max_R), sizeof(REAL));
-    CUT(tmp, T * PRIVATE_ROWS * MLI_ROWS_TILE, sizeof(REAL));
+    MLI_CUT(n, p, q->groups, (size_t)s->G, sizeof(FN(group)));
+    MLI_CUT(n, p, q->group_of, E, sizeof(int64_t));
+    MLI_CUT(n, p, q->residual, cells, sizeof(double));
+    MLI_CUT(n, p, q->private_status, cells, sizeof(molae_status));
+    MLI_CUT(n, p, q->X, mli_size_mul(T * PRIVATE_ROWS, D), sizeof(REAL));
+    MLI_CUT(n, p, q->A, mli_size_mul(T * PRIVATE_ROWS, (size_t)q->max_R), sizeof(REAL));
+    MLI_CUT(n, p, q->tmp, T * PRIVATE_ROWS * MLI_ROWS_TILE, sizeof(REAL));
     return n;
 }
-#undef CUT
 
 static FN(job) FN(job_of_stack)(const molae_stack *s, const int64_t *rank)
 {
@@ -170,9 +162,9 @@ FN(load_task)(void *arg, int64_t index, int32_t worker)
     q->sumsq[sub] = 0;
     q->load[sub] = MOLAE_OK;
     if (nr > 0)
-        q->load[sub] = FN(mli_rows_load)(
-            q->X + (at + sub * LOAD_ROWS) * job->s->D, job->s, e, r0 + sub * LOAD_ROWS, nr,
-            q->tmp + sub * MLI_ROWS_TILE * LOAD_ROWS, &q->sumsq[sub]);
+        q->load[sub] = FN(mli_rows_load)(q->X + (at + sub * LOAD_ROWS) * job->s->D, job->s, e,
+                                         r0 + sub * LOAD_ROWS, nr,
+                                         q->tmp + sub * MLI_ROWS_TILE * LOAD_ROWS, &q->sumsq[sub]);
     return MOLAE_OK;
 }
 
@@ -193,8 +185,8 @@ FN(panel_task)(void *arg, int64_t index, int32_t worker)
     if (ni <= 0 || rows == 0)
         return MOLAE_OK;
     if (!q->whole) /* G += X[:, i]^T X[:, i..] */
-        return FN(mli_gemm)(1, 0, ni, p - i0, rows, 1, q->X + i0, D, q->X + i0, D,
-                            job->step > 0, C, p);
+        return FN(mli_gemm)(1, 0, ni, p - i0, rows, 1, q->X + i0, D, q->X + i0, D, job->step > 0, C,
+                            p);
     if (job->step == q->k * job->chunks - 1) /* the stack is complete: G = X X^T */
         return FN(mli_gemm)(0, 1, ni, p - i0, D, 1, q->X + i0 * D, D, q->X + i0 * D, D, 0, C, p);
     return MOLAE_OK;
@@ -276,8 +268,8 @@ FN(basis)(FN(job) * job, FN(group) * q, double *spectrum)
     const int vectors = R > 0 && !full;
     molae_status rc;
 
-    rc = FN(mli_syevd)(vectors, p, q->gram, p, q->w, q->work,
-                       FN(group_work_bytes)(q->m, D, R), &q->info);
+    rc = FN(mli_syevd)(vectors, p, q->gram, p, q->w, q->work, FN(group_work_bytes)(q->m, D, R),
+                       &q->info);
     if (rc < 0)
         return rc;
     for (int64_t j = 0; j < D; j++)
@@ -381,8 +373,8 @@ FN(private_task)(void *arg, int64_t index, int32_t worker)
 
     if (R == 0)
         return MOLAE_OK;
-    dst = (char *)job->out->private_[g] +
-          (size_t)((e - q->e0) * s->F * R) * mli_dtype_size(s->dtype);
+    dst =
+        (char *)job->out->private_[g] + (size_t)((e - q->e0) * s->F * R) * mli_dtype_size(s->dtype);
     MLI_TRY(FN(mli_rows_load)(X, s, e, r0, nr, tmp, &sumsq));
     if (R == D)
         memcpy(A, X, (size_t)(nr * D) * sizeof(REAL));
@@ -422,8 +414,7 @@ FN(private_factors)(const molae_ctx *ctx, FN(job) * job, molae_errinfo *err)
             sum += job->residual[e * job->blocks + b];
         }
         if (job->out->residual != NULL)
-            job->out->residual[e] =
-                job->groups[job->group_of[e]].R > 0 ? sum : job->out->energy[e];
+            job->out->residual[e] = job->groups[job->group_of[e]].R > 0 ? sum : job->out->energy[e];
     }
     return MOLAE_OK;
 }

@@ -5,8 +5,8 @@
 #include "../molae.h"
 
 /* As molae_gauge_<real>, which is this after its argument checks; *info is LAPACK's. */
-molae_status mli_gauge_f32(float *M, int32_t *perm, const float *B, int64_t R, int64_t D,
-                           char *ws, int64_t *info);
+molae_status mli_gauge_f32(float *M, int32_t *perm, const float *B, int64_t R, int64_t D, char *ws,
+                           int64_t *info);
 molae_status mli_gauge_f64(double *M, int32_t *perm, const double *B, int64_t R, int64_t D,
                            char *ws, int64_t *info);
 

@@ -11,8 +11,7 @@ FN(molae_gauge_ws)(int64_t R, int64_t D)
 }
 
 molae_status
-FN(mli_gauge)(REAL *M, int32_t *perm, const REAL *B, int64_t R, int64_t D, char *ws,
-              int64_t *info)
+FN(mli_gauge)(REAL *M, int32_t *perm, const REAL *B, int64_t R, int64_t D, char *ws, int64_t *info)
 {
     const size_t work_bytes = FN(mli_geqp3_work)(R, D);
     REAL *Q = mli_carve(&ws, (size_t)R * (size_t)D, sizeof(REAL)); /* column-major (R,D) */
@@ -31,8 +30,7 @@ FN(mli_gauge)(REAL *M, int32_t *perm, const REAL *B, int64_t R, int64_t D, char 
 
     /* B P = Q [T | N]: the same rows are spanned by [I | T^-1 N] */
     for (int64_t r = 0; r < R; r++) {
-        if (fabs((double)Q[r * R + r]) <=
-            (double)R * (double)REAL_EPSILON * fabs((double)Q[0]))
+        if (fabs((double)Q[r * R + r]) <= (double)R * (double)REAL_EPSILON * fabs((double)Q[0]))
             return MOLAE_E_ARG;
         memset(T + r * R, 0, (size_t)r * sizeof(REAL));
         for (int64_t c = r; c < R; c++)

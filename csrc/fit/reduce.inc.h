@@ -17,9 +17,9 @@ typedef struct {
     int64_t rank, rows, cols;
     REAL *out;
     int32_t *used_svd;
-    FN(scratch) *scratch; /* one a worker */
-    molae_status *status; /* (E,) */
-    int64_t *info;        /* (E,) */
+    FN(scratch) * scratch; /* one a worker */
+    molae_status *status;  /* (E,) */
+    int64_t *info;         /* (E,) */
 } FN(reduce_job);
 
 static size_t
@@ -28,21 +28,14 @@ FN(scratch_cut)(FN(scratch) * q, char **p, int64_t rows, int64_t cols)
     const int64_t small = MLI_MIN(rows, cols);
     size_t n = 0;
 
-#define CUT(field, count, size)                                                                   \
-    do {                                                                                          \
-        n = mli_size_add(n, mli_carve_size((count), (size)));                                     \
-        if (p != NULL)                                                                            \
-            q->field = mli_carve(p, (count), (size));                                             \
-    } while (0)
     q->work_bytes = MLI_MAX(FN(mli_syevd_work)(1, small), FN(mli_tsqr_ws)(rows, cols));
-    CUT(X, mli_size_mul((size_t)rows, (size_t)cols), sizeof(REAL));
-    CUT(gram, mli_size_mul((size_t)small, (size_t)small), sizeof(REAL));
-    CUT(w, (size_t)small, sizeof(REAL));
-    CUT(C, mli_size_mul((size_t)small, (size_t)MLI_MAX(rows, cols)), sizeof(REAL));
-    CUT(V, mli_size_mul((size_t)small, (size_t)cols), sizeof(REAL));
-    CUT(tmp, mli_size_mul((size_t)rows, MLI_ROWS_TILE), sizeof(REAL));
-    CUT(work, q->work_bytes, 1);
-#undef CUT
+    MLI_CUT(n, p, q->X, mli_size_mul((size_t)rows, (size_t)cols), sizeof(REAL));
+    MLI_CUT(n, p, q->gram, mli_size_mul((size_t)small, (size_t)small), sizeof(REAL));
+    MLI_CUT(n, p, q->w, (size_t)small, sizeof(REAL));
+    MLI_CUT(n, p, q->C, mli_size_mul((size_t)small, (size_t)MLI_MAX(rows, cols)), sizeof(REAL));
+    MLI_CUT(n, p, q->V, mli_size_mul((size_t)small, (size_t)cols), sizeof(REAL));
+    MLI_CUT(n, p, q->tmp, mli_size_mul((size_t)rows, MLI_ROWS_TILE), sizeof(REAL));
+    MLI_CUT(n, p, q->work, q->work_bytes, 1);
     return n;
 }
 
@@ -52,7 +45,7 @@ FN(molae_reduce_rank_ws)(const molae_ctx *ctx, const molae_stack *s)
     const size_t E = (size_t)s->E, T = (size_t)ctx->num_threads;
     FN(scratch) q;
     size_t n = mli_size_mul(T, FN(scratch_cut)(&q, NULL, s->side == MOLAE_SIDE_INPUT ? s->F : s->D,
-                                              s->side == MOLAE_SIDE_INPUT ? s->D : s->F));
+                                               s->side == MOLAE_SIDE_INPUT ? s->D : s->F));
 
     n = mli_size_add(n, mli_carve_size(T, sizeof(FN(scratch))));
     n = mli_size_add(n, mli_carve_size(E, sizeof(molae_status)));
@@ -175,7 +168,7 @@ FN(molae_reduce_rank)(const molae_ctx *ctx, REAL *out, int32_t *used_svd, const 
             err->expert = e;
             err->info = job.info[e];
             err->what = rc == MOLAE_E_NONFINITE ? "NaN or Inf in the weights"
-                        : rc < 0                ? "the eigenproblem did not converge"
+                        : rc < 0 ? "the eigenproblem did not converge"
                                  : "the Gram matrix is too coarse for the energy beyond this "
                                    "rank; a direct SVD was used";
         }

@@ -21,7 +21,8 @@ mli_dtype_size(molae_dtype t)
     return 0;
 }
 
-/* y = x widened, n values that start at element `at` of a matrix of type t; 0 if one is not finite. */
+/* y = x widened, n values that start at element `at` of a matrix of type t; 0 if one is not finite.
+ */
 static int
 widen_f32(float *y, const void *x, molae_dtype t, int64_t at, int64_t n)
 {

@@ -37,7 +37,8 @@ FN(mli_rows_store)(void *dst, const molae_stack *s, int64_t r0, int64_t nr, int6
         for (int64_t j = 0; j < R; j++) {
             for (int64_t r = 0; r < nr; r++)
                 tmp[r] = A[r * R + j];
-            finite &= FN(mli_round)((char *)dst + (size_t)(j * s->F + r0) * size, s->dtype, tmp, nr);
+            finite &=
+                FN(mli_round)((char *)dst + (size_t)(j * s->F + r0) * size, s->dtype, tmp, nr);
             for (int64_t r = 0; r < nr; r++)
                 A[r * R + j] = tmp[r];
         }

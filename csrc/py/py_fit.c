@@ -1,4 +1,5 @@
-/* Thin wrappers of csrc/fit. Public functions, validation of options and docstrings: molae/fit.py. */
+/* Thin wrappers of csrc/fit. Public functions, validation of options and docstrings: molae/fit.py.
+ */
 #include "args.h"
 
 #include "../base/blas.h"
@@ -246,8 +247,12 @@ py_factor_shared(PyObject *mod, PyObject *args)
         PyErr_NoMemory();
         goto done;
     }
-    out = (molae_factors){l.shared_p, l.perm_p, l.private_p, PyArray_DATA(spectrum),
-                          PyArray_DATA(energy), errors ? PyArray_DATA(residual) : NULL,
+    out = (molae_factors){l.shared_p,
+                          l.perm_p,
+                          l.private_p,
+                          PyArray_DATA(spectrum),
+                          PyArray_DATA(energy),
+                          errors ? PyArray_DATA(residual) : NULL,
                           PyArray_DATA(used_svd)};
 
     Py_BEGIN_ALLOW_THREADS
@@ -314,8 +319,8 @@ py_reduce_rank(PyObject *mod, PyObject *args)
     dims[0] = k.s.E;
     dims[1] = k.s.F;
     dims[2] = k.s.D;
-    out = (PyArrayObject *)PyArray_EMPTY(3, dims, k.s.dtype == MOLAE_F64 ? NPY_DOUBLE : NPY_FLOAT,
-                                         0);
+    out =
+        (PyArrayObject *)PyArray_EMPTY(3, dims, k.s.dtype == MOLAE_F64 ? NPY_DOUBLE : NPY_FLOAT, 0);
     used_svd = (PyArrayObject *)PyArray_ZEROS(1, dims, NPY_INT32, 0);
     if (out == NULL || used_svd == NULL)
         goto done;
