@@ -36,9 +36,18 @@ $(VENV)/bin/python:
 	    || { echo "molae needs Python 3.11 or newer; say make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Dependencies first and on their own, so that a change in the sources reinstalls molae alone.
+# Dependencies on their own, so that a change in the sources reinstalls molae alone.
+define REQUIREMENTS
+import tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = [r for e in "$(EXTRAS)".split(",") for r in project["optional-dependencies"][e]]
+print(*project["dependencies"], *extras, sep="\n")
+endef
+export REQUIREMENTS
+
 $(VENV)/dependencies: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install $(INDEX) -c constraints.txt '.[$(EXTRAS)]'
+	$(BIN)/python -c "$$REQUIREMENTS" > $(VENV)/requirements.txt
+	$(PIP) install $(INDEX) -c constraints.txt -r $(VENV)/requirements.txt
 	touch $@
 
 $(VENV)/installed: $(SOURCES) pyproject.toml setup.py $(VENV)/dependencies

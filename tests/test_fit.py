@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ref import fit as ref
 
 import molae
 from molae import _core, fit
@@ -19,7 +20,6 @@ from molae.errors import (
     PrecisionWarning,
     ShapeError,
 )
-from tests.ref import fit as ref
 
 F32, F64, F16, BF16 = np.float32, np.float64, np.float16, ml_dtypes.bfloat16
 #: Unit roundoff of the arithmetic and of the storage.
