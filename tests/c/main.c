@@ -12,6 +12,7 @@ main(void)
     test_par();
     test_blas();
     test_kern();
+    test_fit();
     CHECK(mli_mem_live() == 0);
     mli_parallel_shutdown();
     printf("%ld checks, %ld failed\n", test_checks, test_failures);

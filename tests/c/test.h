@@ -28,5 +28,6 @@ void test_mem(void);
 void test_par(void);
 void test_blas(void);
 void test_kern(void);
+void test_fit(void);
 
 #endif
