@@ -14,6 +14,9 @@ import pytest
 
 from molae import _core
 
+# The installed package is tested, by child processes too, and not the sources in the working folder.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 # Two busy cores make single examples slow now and then; hangs are caught by the time limit.
 hypothesis.settings.register_profile("molae", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("molae")
@@ -69,7 +72,5 @@ def python() -> Callable[..., str]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    # An extension that is not marked for it switches the GIL back on in free-threaded builds;
-    # molae's own is not marked yet, so this only guards the builds that have no GIL by claim.
     if _core.mem_live() != 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
