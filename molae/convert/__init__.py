@@ -11,8 +11,10 @@ import types
 from pathlib import Path
 from typing import Any
 
+from molae.arch import Family
 from molae.config import ConvertConfig
 from molae.convert.conversion import Conversion
+from molae.convert.destination import check_apart, check_usable
 from molae.convert.execute import Watcher, execute
 from molae.convert.inspection import Inspection, inspect
 from molae.convert.materialization import Materialization
@@ -43,6 +45,7 @@ def convert(
     dst: str | os.PathLike[str],
     config: ConvertConfig | None = None,
     *,
+    family: Family | None = None,
     overwrite: bool = False,
     watcher: Watcher | None = None,
 ) -> Report:
@@ -56,6 +59,8 @@ def convert(
         Folder of the result; made, or empty, or left by an interrupted run of the same kind.
     config : ConvertConfig, optional
         Settings; by default method 'latent' at size 0.75.
+    family : Family, optional
+        Describes the model where molae does not know its family; see `molae.arch.load_family`.
     overwrite : bool
         Replace a finished result, or start an unfinished run anew.
     watcher : Watcher, optional
@@ -93,23 +98,27 @@ def convert(
     True
     """
     with open_checkpoint(src) as checkpoint:
-        conversion = Conversion(os.fspath(src), checkpoint, config or ConvertConfig())
+        check_apart(checkpoint.path, Path(dst))
+        check_usable(Path(dst), overwrite=overwrite)  # before the work of planning
+        conversion = Conversion(os.fspath(src), checkpoint, config or ConvertConfig(), family)
         return execute(conversion, Path(dst), overwrite=overwrite, watcher=watcher)
 
 
-def plan(src: Source, config: ConvertConfig | None = None) -> Plan:
+def plan(src: Source, config: ConvertConfig | None = None, *, family: Family | None = None) -> Plan:
     """What `convert` would do, without writing anything.
 
     Parameters, errors: as `convert`.
     """
     with open_checkpoint(src) as checkpoint:
-        return Conversion(os.fspath(src), checkpoint, config or ConvertConfig()).plan(timed=True)
+        conversion = Conversion(os.fspath(src), checkpoint, config or ConvertConfig(), family)
+        return conversion.plan(timed=True)
 
 
 def materialize(
     src: Source,
     dst: str | os.PathLike[str],
     *,
+    family: Family | None = None,
     overwrite: bool = False,
     watcher: Watcher | None = None,
 ) -> Report:
@@ -119,14 +128,16 @@ def materialize(
     llama.cpp load it. Parameters and errors as in `convert`; it resumes in the same way.
     """
     with open_checkpoint(src) as checkpoint:
-        task = Materialization(os.fspath(src), checkpoint)
+        check_apart(checkpoint.path, Path(dst))
+        check_usable(Path(dst), overwrite=overwrite)
+        task = Materialization(os.fspath(src), checkpoint, family)
         return execute(task, Path(dst), overwrite=overwrite, watcher=watcher)
 
 
-def plan_materialize(src: Source) -> Plan:
+def plan_materialize(src: Source, *, family: Family | None = None) -> Plan:
     """What `materialize` would do, without writing anything."""
     with open_checkpoint(src) as checkpoint:
-        return Materialization(os.fspath(src), checkpoint).plan(timed=True)
+        return Materialization(os.fspath(src), checkpoint, family).plan(timed=True)
 
 
 class _Callable(types.ModuleType):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from molae import __version__
-from molae.arch import Model, describe
+from molae.arch import Family, Model, describe
 from molae.config import ConvertConfig
 from molae.convert.allocation import Allocation, complete_fused, split_numbers
 from molae.convert.card import convert_card
@@ -37,12 +37,18 @@ class Conversion:
 
     kind = "convert"
 
-    def __init__(self, source: str, checkpoint: Checkpoint, config: ConvertConfig) -> None:
+    def __init__(
+        self,
+        source: str,
+        checkpoint: Checkpoint,
+        config: ConvertConfig,
+        family: Family | None = None,
+    ) -> None:
         self.source_name = source
         self.checkpoint = checkpoint
         self.config = config
         self.method = find_method(config.method)
-        self.model: Model = describe(checkpoint)
+        self.model: Model = describe(checkpoint, family=family)
         probe = Probe(checkpoint, self.model)
         self.allocation: Allocation = complete_fused(
             self.method.allocate(self.model, config, probe), self.model

@@ -16,7 +16,7 @@ from molae.convert.report import REPORT
 from molae.errors import DestinationError
 from molae.io.writer import PART
 
-__all__ = ["LOCK", "check_apart", "locked", "prepare"]
+__all__ = ["LOCK", "check_apart", "check_usable", "locked", "prepare"]
 
 LOCK = ".molae-lock"
 
@@ -81,6 +81,35 @@ def _take_lock(path: Path) -> int:
         os.close(descriptor)  # the holder before us removed the file: try again
 
 
+def check_usable(dst: Path, *, overwrite: bool) -> set[str]:
+    """Refuse a folder that holds a finished result, or files that molae did not write.
+
+    Returns
+    -------
+    set of str
+        The files below `dst` that are molae's own.
+
+    Raises
+    ------
+    DestinationError
+    """
+    if dst.exists() and not dst.is_dir():
+        raise DestinationError(f"{dst}: is a file; choose a folder")
+    journal = Journal(dst)
+    present = _files_below(dst)
+    own = present & _own_names(dst, journal)
+    if foreign := sorted(present - own):
+        raise DestinationError(
+            f"{dst}: not empty: holds {_some(foreign)}, which molae did not write; "
+            "choose an empty folder"
+        )
+    if journal.header is None and REPORT in own and not overwrite:
+        raise DestinationError(
+            f"{dst}: holds a finished result; replace it with --overwrite, or choose another folder"
+        )
+    return own
+
+
 def prepare(dst: Path, header: dict[str, Any], *, overwrite: bool, needed: int) -> Journal:
     """Decide whether the folder can be used, and return its journal, ready to be added to.
 
@@ -104,23 +133,13 @@ def prepare(dst: Path, header: dict[str, Any], *, overwrite: bool, needed: int) 
         The folder holds something else, a finished result, or the beginning of a
         different run, or its disk is too small; the message says what and what to do.
     """
+    own = check_usable(dst, overwrite=overwrite)
     journal = Journal(dst)
-    present = _files_below(dst)
-    own = present & _own_names(dst, journal)
-    if foreign := sorted(present - own):
-        raise DestinationError(
-            f"{dst}: not empty: holds {_some(foreign)}, which molae did not write; "
-            "choose an empty folder"
-        )
     differing = differences(journal.header, header) if journal.header is not None else []
     if differing and not overwrite:
         raise DestinationError(
             f"{dst}: holds an unfinished run that differs: {'; '.join(differing[:5])}. "
             "Run the same command as then to finish it, or start again with --overwrite"
-        )
-    if journal.header is None and REPORT in own and not overwrite:
-        raise DestinationError(
-            f"{dst}: holds a finished result; replace it with --overwrite, or choose another folder"
         )
     _check_room(dst, needed, sum((dst / name).stat().st_size for name in own))
     if journal.header is not None and not differing:

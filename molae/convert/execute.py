@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,10 @@ import ml_dtypes
 import numpy as np
 
 from molae import __version__
+from molae.arch import Model
 from molae.convert import pipeline
 from molae.convert.companions import companion_names
-from molae.convert.destination import check_apart, locked, prepare
+from molae.convert.destination import locked, prepare
 from molae.convert.journal import Journal, file_sha256
 from molae.convert.jsontext import json_text
 from molae.convert.planning import Plan
@@ -34,6 +36,7 @@ class Task(pipeline.Work, Protocol):
 
     kind: str
     source_name: str
+    model: Model
 
     @property
     def settings(self) -> Mapping[str, Any]: ...
@@ -73,7 +76,6 @@ def execute(task: Task, dst: Path, *, overwrite: bool, watcher: Watcher | None) 
         See `molae.convert.destination`.
     """
     start = time.perf_counter()
-    check_apart(task.checkpoint.path, dst)
     plan = task.plan(timed=watcher is not None)
     watcher = watcher or Watcher()
     watcher.planned(plan)
@@ -98,6 +100,7 @@ def _header(task: Task, companions: Mapping[str, Path]) -> dict[str, Any]:
         "molae_journal": 1,
         "kind": task.kind,
         "settings": dict(task.settings),
+        "family": hashlib.sha256(repr(task.model.family).encode()).hexdigest(),
         "groups_and_ranks": task.digest,
         "source": task.checkpoint.fingerprint(),
         "molae": __version__,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from molae.arch import describe
+from molae.arch import Family, describe
 from molae.factored import Factored
 from molae.io import open_checkpoint
 
@@ -59,20 +59,22 @@ class Inspection:
         return out
 
 
-def inspect(src: str | os.PathLike[str]) -> Inspection:
+def inspect(src: str | os.PathLike[str], *, family: Family | None = None) -> Inspection:
     """Read what a checkpoint is, without reading its weights.
 
     Parameters
     ----------
     src : str or path
         Folder, or hub id.
+    family : Family, optional
+        As in `molae.convert`.
 
     Raises
     ------
     CheckpointError, UnknownFamilyError
     """
     with open_checkpoint(src) as checkpoint:
-        model = describe(checkpoint, converted=True)
+        model = describe(checkpoint, family=family, converted=True)
         counts = model.counts()
         return Inspection(
             path=os.fspath(src),

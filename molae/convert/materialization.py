@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from molae import fit
-from molae.arch import Model, describe
+from molae.arch import Family, Model, describe
 from molae.config import TYPES
 from molae.convert.card import materialize_card
 from molae.convert.estimate import BASE_BYTES
@@ -29,10 +29,10 @@ class Materialization:
 
     kind = "materialize"
 
-    def __init__(self, source: str, checkpoint: Checkpoint) -> None:
+    def __init__(self, source: str, checkpoint: Checkpoint, family: Family | None = None) -> None:
         self.source_name = source
         self.checkpoint = checkpoint
-        self.model: Model = describe(checkpoint, converted=True)
+        self.model: Model = describe(checkpoint, family=family, converted=True)
         if self.model.factored is None:
             raise CheckpointError(
                 f"{source}: an ordinary checkpoint, not one that molae converted; "

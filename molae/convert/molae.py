@@ -105,9 +105,13 @@ def _allocation(model: Model, sizes: Mapping[str, int], rank: int) -> Allocation
 
 
 def _a_few(reached: Iterable[tuple[Option, float]]) -> list[tuple[Option, float]]:
-    """The options that save something, thinned to powers of two and the smallest."""
-    saving = sorted((item for item in reached if item[1] < 1), key=lambda item: -item[1])
-    return [item for i, item in enumerate(saving) if i == len(saving) - 1 or (i & (i + 1)) == 0]
+    """The options that save something, one for each size; of many, some and the smallest."""
+    by_size: dict[float, tuple[Option, float]] = {}
+    for option, share in reached:
+        if share < 1:
+            by_size.setdefault(share, (option, share))
+    found = [by_size[share] for share in sorted(by_size, reverse=True)]
+    return found if len(found) <= 8 else [*found[:: len(found) // 6][:7], found[-1]]
 
 
 METHOD = Method(

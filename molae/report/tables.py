@@ -1,0 +1,202 @@
+"""Plans, reports and checkpoints as tables for a person to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from molae.config import TYPES
+from molae.convert import Inspection, Plan, Report
+from molae.convert.planning import Storage
+
+__all__ = ["inspect_view", "plan_view", "report_view", "size_text"]
+
+
+def size_text(count: float, unit: str = "B") -> str:
+    """Decimal units, as disks are sold: 12.9 GB."""
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {prefix}{unit}"
+    return f"{count:.0f} {unit}".rstrip()
+
+
+def plan_view(plan: Plan) -> RenderableType:
+    """Sizes, numbers by part, FLOPs, and what the run needs."""
+    parts: list[RenderableType] = [_heading(plan), _sizes(plan)]
+    if plan.types:
+        parts += [_parts(plan)]
+    if plan.candidates:
+        parts += [_candidates(plan)]
+    parts += [_needs(plan), *_remarks(plan)]
+    return Group(*parts)
+
+
+def report_view(report: Report) -> RenderableType:
+    """Errors by matrix type, and by layer where there are few layers."""
+    parts: list[RenderableType] = []
+    if report.rows:
+        table = _table("type", "error", "best expert", "worst expert", "discarded energy", "time")
+        for kind in TYPES:
+            rows = [row for row in report.rows if row.kind == kind]
+            if rows:
+                shares = [share for row in rows for share in row.discarded_energy]
+                table.add_row(
+                    kind,
+                    f"{report.error(kind):.4f}",
+                    f"{min(row.expert_error_min for row in rows):.4f}",
+                    f"{max(row.expert_error_max for row in rows):.4f}",
+                    f"{sum(shares) / len(shares):.4f}",
+                    f"{sum(row.seconds for row in rows):.1f} s",
+                )
+        parts += [Text("Relative Frobenius error of the weights, over all layers:"), table]
+        svd = sum(any(row.used_svd) for row in report.rows)
+        if svd:
+            parts += [Text(f"A direct SVD was needed for {svd} of {len(report.rows)} stacks.")]
+    size = sum(entry["bytes"] for entry in report.files.values())
+    parts += [Text(f"{len(report.files) + 1} files, {size_text(size)}, in {report.seconds:.1f} s.")]
+    return Group(*parts)
+
+
+def inspect_view(found: Inspection) -> RenderableType:
+    """What a checkpoint is; its ranks where it is a converted one."""
+    table = Table.grid(padding=(0, 2))
+    letters = ", ".join(f"{letter}={size}" for letter, size in found.letters.items())
+    shapes = ", ".join(f"{kind} {rows}x{cols}" for kind, (rows, cols) in found.shapes.items())
+    for name, value in (
+        ("family", f"{found.family}, layout {found.layout}, experts in {found.dtype}"),
+        ("letters", letters),
+        ("matrices", shapes),
+        ("layers with experts", _spans(found.moe_layers)),
+        ("parameters", f"{found.total_parameters:,}"),
+        ("of the experts", f"{found.expert_parameters:,}"),
+        ("active for a token", f"{found.active_parameters:,}"),
+        ("size", f"{found.bytes:,} bytes ({size_text(found.bytes)}) in {found.files} files"),
+    ):
+        table.add_row(name, value)
+    factored = found.factored
+    if factored is None:
+        return table
+    table.add_row(
+        "converted", f"by molae {factored.molae_version}, method {factored.method}, "
+        f"{factored.form} form"
+    )  # fmt: skip
+    ranks = _table("layer", *TYPES)
+    for layer, kinds in factored.layers.items():
+        cells = []
+        for kind in TYPES:
+            split = kinds.get(kind)
+            cells.append("as it was" if split is None else _groups_text(split.groups, split.ranks))
+        ranks.add_row(str(layer), *cells)
+    return Group(table, ranks)
+
+
+def _heading(plan: Plan) -> Text:
+    letters = ", ".join(f"{letter}={plan.letters[letter]}" for letter in "LEKDF")
+    what = {
+        "convert": f"method {plan.method} ({plan.form} form)",
+        "materialize": "multiplied out to an ordinary checkpoint",
+    }[plan.kind]
+    return Text(f"{plan.source}: {plan.family}, {letters}, {plan.dtype}; {what}")
+
+
+def _sizes(plan: Plan) -> Table:
+    table = _table("", "before", "after", "share")
+
+    def row(name: str, before: float, after: float, show: Any) -> None:
+        share = f"{after / before:.4f}" if before else ""
+        table.add_row(name, show(before), show(after), share)
+
+    before, after = plan.before, plan.after
+    row("experts, numbers", before.expert_numbers, after.expert_numbers, _whole)
+    row("all, numbers", before.total_numbers, after.total_numbers, _whole)
+    row("experts, bytes", before.expert_bytes, after.expert_bytes, _whole)
+    row("all, bytes", before.total_bytes, after.total_bytes, _whole)
+    row("FLOPs a token, experts", before.flops_per_token, after.flops_per_token, _whole)
+    return table
+
+
+def _parts(plan: Plan) -> Table:
+    stored: Storage = plan.after if plan.kind == "convert" else plan.before
+    table = _table("type", "experts a group", "ranks", "shared", "private", "dense", "indices")
+    for kind in TYPES:
+        numbers, summary = stored.numbers[kind], plan.types.get(kind)
+        table.add_row(
+            kind,
+            _several(summary.group_sizes) if summary else "",
+            _several(summary.ranks) if summary else "as it was",
+            *(_whole(numbers[role]) for role in ("shared", "private", "dense", "perm")),
+        )
+    return table
+
+
+def _candidates(plan: Plan) -> Table:
+    table = _table("type", "experts a group", "rank", "error foreseen", "")
+    for c in plan.candidates:
+        table.add_row(
+            c.kind, str(c.group_size), str(c.rank), f"{c.error:.4f}", "taken" if c.chosen else ""
+        )
+    return table
+
+
+def _needs(plan: Plan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    if plan.size_asked is not None:
+        table.add_row("size", f"asked {plan.size_asked:g}, reached {plan.size_reached:.4f}")
+    table.add_row("disk", f"{plan.disk_bytes:,} bytes ({size_text(plan.disk_bytes)})")
+    table.add_row("peak memory", f"about {size_text(plan.memory_bytes)}")
+    if plan.seconds is not None:
+        table.add_row("time", f"about {time_text(plan.seconds)}")
+    return table
+
+
+def _remarks(plan: Plan) -> Iterable[Text]:
+    if plan.kind == "materialize":
+        yield Text("The result has the original's full size; what was saved on the disk is lost.")
+    elif not plan.types:
+        yield Text("Nothing would be saved: every tensor stays as it is.")
+    elif plan.flops_ratio > 1:
+        yield Text(
+            f"A token needs more operations than before ({plan.flops_ratio:.3f} times): "
+            "this saves memory, not work."
+        )
+
+
+def time_text(seconds: float) -> str:
+    """'40 s', '12 min', '3.2 h'."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    return table
+
+
+def _whole(count: float) -> str:
+    return f"{count:,.0f}"
+
+
+def _several(values: Sequence[int | None]) -> str:
+    shown = ["dense" if value is None else str(value) for value in values]
+    return ", ".join(shown) if len(shown) <= 4 else f"{shown[0]} to {shown[-1]}"
+
+
+def _groups_text(groups: Sequence[Sequence[int]], ranks: Sequence[int | None]) -> str:
+    sizes = list(dict.fromkeys(len(group) for group in groups))
+    found = list(dict.fromkeys(ranks))
+    return f"{len(groups)} groups of {_several(sizes)}: {_several(found)}"
+
+
+def _spans(layers: Sequence[int]) -> str:
+    """'0-15' or '1, 3, 5'."""
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers))
