@@ -112,7 +112,7 @@ asan: build/asan/check
 
 valgrind: build/plain/check
 	OPENBLAS_NUM_THREADS=1 valgrind --quiet --error-exitcode=1 --leak-check=full \
-	    --errors-for-leak-kinds=definite,indirect --suppressions=tests/c/valgrind.supp \
+	    --errors-for-leak-kinds=definite,indirect \
 	    build/plain/check
 
 check-c: asan valgrind

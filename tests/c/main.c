@@ -11,6 +11,7 @@ main(void)
     test_mem();
     test_par();
     test_blas();
+    test_fit();
     test_kern();
     test_fit();
     CHECK(mli_mem_live() == 0);
