@@ -69,6 +69,7 @@ lint: $(VENV)/lint
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 	$(BIN)/codespell csrc molae tests docs benchmarks *.md
 	$(BIN)/mypy
+	$(BIN)/python -P -m mypy.stubtest molae._core
 
 # ------------------------------------------------------------------ C tests under checkers
 

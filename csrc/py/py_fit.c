@@ -183,11 +183,12 @@ factor_lists_clear(factor_lists *l)
     mli_free(l->perm_p);
 }
 
-PyDoc_STRVAR(factor_shared_doc,
-             "factor_shared(W, ids, group_ptr, rank, first_group, output_side, gauge, errors, "
-             "num_threads)\n--\n\n"
-             "Joint factorization of the groups of a stack; see molae.fit.factor_shared.\n"
-             "Returns (shared, perm, private, spectrum, energy, residual, used_svd).");
+PyDoc_STRVAR(
+    factor_shared_doc,
+    "factor_shared($module, W, ids, group_ptr, rank, first_group, output_side, gauge, errors, "
+    "num_threads, /)\n--\n\n"
+    "Joint factorization of the groups of a stack; see molae.fit.factor_shared.\n"
+    "Returns (shared, perm, private, spectrum, energy, residual, used_svd).");
 
 static PyObject *
 py_factor_shared(PyObject *mod, PyObject *args)
@@ -293,7 +294,7 @@ done:
 /* ------------------------------------------------------------ reduce_rank */
 
 PyDoc_STRVAR(reduce_rank_doc,
-             "reduce_rank(W, rank, num_threads)\n--\n\n"
+             "reduce_rank($module, W, rank, num_threads, /)\n--\n\n"
              "Best rank-R approximation of each expert; see molae.fit.reduce_rank.\n"
              "Returns (approximations, used_svd).");
 
@@ -355,7 +356,7 @@ done:
 
 /* ------------------------------------------------------------------ gauge */
 
-PyDoc_STRVAR(gauge_doc, "gauge(B)\n--\n\n"
+PyDoc_STRVAR(gauge_doc, "gauge($module, B, /)\n--\n\n"
                         "Gauge form (M, perm) of a float32 or float64 basis; see molae.fit.gauge.");
 
 static PyObject *
