@@ -112,6 +112,7 @@ asan: build/asan/check
 	OPENBLAS_NUM_THREADS=1 ASAN_OPTIONS=detect_stack_use_after_return=1 build/asan/check
 
 valgrind: build/plain/check
+	@command -v valgrind > /dev/null || { echo "sudo apt install valgrind"; exit 1; }
 	OPENBLAS_NUM_THREADS=1 valgrind --quiet --error-exitcode=1 --leak-check=full \
 	    --errors-for-leak-kinds=definite,indirect \
 	    build/plain/check

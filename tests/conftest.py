@@ -14,7 +14,7 @@ import pytest
 
 from molae import _core
 
-# The installed package is tested, by child processes too, and not the sources in the working folder.
+# The installed package is tested, by child processes too, not the sources in the working folder.
 os.environ["PYTHONSAFEPATH"] = "1"
 
 # Two busy cores make single examples slow now and then; hangs are caught by the time limit.

@@ -128,8 +128,8 @@ def latent_flops(
     >>> sizes, ranks = [8] * 8, [1024] * 8
     >>> dense = dense_flops(8, 1024, 2048)
     >>> round(latent_flops(sizes, ranks, form="plain", K=8, F=1024, D=2048) / dense, 3)
-    1.178
+    1.179
     >>> round(latent_flops(sizes, ranks, form="gauge", K=8, F=1024, D=2048) / dense, 3)
-    0.839
+    0.84
     """
     return 2 * active_numbers(sizes, ranks, form=form, K=K, F=F, D=D)
