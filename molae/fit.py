@@ -367,8 +367,8 @@ def gauge(B: npt.ArrayLike) -> tuple[Array, Array]:
     --------
     >>> import numpy as np, molae
     >>> M, perm = molae.fit.gauge(np.array([[0.0, 2.0, 1.0]]))
-    >>> M, perm[0]
-    (array([[0. , 0.5]]), np.int32(1))
+    >>> M, int(perm[0])
+    (array([[0. , 0.5]]), 1)
     """
     result: tuple[Array, Array] = _core.gauge(_contiguous(np.asarray(B)))
     return result

@@ -123,7 +123,7 @@ PYTHON_LAYERS = {
     "hf": 3,
     "train": 4,
     "report": 4,
-    "demo": 5,
+    "demo": 4,
     "cli": 5,
     "__main__": 5,
 }

@@ -126,11 +126,10 @@ def _row(title: str, report: Report) -> Row:
 
 
 def _measure(path: Path) -> Any:
-    from transformers.utils import logging
-
+    from molae.hf import hide_progress
     from molae.hf.evaluate import evaluate_path
 
-    logging.disable_progress_bar()
+    hide_progress()
     return evaluate_path(path, HELDOUT)
 
 
