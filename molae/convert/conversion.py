@@ -17,12 +17,12 @@ from molae.convert.card import convert_card
 from molae.convert.estimate import fit_seconds, memory_bytes
 from molae.convert.jsontext import json_text
 from molae.convert.methods import find_method
+from molae.convert.naming import named
 from molae.convert.pipeline import Data
 from molae.convert.planning import Plan, storage, summarize
 from molae.convert.probe import Probe
 from molae.convert.report import TypeRow
 from molae.convert.shards import Job, convert_shards
-from molae.errors import NonFiniteError
 from molae.factored import Factored, group_tensors
 from molae.io import DTYPES, Checkpoint
 
@@ -78,10 +78,8 @@ class Conversion:
         split = self.allocation.layers[job.layer][kind]
         matrices = self.model.matrices(self.checkpoint, job.layer, kind)
         start = time.perf_counter()
-        try:
+        with named(self.model, job.layer, kind):
             fitted = self.method.fit(matrices, split, self.model.side(kind))
-        except NonFiniteError as error:
-            raise self._named(error, job.layer, kind) from error
         seconds = time.perf_counter() - start
 
         E, F, D = (self.model.letters[letter] for letter in "EFD")
@@ -107,21 +105,6 @@ class Conversion:
             **fitted.diagnostics,
         )
         return tensors, [dataclasses.asdict(row)]
-
-    def _named(self, error: NonFiniteError, layer: int, kind: str) -> NonFiniteError:
-        """The same error with the names that a user knows."""
-        what = str(error).rpartition(": ")[2]
-        expert = error.expert
-        names = self.model.expert_tensors(layer, kind)
-        if expert is None:
-            return NonFiniteError(f"layer {layer}, {kind}: {what}; check the source checkpoint")
-        name = names[expert] if len(names) > 1 else f"{names[0]}[{expert}]"
-        named = NonFiniteError(
-            f"{name}: {what} (expert {expert} of layer {layer}, {kind}); "
-            "check the source checkpoint, or download it again"
-        )
-        named.expert = expert
-        return named
 
     def factored(self) -> Factored | None:
         """The ``quantization_config`` of the result; None where nothing leaves its form."""

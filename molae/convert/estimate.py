@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from molae.convert.naming import named
 from molae.factored import Split
 from molae.threads import get_num_threads
 
@@ -32,11 +33,12 @@ def fit_seconds(conversion: Conversion) -> float:
         position = {i: at for at, i in enumerate(experts)}
         groups = tuple(tuple(position[i] for i in group) for group in sample.groups)
         start = time.perf_counter()
-        conversion.method.fit(
-            [matrices[i] for i in experts],
-            Split(groups, sample.ranks),
-            conversion.model.side(kind),
-        )
+        with named(conversion.model, layer, kind, experts):
+            conversion.method.fit(
+                [matrices[i] for i in experts],
+                Split(groups, sample.ranks),
+                conversion.model.side(kind),
+            )
         pace = (time.perf_counter() - start) / _flops(conversion, sample)
         seconds += pace * sum(_flops(conversion, split) for _, split in splits)
     return seconds

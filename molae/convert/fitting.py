@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,7 +163,8 @@ def _fit(matrices: Matrices, split: Split, side: Side, solve: Solver) -> Fitted:
                     factors[g, "perm"] = perm
     for group, left in zip(split.groups, split.ranks, strict=True):
         if left is None:
-            energy[list(group)] = [_energy(matrices[i]) for i in group]
+            for i in group:
+                energy[i] = _energy(matrices[i], i)
     return Fitted(factors, error, energy, facts)
 
 
@@ -177,8 +179,13 @@ def _numbered(experts: Sequence[int]) -> Iterator[None]:
         raise
 
 
-def _energy(W: np.ndarray) -> float:
-    return float(np.square(W.astype(np.float32)).sum(dtype=np.float64))
+def _energy(W: np.ndarray, expert: int) -> float:
+    energy = float(np.square(W.astype(np.float64)).sum())
+    if not math.isfinite(energy):
+        error = NonFiniteError(f"expert {expert}: NaN or Inf in the weights")
+        error.expert = expert
+        raise error
+    return energy
 
 
 def _relative_error(approximation: np.ndarray, W: np.ndarray) -> float:

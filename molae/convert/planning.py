@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,4 +187,5 @@ class Plan:
             out[key]["total_numbers"] = stored.total_numbers
             out[key]["total_bytes"] = stored.total_bytes
         out["flops_ratio"] = self.flops_ratio
-        return out
+        plain: dict[str, Any] = json.loads(json.dumps(out))  # lists for tuples, as when read back
+        return plain

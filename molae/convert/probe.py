@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from molae import fit
 from molae.arch import Model
 from molae.convert.allocation import Candidate, largest_rank
+from molae.convert.naming import named
 from molae.factored import index_groups
 from molae.io import Checkpoint
 
@@ -55,9 +56,10 @@ class Probe:
 
     def _error(self, kind: str, k: int, ranks: Sequence[int]) -> float:
         matrices = self._model.matrices(self._checkpoint, self.layer, kind)[: self.experts]
-        spectra = fit.spectrum(
-            matrices, groups=index_groups(self.experts, k), side=self._model.side(kind)
-        )
+        with named(self._model, self.layer, kind):
+            spectra = fit.spectrum(
+                matrices, groups=index_groups(self.experts, k), side=self._model.side(kind)
+            )
         lost = sum(float((s[rank:] ** 2).sum()) for s, rank in zip(spectra, ranks, strict=True))
         total = sum(float((s**2).sum()) for s in spectra)
         return math.sqrt(lost / total) if total else 0.0

@@ -1,0 +1,104 @@
+"""The quantization_config of a converted checkpoint, and the tensors it promises."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from molae.errors import CheckpointError
+from molae.factored import Factored, Split, group_tensors, index_groups, numbers_by_role
+from molae.fit import stored_numbers
+
+SPLIT = Split(((0, 2), (1,), (3, 4)), (3, 0, None))
+WHOLE = Factored(
+    method="latent",
+    form="gauge",
+    layout="fused",
+    layers={0: {"gate_proj": SPLIT}, 7: {"down_proj": SPLIT}},
+    molae_version="0.1.0",
+)
+
+
+def test_it_survives_a_dict():
+    assert Factored.from_dict(WHOLE.to_dict(), E=5, D=8) == WHOLE
+
+
+def changed(path, value):
+    data = WHOLE.to_dict()
+    inner = data
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return data
+
+
+GATE = ("layers", "0", "gate_proj")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("quant_method",), "gptq", "quant_method"),
+        (("format_version",), 2, "newer molae"),
+        (("format_version",), "1", "format_version"),
+        (("format_version",), 0, "format_version"),
+        (("form",), "round", "form"),
+        (("layers",), None, "layers"),
+        (("layers", "x"), {}, "'x'"),
+        (("layers", "0"), {"router": {}}, "layers.0"),
+        (GATE, 3, "layers.0.gate_proj"),
+        ((*GATE, "groups"), [[0, 1], [1], [3, 4]], "layers.0.gate_proj.groups"),
+        ((*GATE, "groups"), [[0, 1], [], [2, 3, 4]], "layers.0.gate_proj.groups"),
+        ((*GATE, "groups"), [[0, 1], [2], [3]], "layers.0.gate_proj.groups"),
+        ((*GATE, "groups"), [[0, 1], [2], [3, 5]], "layers.0.gate_proj.groups"),
+        ((*GATE, "groups"), [0, 1, 2, 3, 4], "layers.0.gate_proj.groups"),
+        ((*GATE, "ranks"), [3, 0], "layers.0.gate_proj.ranks"),
+        ((*GATE, "ranks"), [3, 0, -1], "layers.0.gate_proj.ranks"),
+        ((*GATE, "ranks"), [3, 0, 1.5], "layers.0.gate_proj.ranks"),
+        ((*GATE, "ranks"), [3, 0, True], "layers.0.gate_proj.ranks"),
+        ((*GATE, "ranks"), [9, 0, None], "at most D=8"),
+        ((*GATE, "ranks"), None, "layers.0.gate_proj.ranks"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(path, value, named):
+    with pytest.raises(CheckpointError) as caught:
+        Factored.from_dict(changed(path, value), E=5, D=8)
+    assert named in str(caught.value)
+
+
+def test_names_and_shapes_of_each_kind_of_group():
+    def shapes(kind, rank, form="gauge"):
+        found = group_tensors("P", kind, 3, 2, rank, F=6, D=8, form=form)
+        return {part.name: part.shape for part in found}
+
+    assert shapes("up_proj", 5) == {
+        "P.up_proj.3.perm": (8,),
+        "P.up_proj.3.shared": (5, 3),
+        "P.up_proj.3.private": (2, 6, 5),
+    }
+    assert shapes("up_proj", 5, "plain") == {
+        "P.up_proj.3.shared": (5, 8),
+        "P.up_proj.3.private": (2, 6, 5),
+    }
+    assert shapes("down_proj", 5)["P.down_proj.3.private"] == (2, 5, 6)
+    assert shapes("up_proj", None) == {"P.up_proj.3.dense": (2, 6, 8)}
+    assert shapes("down_proj", None) == {"P.down_proj.3.dense": (2, 8, 6)}
+    assert shapes("down_proj", 0) == {}
+
+
+@given(
+    k=st.integers(1, 6), F=st.integers(1, 9), D=st.integers(1, 9), data=st.data(),
+    form=st.sampled_from(["gauge", "plain"]),
+)  # fmt: skip
+def test_shapes_hold_the_numbers_that_are_counted(k, F, D, data, form):
+    rank = data.draw(st.integers(0, min(D, k * F)))
+    numbers = numbers_by_role(Split((tuple(range(k)),), (rank,)), F=F, D=D, form=form)
+    assert numbers["shared"] + numbers["private"] == stored_numbers(rank, k, F, D, form)
+    assert numbers["perm"] == (D if form == "gauge" and rank else 0)
+
+
+@given(experts=st.integers(1, 70), size=st.integers(1, 80))
+def test_index_groups_hold_each_expert_once(experts, size):
+    groups = index_groups(experts, size)
+    assert [e for group in groups for e in group] == list(range(experts))
+    assert all(len(group) == size for group in groups[:-1])
+    assert 1 <= len(groups[-1]) <= size
