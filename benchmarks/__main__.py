@@ -1,0 +1,102 @@
+"""``python -m benchmarks``: measure, print tables, keep the figures as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import molae
+from benchmarks import RESULTS, tables
+from benchmarks.cases import CASES, Settings
+from benchmarks.contestants import limit_threads
+from benchmarks.header import header, usable_cpus
+from benchmarks.peak import peaks
+
+FORMAT = 1
+
+#: Shapes that take seconds: to see that everything works, not to measure anything.
+QUICK = {"E": 16, "F": 64, "D": 128, "V": 256, "layers": 2, "repeats": 2, "pause": 0.0}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    chosen = args.cases or list(CASES)
+    settings = _settings(args)
+    molae.set_num_threads(settings.threads)
+    limit_threads(settings.threads)
+    if importlib.util.find_spec("torch"):
+        importlib.import_module("torch")  # the header names its version and threads
+    result: dict[str, Any] = {
+        "molae_benchmarks": FORMAT,
+        "quick": args.quick,
+        "header": header(settings.threads),
+    }
+    if result["header"]["busy"]:
+        load = result["header"]["load_at_start"]
+        _say(f"the machine is busy (load average {load}): read ratios, not seconds")
+    _say("peaks")
+    result["peaks"] = peaks(settings.threads, quick=args.quick)
+    start = time.perf_counter()
+    for name in chosen:
+        _say(f"{name} ({time.perf_counter() - start:.0f} s)")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", molae.errors.PrecisionWarning)
+            result[name] = CASES[name](settings, result["peaks"]["best_gflops"])
+    _say(f"done ({time.perf_counter() - start:.0f} s)")
+    print(tables.benchmarks(result))
+    _keep(args, chosen, result)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    given: dict[str, Any] = {"threads": args.threads}
+    if args.quick:
+        given |= QUICK
+    if args.repeats:
+        given["repeats"] = args.repeats
+    return Settings(**given)
+
+
+def _keep(args: argparse.Namespace, chosen: list[str], result: dict[str, Any]) -> None:
+    out = args.json
+    if out is None:
+        if args.quick or chosen != list(CASES):
+            _say("not kept: only a full run goes to benchmarks/results unless --json names a file")
+            return
+        out = RESULTS / "benchmarks.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    _say(f"kept in {out}; python -m benchmarks.readme writes the README's tables")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _count(text: str) -> int:
+    n = int(text)
+    if n < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {n}")
+    return n
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that all works")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: all")
+    parser.add_argument("--repeats", type=_count, help="rounds; default 5")
+    parser.add_argument(
+        "--threads", type=_count, default=usable_cpus(), help="for every contestant; default: CPUs"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="keep the figures in this file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

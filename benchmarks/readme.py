@@ -1,0 +1,71 @@
+"""Write the README's tables from the JSON results: ``python -m benchmarks.readme [--check]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import RESULTS, ROOT, tables
+
+__all__ = ["SECTIONS", "update"]
+
+#: Section of the README: the file it is made from, in benchmarks/results, and how.
+SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "demo": ("demo.json", tables.demo),
+    "benchmarks": ("benchmarks.json", tables.benchmarks),
+}
+
+
+def update(text: str, results: Path = RESULTS) -> str:
+    """The README with its tables made anew. A section without a result is left empty.
+
+    Raises
+    ------
+    ValueError
+        The markers of a section are not there exactly once, or not in order.
+    """
+    for name, (file, render) in SECTIONS.items():
+        source = results / file
+        body = f"{render(json.loads(source.read_text()))}\n" if source.exists() else ""
+        text = _replace(text, name, body)
+    return text
+
+
+def _replace(text: str, name: str, body: str) -> str:
+    start, end = f"<!-- {name}:start -->\n", f"<!-- {name}:end -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"README: expected one {start.strip()} line and one {end} after it")
+    pattern = re.escape(start) + ".*?" + re.escape(end)
+    return re.sub(pattern, lambda _: f"{start}{body}{end}", text, flags=re.S)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    before = args.readme.read_text(encoding="utf-8")
+    after = update(before, args.results)
+    if before == after:
+        print(f"{args.readme.name} is up to date")
+        return 0
+    if args.check:
+        print(
+            f"{args.readme.name} does not agree with {args.results.name}; "
+            "run: python -m benchmarks.readme",
+            file=sys.stderr,
+        )
+        return 1
+    args.readme.write_text(after, encoding="utf-8")
+    print(f"{args.readme.name} written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
