@@ -15,7 +15,7 @@ from molae.arch import Family
 from molae.config import ConvertConfig
 from molae.convert.conversion import Conversion
 from molae.convert.destination import check_apart, check_usable
-from molae.convert.execute import Watcher, execute
+from molae.convert.execution import Watcher, execute
 from molae.convert.inspection import Inspection, inspect
 from molae.convert.materialization import Materialization
 from molae.convert.methods import METHODS
