@@ -426,6 +426,18 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, layout, value):
     assert "expert 6 of layer 0, down_proj" in str(caught.value)
 
 
+def test_an_expert_of_a_later_group_has_its_own_number(tmp_path):
+    """With one thread the groups are fitted one by one; the number is still the layer's."""
+    name = "model.layers.0.mlp.experts.6.up_proj.weight"
+    src = make_checkpoint(tmp_path / "src", E=8, replace={name: np.full((8, 16), np.nan, "f4")})
+    for config in (
+        ConvertConfig(size=0.5, group_size=2),
+        ConvertConfig(method="molae", rank=3, group_size=4),
+    ):
+        with molae.num_threads(1), pytest.raises(NonFiniteError, match="expert 6 of layer 0"):
+            convert(src, tmp_path / "dst", config, overwrite=True)
+
+
 def test_a_weight_of_a_group_left_dense_is_looked_at_too(tmp_path, monkeypatch):
     name = "model.layers.0.mlp.experts.2.up_proj.weight"
     W = np.ones((8, 16), np.float32)

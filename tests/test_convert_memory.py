@@ -2,10 +2,15 @@
 
 import os
 import sys
+import time
 
 import pytest
 from checkpoints import make_checkpoint
 from memory import peak_memory
+
+from molae import ConvertConfig, convert
+from molae.convert.conversion import Conversion
+from molae.io import ShardWriter
 
 MB = 1e6
 
@@ -52,6 +57,34 @@ def test_peak_memory(source, tmp_path, size):
     peak = peak_memory(command("materialize", dst, back), environ())
     assert peak.returncode == 0
     assert peak.anonymous - idle() <= 0.5 * STACK + SLACK
+
+
+def test_results_do_not_pile_up_before_a_slow_disk(tmp_path, monkeypatch):
+    """Computing waits for writing: what is computed and not yet written stays bounded."""
+    src = make_checkpoint(tmp_path / "src", L=4)
+    ahead, most = 0, 0
+    compute, write = Conversion.compute, ShardWriter.write
+
+    def counted_compute(self, job):
+        nonlocal ahead, most
+        tensors, rows = compute(self, job)
+        ahead += sum(array.nbytes for array in tensors.values())
+        most = max(most, ahead)
+        return tensors, rows
+
+    def slow_write(self, name, data):
+        nonlocal ahead
+        time.sleep(0.01)
+        write(self, name, data)
+        if ".experts." in name:
+            ahead -= data.nbytes
+
+    monkeypatch.setattr(Conversion, "compute", counted_compute)
+    monkeypatch.setattr(ShardWriter, "write", slow_write)
+    convert(src, tmp_path / "dst", ConvertConfig(size=0.5, group_size=2))
+    stack = 4 * 8 * 16 * 4
+    assert ahead == 0
+    assert 0.4 * stack < most <= 1.25 * stack
 
 
 def test_the_measure_sees_memory_that_is_used():
