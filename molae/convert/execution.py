@@ -141,7 +141,7 @@ def _finish(
         settings=dict(task.settings),
         plan=plan.to_dict(),
         inputs={
-            "path": str(task.checkpoint.path),
+            "path": task.source_name,
             "fingerprint": task.checkpoint.fingerprint(),
             "sha256": {entry["file"]: entry["inputs"] for entry in entries},
         },
