@@ -141,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     running = argparse.ArgumentParser(add_help=False)
     running.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     running.add_argument(
-        "--overwrite", action="store_true", help="replace a finished result, or start anew"
+        "--overwrite",
+        action="store_true",
+        help="replace a finished result, or an unfinished run with other settings",
     )
     running.add_argument("--threads", type=_count, metavar="N", help="threads to compute with")
     running.add_argument("--quiet", action="store_true", help="print nothing but errors")

@@ -171,6 +171,39 @@ def test_finished_shards_are_not_computed_again(tmp_path, source, wanted, monkey
     assert tree(dst) == wanted
 
 
+def test_a_run_that_overwrites_goes_on_too(tmp_path, source, wanted, monkeypatch):
+    """The old result is gone at the first try; the second does not begin again."""
+    dst = tmp_path / "dst"
+    convert(source, dst, ConvertConfig(size=0.3))
+    process = start(
+        "at(journal.Journal, 'add', 2, 'after')", *convert_command(source, dst), "--overwrite"
+    )
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    started = []
+    monkeypatch.setattr(Journal, "start", lambda self, header: started.append(header))
+    convert(source, dst, CONFIG, overwrite=True)
+    assert not started
+    assert tree(dst) == wanted
+
+
+def test_kill_9_while_the_old_result_is_removed(tmp_path, source, wanted):
+    """What is left still says whose it is, so the same command gets through."""
+    dst = tmp_path / "dst"
+    for count in (1, 3, 8):
+        convert(source, dst, ConvertConfig(size=0.3), overwrite=True)
+        process = start(
+            f"import pathlib; at(pathlib.Path, 'unlink', {count}, 'after')",
+            *convert_command(source, dst), "--overwrite",
+        )  # fmt: skip
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        with pytest.raises(DestinationError, match="finished result"):
+            convert(source, dst, CONFIG)
+        convert(source, dst, CONFIG, overwrite=True)
+        assert tree(dst) == wanted
+
+
 @pytest.mark.parametrize("harm", ["truncated", "changed", "removed"])
 def test_a_finished_shard_that_was_harmed_is_made_again(tmp_path, source, wanted, harm):
     dst = tmp_path / "dst"

@@ -62,7 +62,8 @@ def convert(
     family : Family, optional
         Describes the model where molae does not know its family; see `molae.arch.load_family`.
     overwrite : bool
-        Replace a finished result, or start an unfinished run anew.
+        Replace a finished result, or an unfinished run that differs from this one. An
+        unfinished run that does not differ goes on all the same.
     watcher : Watcher, optional
         Is told the plan and the progress.
 

@@ -139,7 +139,7 @@ def prepare(dst: Path, header: dict[str, Any], *, overwrite: bool, needed: int) 
     if differing and not overwrite:
         raise DestinationError(
             f"{dst}: holds an unfinished run that differs: {'; '.join(differing[:5])}. "
-            "Run the same command as then to finish it, or start again with --overwrite"
+            "Run the same command as then to finish it, or start anew with --overwrite"
         )
     _check_room(dst, needed, sum((dst / name).stat().st_size for name in own))
     if journal.header is not None and not differing:
