@@ -88,11 +88,11 @@ def convert_command(source, dst):
 
 def killed(prepare, source, dst):
     process = start(prepare, *convert_command(source, dst))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == -signal.SIGKILL, err
 
 
-def wait_for(condition, seconds=30.0):
+def wait_for(condition, seconds=90.0):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"
@@ -145,7 +145,7 @@ def test_kill_9_at_random_moments_again_and_again(tmp_path, source, wanted):
         wait_for(lambda p=process: (dst / JOURNAL).exists() or p.poll() is not None)
         time.sleep(chance.uniform(0, 0.25))
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=180)
         if process.returncode == 0:
             break
         kills += 1
@@ -178,7 +178,7 @@ def test_a_run_that_overwrites_goes_on_too(tmp_path, source, wanted, monkeypatch
     process = start(
         "at(journal.Journal, 'add', 2, 'after')", *convert_command(source, dst), "--overwrite"
     )
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert process.returncode == -signal.SIGKILL
     started = []
     monkeypatch.setattr(Journal, "start", lambda self, header: started.append(header))
@@ -196,7 +196,7 @@ def test_kill_9_while_the_old_result_is_removed(tmp_path, source, wanted):
             f"import pathlib; at(pathlib.Path, 'unlink', {count}, 'after')",
             *convert_command(source, dst), "--overwrite",
         )  # fmt: skip
-        process.communicate(timeout=60)
+        process.communicate(timeout=180)
         assert process.returncode == -signal.SIGKILL
         with pytest.raises(DestinationError, match="finished result"):
             convert(source, dst, CONFIG)
@@ -225,7 +225,7 @@ def test_a_signal_ends_the_run_and_the_same_command_goes_on(tmp_path, source, wa
     process = start("slow(conversion.Conversion, 'compute', 0.1)", *convert_command(source, dst))
     wait_for(lambda: (dst / JOURNAL).exists() and Journal(dst).shards)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 130
     assert "the same command goes on" in err
     assert "Traceback" not in err + out
@@ -236,7 +236,7 @@ def test_a_signal_ends_the_run_and_the_same_command_goes_on(tmp_path, source, wa
     assert 1 <= done < LAYERS
     second = subprocess.run(
         [sys.executable, "-m", "molae.cli", *map(str, convert_command(source, dst)[:-1])],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=180, check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
     assert second.returncode == 0, second.stderr
@@ -249,10 +249,10 @@ def test_two_runs_on_one_destination(tmp_path, source, wanted):
     first = start("slow(conversion.Conversion, 'compute', 0.1)", *convert_command(source, dst))
     wait_for(lambda: (dst / JOURNAL).exists())
     second = start("", *convert_command(source, dst))
-    _, err = second.communicate(timeout=60)
+    _, err = second.communicate(timeout=180)
     assert second.returncode == 1
     assert "another run is writing there" in err
-    _, err = first.communicate(timeout=60)
+    _, err = first.communicate(timeout=180)
     assert first.returncode == 0, err
     assert tree(dst) == wanted
 
