@@ -191,6 +191,8 @@ def _convert(row: Result) -> str:
         ["checkpoint", f"{row['checkpoint_bytes'] / 1e9:.2f} GB, {row['layers']} layers"],
         ["result", f"{row['result_bytes'] / 1e9:.2f} GB, size {row['size']:.4f}"],
         ["wall time", f"{row['wall_s']:.1f} s"],
+        ["start and choice of group sizes", f"{row['wall_s'] - row['run_s']:.1f} s"],
+        ["the run after that", f"{row['run_s']:.1f} s"],
         ["of that, factorizing", f"{row['factor_s']:.1f} s"],
         ["throughput", f"{row['gbs'] * 1e3:.1f} MB/s of checkpoint"],
         ["a plain copy of the files", f"{row['copy_s']:.1f} s"],
