@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import struct
 import subprocess
 import sys
@@ -381,6 +382,40 @@ def test_a_disk_that_refuses(tmp_path, monkeypatch, code, call):
     check_message(caught.value, code, str(path), plan_bytes(SPECS))
     assert path.read_text() == "the old one"
     assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_what_is_renamed_is_durable_and_the_name_too(tmp_path, monkeypatch):
+    order = []
+
+    def noted(call, what):
+        def noting(*args):
+            order.append(what(*args))
+            return call(*args)
+
+        return noting
+
+    def kind(fd):
+        return "sync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "sync file"
+
+    monkeypatch.setattr(os, "fsync", noted(os.fsync, kind))
+    monkeypatch.setattr(os, "replace", noted(os.replace, lambda *a: "rename"))
+    write_all(tmp_path / "x", values())
+    write_text_atomic(tmp_path / "y", "text")
+    copy_file_atomic(tmp_path / "y", tmp_path / "z")
+    assert order == ["sync file", "rename", "sync folder"] * 3
+
+
+def test_a_file_system_that_cannot_sync_a_folder(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_all(tmp_path / "x", values())
+    assert load_file(tmp_path / "x").keys() == values().keys()
 
 
 def test_a_disk_full_at_the_header(tmp_path, monkeypatch):
