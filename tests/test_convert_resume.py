@@ -375,7 +375,7 @@ def test_verify_sees_a_changed_byte(tmp_path):
         }
     )
     assert dict(journal.verify()) == {"x": True}
-    (tmp_path / "x").write_bytes(b"abd")
+    (tmp_path / "x").write_bytes(b"xyz")
     assert dict(journal.verify()) == {"x": False}
     (tmp_path / "x").unlink()
     assert dict(journal.verify()) == {"x": False}

@@ -416,12 +416,12 @@ def test_a_header_with_a_tensor_twice(tmp_path):
     refused(tmp_path, "model.safetensors", "'a' twice", "write the file anew")
 
 
-@pytest.mark.parametrize("length", [1 << 63, (1 << 64) - 1, 100_000_001, 1 << 20, 72])
+@pytest.mark.parametrize("length", [1 << 63, (1 << 64) - 1, 100_000_001, 1 << 20, 70])
 def test_a_false_header_length_is_refused_before_anything_is_read(tmp_path, length, monkeypatch):
     make_checkpoint(tmp_path)
     write_raw(tmp_path / "model.safetensors", {"a": F32}, bytes(8), length)
     # The last length is one byte too long.
-    assert (tmp_path / "model.safetensors").stat().st_size == 8 + 71
+    assert (tmp_path / "model.safetensors").stat().st_size == 8 + 69
     monkeypatch.setattr("molae.io.header.safe_open", None)  # must not come so far
     refused(tmp_path, "model.safetensors", f"claims {length} bytes", "again")
 
