@@ -59,7 +59,7 @@ class Settings:
         Standard deviation of the first weights.
     """
 
-    steps: int = 5000
+    steps: int = 2600
     seed: int = 0
     vocabulary: int = 2048
     hidden: int = 128
@@ -71,14 +71,14 @@ class Settings:
     length: int = 512
     batch: int = 8
     rate: float = 6e-3
-    decay: float = 0.1
+    decay: float = 0.2
     warmup: float = 0.03
     clip: float = 1.0
-    dropout: float = 0.05
+    dropout: float = 0.1
     balance: float = 0.01
     average: float = 0.995
     prose_first: float = 0.3
-    prose_last: float = 0.9
+    prose_last: float = 0.8
     initial: float = 0.05
 
 
