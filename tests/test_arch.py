@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from importlib import resources
+from pathlib import Path
 
 import jsonschema
 import ml_dtypes
@@ -597,29 +598,10 @@ def test_a_description_that_is_no_json_object(tmp_path, text):
 
 
 def test_a_new_family_is_one_file(tmp_path):
-    """Granite's names: fused, under the block itself, the router in another module."""
-    block = "model.layers.${layer}.block_sparse_moe"
-    description = {
-        "model_type": "granitemoe",
-        "letters": OLMOE["letters"] | {"E": "num_local_experts"},
-        "moe_layers": {},
-        "blocks": [block],
-        "experts": "${block}",
-        "layouts": [
-            {
-                "name": "linear",
-                "tensors": [
-                    {"role": "gate_up_proj", "name": "${experts}.input_linear.weight",
-                     "shape": ["E", "2F", "D"]},
-                    {"role": "down_proj", "name": "${experts}.output_linear.weight",
-                     "shape": ["E", "D", "F"]},
-                ],
-            }
-        ],
-        "tensors": [
-            {"role": "router", "name": "${block}.router.layer.weight", "shape": ["E", "D"]}
-        ],
-    }  # fmt: skip
+    """The example of the documentation: Granite's names, under the block itself."""
+    text = (Path(__file__).parents[1] / "docs" / "formats.md").read_text("utf-8")
+    blocks = [part.partition("```")[0] for part in text.split("```json")[1:]]
+    description = json.loads(next(block for block in blocks if "granitemoe" in block))
     (tmp_path / "granite.json").write_text(json.dumps(description))
     jsonschema.validate(description, SCHEMA)
     config = make_config("mixtral") | {"model_type": "granitemoe"}
