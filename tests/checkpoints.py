@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import struct
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
+
+from molae.io import DTYPES, DType
 
 FAMILIES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe")
 LAYOUTS = ("per_expert", "fused")
@@ -228,6 +233,17 @@ def transformers_checkpoint(
     return model
 
 
-def stack(tensors: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-    """The named matrices as one array."""
-    return np.stack([tensors[n] for n in names])
+@cache
+def library_types() -> tuple[str, ...]:
+    """The types that the installed safetensors knows; older versions lack some."""
+
+    def knows(dtype: DType) -> bool:
+        entry = {"dtype": dtype.name, "shape": [8], "data_offsets": [0, dtype.nbytes(8)]}
+        header = json.dumps({"x": entry}).encode()
+        try:
+            deserialize(struct.pack("<Q", len(header)) + header + bytes(dtype.nbytes(8)))
+        except SafetensorError:
+            return False
+        return True
+
+    return tuple(name for name, dtype in DTYPES.items() if knows(dtype))

@@ -16,6 +16,7 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints import library_types
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -182,7 +183,7 @@ def test_many_threads(tmp_path):
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4).map(lambda n: 2 * n))
+            st.sampled_from(library_types()), st.lists(st.integers(0, 4).map(lambda n: 2 * n))
         ),
         max_size=5,
     )
