@@ -11,8 +11,9 @@ typedef struct {
     REAL *gram; /* (p,p) upper triangle, then eigenvectors as rows */
     REAL *w;    /* (p,): eigenvalues, ascending */
     REAL *B;    /* (R,D) */
-    REAL *P;    /* (R,D): (B B^T)^-1 B, so that A_i = X_i P^T */
-    REAL *S;    /* (R,R): B B^T and its Cholesky factor */
+    int narrow; /* gauge form with D-R < R: the solver works on M's short side */
+    REAL *P;    /* (R,D): (B B^T)^-1 B, so that A_i = X_i P^T; narrow: (D-R,R), C^-1 M^T */
+    REAL *S;    /* (R,R): B B^T; narrow: (D-R,D-R), C = I + M^T M; then its Cholesky factor */
     REAL *M;    /* (R,D-R) */
     REAL *tmp;  /* scratch of a row load */
     char *work; /* eigensolver, then SVD, then pivoted QR: one after the other */
@@ -36,7 +37,7 @@ typedef struct {
     int64_t *group_of;            /* (E,) */
     double *residual;             /* (E, blocks) */
     molae_status *private_status; /* (E, blocks) */
-    REAL *X, *A, *tmp;            /* scratch of a worker: (workers, ...) */
+    REAL *X, *Y, *A, *tmp;        /* scratch of a worker: (workers, ...) */
 } FN(job);
 
 /* -------------------------------------------------------------- workspace */
@@ -47,6 +48,8 @@ FN(group_work_bytes)(int64_t m, int64_t D, int64_t R)
     size_t n = FN(mli_syevd_work)(1, MLI_MIN(m, D));
 
     n = MLI_MAX(n, FN(mli_tsqr_ws)(m, D));
+    if (R > 0 && R < D)
+        n = MLI_MAX(n, FN(mli_gauge_complement_ws)(R, D));
     return MLI_MAX(n, FN(molae_gauge_ws)(MLI_MAX(R, 1), D));
 }
 
@@ -98,6 +101,7 @@ FN(job_cut)(FN(job) * q, char **p, const molae_stack *s, int64_t workers)
     MLI_CUT(n, p, q->residual, cells, sizeof(double));
     MLI_CUT(n, p, q->private_status, cells, sizeof(molae_status));
     MLI_CUT(n, p, q->X, mli_size_mul(T * PRIVATE_ROWS, D), sizeof(REAL));
+    MLI_CUT(n, p, q->Y, mli_size_mul(T * PRIVATE_ROWS, D), sizeof(REAL));
     MLI_CUT(n, p, q->A, mli_size_mul(T * PRIVATE_ROWS, (size_t)q->max_R), sizeof(REAL));
     MLI_CUT(n, p, q->tmp, T * PRIVATE_ROWS * MLI_ROWS_TILE, sizeof(REAL));
     return n;
@@ -253,13 +257,16 @@ FN(basis_by_svd)(FN(job) * job, FN(group) * q, double *spectrum)
     for (int64_t j = 0; j < q->p; j++)
         spectrum[j] = (double)t.s[j];
     memcpy(q->B, t.V, (size_t)q->R * (size_t)s->D * sizeof(REAL));
+    if (!q->whole) /* the complement goes where the eigensolver leaves it */
+        memcpy(q->gram, t.V + q->R * s->D, (size_t)((s->D - q->R) * s->D) * sizeof(REAL));
     rc = MOLAE_W_PRECISION;
 done:
     q->info = t.info;
     return rc;
 }
 
-/* B (R,D) spanning the top-R right singular subspace; spectrum (D,), zero beyond p. */
+/* B (R,D) spanning the top-R right singular subspace; spectrum (D,), zero beyond p. Unless the
+ * stack is kept whole, the first D-R rows of gram then span the complement. */
 static molae_status
 FN(basis)(FN(job) * job, FN(group) * q, double *spectrum)
 {
@@ -293,8 +300,47 @@ FN(basis)(FN(job) * job, FN(group) * q, double *spectrum)
     return rc;
 }
 
+/* P = (B B^T)^-1 B, by Cholesky. */
+static molae_status
+FN(solver)(FN(group) * q, int64_t D)
+{
+    const int64_t R = q->R;
+    molae_status rc = MOLAE_OK;
+
+    MLI_TRY(FN(mli_syrk)(0, R, D, 1, q->B, D, 0, q->S, R));
+    MLI_TRY(FN(mli_potrf)(R, q->S, R, &q->info));
+    memcpy(q->P, q->B, (size_t)R * (size_t)D * sizeof(REAL));
+    MLI_TRY(FN(mli_trsm)(1, 1, R, D, q->S, R, q->P, D));
+    MLI_TRY(FN(mli_trsm)(1, 0, R, D, q->S, R, q->P, D));
+done:
+    return rc;
+}
+
+/* The same least squares for B = [I | M] Pi through the short side of M. With X Pi^T = [X1 | X2]
+ * and C = I + M^T M, Woodbury's identity turns X B^T (B B^T)^-1 into X1 + (X2 - X1 M) C^-1 M^T:
+ * 4 R (D-R) flops a row instead of 2 R D. Leaves P = C^-1 M^T (D-R,R). */
+static molae_status
+FN(solver_narrow)(FN(group) * q, int64_t D)
+{
+    const int64_t R = q->R, rest = D - R;
+    molae_status rc = MOLAE_OK;
+
+    MLI_TRY(FN(mli_syrk)(1, rest, R, 1, q->M, rest, 0, q->S, rest));
+    for (int64_t j = 0; j < rest; j++)
+        q->S[j * rest + j] += 1;
+    MLI_TRY(FN(mli_potrf)(rest, q->S, rest, &q->info));
+    for (int64_t c0 = 0; c0 < rest; c0 += 16)
+        for (int64_t r = 0; r < R; r++)
+            for (int64_t c = c0; c < MLI_MIN(c0 + 16, rest); c++)
+                q->P[c * R + r] = q->M[r * rest + c];
+    MLI_TRY(FN(mli_trsm)(1, 1, rest, R, q->S, rest, q->P, R));
+    MLI_TRY(FN(mli_trsm)(1, 0, rest, R, q->S, rest, q->P, R));
+done:
+    return rc;
+}
+
 /* From the spectrum to everything the private factors need: B rounded to the storage type in the
- * asked form, and P = (B B^T)^-1 B. */
+ * asked form, and the solver. */
 static molae_status
 FN(shared_factor)(FN(job) * job, FN(group) * q, int64_t g)
 {
@@ -321,21 +367,21 @@ FN(shared_factor)(FN(job) * job, FN(group) * q, int64_t g)
     }
     q->what = "pivoted QR of the basis failed";
     if (job->form == MOLAE_FORM_GAUGE) {
-        MLI_TRY(FN(mli_gauge)(q->M, job->out->perm[g], q->B, R, D, q->work, &q->info));
+        int32_t *perm = job->out->perm[g];
+        q->narrow = D - R < R;
+        if (q->narrow && !q->whole)
+            MLI_TRY(FN(mli_gauge_complement)(q->M, perm, q->gram, R, D, q->work, &q->info));
+        else
+            MLI_TRY(FN(mli_gauge)(q->M, perm, q->B, R, D, q->work, &q->info));
         finite = FN(mli_round)(job->out->shared[g], t, q->M, R * (D - R));
-        FN(mli_ungauge)(q->B, q->M, job->out->perm[g], R, D);
+        FN(mli_ungauge)(q->B, q->M, perm, R, D);
     } else {
         finite = FN(mli_round)(job->out->shared[g], t, q->B, R * D);
     }
     q->what = "the shared factor overflows the storage type";
     MLI_TRY(finite ? MOLAE_OK : MOLAE_E_NONFINITE);
-
     q->what = "the basis is not of full rank";
-    MLI_TRY(FN(mli_syrk)(0, R, D, 1, q->B, D, 0, q->S, R));
-    MLI_TRY(FN(mli_potrf)(R, q->S, R, &q->info));
-    memcpy(q->P, q->B, (size_t)R * (size_t)D * sizeof(REAL));
-    MLI_TRY(FN(mli_trsm)(1, 1, R, D, q->S, R, q->P, D));
-    MLI_TRY(FN(mli_trsm)(1, 0, R, D, q->S, R, q->P, D));
+    MLI_TRY(q->narrow ? FN(solver_narrow)(q, D) : FN(solver)(q, D));
 done:
     if (rc >= 0)
         q->what = NULL;
@@ -354,6 +400,62 @@ FN(shared_task)(void *arg, int64_t g, int32_t worker)
 
 /* -------------------------------------------------------- private factors */
 
+/* Y = X Pi^T: columns in the order of the gauge form. */
+static void
+FN(permute_columns)(REAL *Y, const REAL *X, const int32_t *perm, int64_t nr, int64_t D)
+{
+    for (int64_t r = 0; r < nr; r++)
+        for (int64_t c = 0; c < D; c++)
+            Y[r * D + c] = X[r * D + perm[c]];
+}
+
+/* A (nr,R) = X B^T (B B^T)^-1. */
+static molae_status
+FN(private_rows)(const FN(job) * job, const FN(group) * q, const int32_t *perm, REAL *A,
+                 const REAL *X, REAL *Y, int64_t nr)
+{
+    const int64_t D = job->s->D, R = q->R, rest = D - R;
+    molae_status rc = MOLAE_OK;
+
+    if (R == D) {
+        memcpy(A, X, (size_t)(nr * D) * sizeof(REAL));
+    } else if (q->narrow) {
+        FN(permute_columns)(Y, X, perm, nr, D);
+        for (int64_t r = 0; r < nr; r++)
+            memcpy(A + r * R, Y + r * D, (size_t)R * sizeof(REAL));
+        MLI_TRY(FN(mli_gemm)(0, 0, nr, rest, R, -1, Y, D, q->M, rest, 1, Y + R, D));
+        MLI_TRY(FN(mli_gemm)(0, 0, nr, R, rest, 1, Y + R, D, q->P, R, 1, A, R));
+    } else {
+        MLI_TRY(FN(mli_gemm)(0, 1, nr, R, D, 1, X, D, q->P, D, 0, A, R));
+    }
+done:
+    return rc;
+}
+
+/* *sum = ||X - A B||^2 of a block of rows; X and Y are overwritten. */
+static molae_status
+FN(residual_rows)(const FN(job) * job, const FN(group) * q, const int32_t *perm, const REAL *A,
+                  REAL *X, REAL *Y, int64_t nr, double *sum)
+{
+    const int64_t D = job->s->D, R = q->R, rest = D - R;
+    molae_status rc = MOLAE_OK;
+
+    if (job->form == MOLAE_FORM_GAUGE) { /* the identity part is a subtraction */
+        FN(permute_columns)(Y, X, perm, nr, D);
+        for (int64_t r = 0; r < nr; r++)
+            for (int64_t j = 0; j < R; j++)
+                Y[r * D + j] -= A[r * R + j];
+        if (rest > 0)
+            MLI_TRY(FN(mli_gemm)(0, 0, nr, rest, R, -1, A, R, q->M, rest, 1, Y + R, D));
+        *sum = FN(mli_sumsq)(Y, nr * D);
+    } else {
+        MLI_TRY(FN(mli_gemm)(0, 0, nr, D, R, -1, A, R, q->B, D, 1, X, D));
+        *sum = FN(mli_sumsq)(X, nr * D);
+    }
+done:
+    return rc;
+}
+
 /* A block of rows of one A_i, and its part of ||X_i - A_i B||^2. */
 static molae_status
 FN(private_task)(void *arg, int64_t index, int32_t worker)
@@ -365,8 +467,10 @@ FN(private_task)(void *arg, int64_t index, int32_t worker)
     const FN(group) *q = &job->groups[g];
     const int64_t R = q->R, nr = MLI_MIN((int64_t)PRIVATE_ROWS, s->F - r0);
     REAL *X = job->X + (int64_t)worker * PRIVATE_ROWS * D;
+    REAL *Y = job->Y + (int64_t)worker * PRIVATE_ROWS * D;
     REAL *A = job->A + (int64_t)worker * PRIVATE_ROWS * job->max_R;
     REAL *tmp = job->tmp + (int64_t)worker * PRIVATE_ROWS * MLI_ROWS_TILE;
+    const int32_t *perm = job->form == MOLAE_FORM_GAUGE ? job->out->perm[g] : NULL;
     char *dst;
     molae_status rc = MOLAE_OK;
     double sumsq;
@@ -376,15 +480,10 @@ FN(private_task)(void *arg, int64_t index, int32_t worker)
     dst =
         (char *)job->out->private_[g] + (size_t)((e - q->e0) * s->F * R) * mli_dtype_size(s->dtype);
     MLI_TRY(FN(mli_rows_load)(X, s, e, r0, nr, tmp, &sumsq));
-    if (R == D)
-        memcpy(A, X, (size_t)(nr * D) * sizeof(REAL));
-    else
-        MLI_TRY(FN(mli_gemm)(0, 1, nr, R, D, 1, X, D, q->P, D, 0, A, R));
+    MLI_TRY(FN(private_rows)(job, q, perm, A, X, Y, nr));
     MLI_TRY(FN(mli_rows_store)(dst, s, r0, nr, R, A, tmp));
-    if (job->out->residual != NULL) {
-        MLI_TRY(FN(mli_gemm)(0, 0, nr, D, R, -1, A, R, q->B, D, 1, X, D));
-        job->residual[index] = FN(mli_sumsq)(X, nr * D);
-    }
+    if (job->out->residual != NULL)
+        MLI_TRY(FN(residual_rows)(job, q, perm, A, X, Y, nr, &job->residual[index]));
 done:
     job->private_status[index] = rc;
     return MOLAE_OK;

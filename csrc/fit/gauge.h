@@ -10,6 +10,15 @@ molae_status mli_gauge_f32(float *M, int32_t *perm, const float *B, int64_t R, i
 molae_status mli_gauge_f64(double *M, int32_t *perm, const double *B, int64_t R, int64_t D,
                            char *ws, int64_t *info);
 
+/* The same from the orthogonal complement N (D-R,D) of the rows of B: cheaper where R > D/2, as
+ * pivoted QR costs 2 (D-R)^2 D flops instead of 2 R^2 D. ws: mli_gauge_complement_ws bytes. */
+size_t mli_gauge_complement_ws_f32(int64_t R, int64_t D);
+size_t mli_gauge_complement_ws_f64(int64_t R, int64_t D);
+molae_status mli_gauge_complement_f32(float *M, int32_t *perm, const float *N, int64_t R, int64_t D,
+                                      char *ws, int64_t *info);
+molae_status mli_gauge_complement_f64(double *M, int32_t *perm, const double *N, int64_t R,
+                                      int64_t D, char *ws, int64_t *info);
+
 /* B[:, perm] = [I | M], written out. */
 void mli_ungauge_f32(float *B, const float *M, const int32_t *perm, int64_t R, int64_t D);
 void mli_ungauge_f64(double *B, const double *M, const int32_t *perm, int64_t R, int64_t D);

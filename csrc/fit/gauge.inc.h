@@ -43,6 +43,39 @@ FN(mli_gauge)(REAL *M, int32_t *perm, const REAL *B, int64_t R, int64_t D, char 
     return FN(mli_trsm)(1, 0, R, D - R, T, R, M, D - R);
 }
 
+size_t
+FN(mli_gauge_complement_ws)(int64_t R, int64_t D)
+{
+    const size_t n = mli_size_mul((size_t)(D - R), (size_t)R);
+
+    return mli_size_add(
+        FN(molae_gauge_ws)(D - R, D),
+        mli_size_add(mli_carve_size(n, sizeof(REAL)), mli_carve_size((size_t)D, sizeof(int32_t))));
+}
+
+molae_status
+FN(mli_gauge_complement)(REAL *M, int32_t *perm, const REAL *N, int64_t R, int64_t D, char *ws,
+                         int64_t *info)
+{
+    const int64_t rest = D - R;
+    REAL *Z = mli_carve(&ws, (size_t)rest * (size_t)R, sizeof(REAL));
+    int32_t *picked = mli_carve(&ws, (size_t)D, sizeof(int32_t));
+    const molae_status rc = FN(mli_gauge)(Z, picked, N, rest, D, ws, info);
+
+    if (rc < 0)
+        return rc;
+    /* N x = 0 is x_picked = -Z x_others: the others carry the identity */
+    for (int64_t j = 0; j < R; j++)
+        perm[j] = picked[rest + j];
+    for (int64_t j = 0; j < rest; j++)
+        perm[R + j] = picked[j];
+    for (int64_t c0 = 0; c0 < rest; c0 += 16)
+        for (int64_t r = 0; r < R; r++)
+            for (int64_t c = c0; c < MLI_MIN(c0 + 16, rest); c++)
+                M[r * rest + c] = -Z[c * R + r];
+    return MOLAE_OK;
+}
+
 void
 FN(mli_ungauge)(REAL *B, const REAL *M, const int32_t *perm, int64_t R, int64_t D)
 {
