@@ -285,7 +285,7 @@ def _phases(s: Settings, peak: float) -> list[Row]:
         ("eigenvectors", t["plain"] - t["values"] - private, None),
         ("private factors", private, products),
         ("gauge form", t["gauge"] - t["plain"], None),
-        ("errors, where wanted", t["errors"] - t["gauge"], products),
+        ("errors, where wanted", t["errors"] - t["gauge"], products * (s.D - rank) / s.D),
     ]
     return [
         {

@@ -115,16 +115,8 @@ def _factor(found: Result, extra: Sequence[Result]) -> Iterator[str]:
     )
     if found["phases"]:
         yield table(
-            ["where the time of a group of 8 goes", "s", "GFLOP/s", "of peak"],
-            [
-                [
-                    row["phase"],
-                    _time(row["seconds_a_group"]),
-                    f"{row['gflops']:,.0f}" if row["gflops"] else "-",
-                    f"{row['peak_share']:.0%}" if row["peak_share"] else "-",
-                ]
-                for row in found["phases"]
-            ],
+            ["where the time of a group of 8 goes", "s"],
+            [[row["phase"], _time(row["seconds_a_group"])] for row in found["phases"]],
         )
 
 
