@@ -244,13 +244,12 @@ FN(basis_by_svd)(FN(job) * job, FN(group) * q, double *spectrum)
     const molae_stack *s = job->s;
     FN(mli_tsqr) t;
     molae_status rc = MOLAE_OK;
-    double sumsq;
 
     FN(mli_tsqr_init)(&t, q->m, s->D, q->work);
     for (int64_t e = q->e0; e < q->e0 + q->k; e++)
         for (int64_t r0 = 0; r0 < s->F; r0 += MLI_CHUNK) {
             const int64_t nr = MLI_MIN((int64_t)MLI_CHUNK, s->F - r0);
-            MLI_TRY(FN(mli_rows_load)(t.rows + t.used * s->D, s, e, r0, nr, q->tmp, &sumsq));
+            MLI_TRY(FN(mli_rows_load)(t.rows + t.used * s->D, s, e, r0, nr, q->tmp, NULL));
             MLI_TRY(FN(mli_tsqr_push)(&t, nr));
         }
     MLI_TRY(FN(mli_tsqr_finish)(&t));
@@ -329,10 +328,7 @@ FN(solver_narrow)(FN(group) * q, int64_t D)
     for (int64_t j = 0; j < rest; j++)
         q->S[j * rest + j] += 1;
     MLI_TRY(FN(mli_potrf)(rest, q->S, rest, &q->info));
-    for (int64_t c0 = 0; c0 < rest; c0 += 16)
-        for (int64_t r = 0; r < R; r++)
-            for (int64_t c = c0; c < MLI_MIN(c0 + 16, rest); c++)
-                q->P[c * R + r] = q->M[r * rest + c];
+    FN(mli_transpose)(q->P, q->M, R, rest, 1);
     MLI_TRY(FN(mli_trsm)(1, 1, rest, R, q->S, rest, q->P, R));
     MLI_TRY(FN(mli_trsm)(1, 0, rest, R, q->S, rest, q->P, R));
 done:
@@ -374,7 +370,8 @@ FN(shared_factor)(FN(job) * job, FN(group) * q, int64_t g)
         else
             MLI_TRY(FN(mli_gauge)(q->M, perm, q->B, R, D, q->work, &q->info));
         finite = FN(mli_round)(job->out->shared[g], t, q->M, R * (D - R));
-        FN(mli_ungauge)(q->B, q->M, perm, R, D);
+        if (!q->narrow) /* the narrow solver needs M alone */
+            FN(mli_ungauge)(q->B, q->M, perm, R, D);
     } else {
         finite = FN(mli_round)(job->out->shared[g], t, q->B, R * D);
     }
@@ -473,13 +470,12 @@ FN(private_task)(void *arg, int64_t index, int32_t worker)
     const int32_t *perm = job->form == MOLAE_FORM_GAUGE ? job->out->perm[g] : NULL;
     char *dst;
     molae_status rc = MOLAE_OK;
-    double sumsq;
 
     if (R == 0)
         return MOLAE_OK;
     dst =
         (char *)job->out->private_[g] + (size_t)((e - q->e0) * s->F * R) * mli_dtype_size(s->dtype);
-    MLI_TRY(FN(mli_rows_load)(X, s, e, r0, nr, tmp, &sumsq));
+    MLI_TRY(FN(mli_rows_load)(X, s, e, r0, nr, tmp, NULL));
     MLI_TRY(FN(private_rows)(job, q, perm, A, X, Y, nr));
     MLI_TRY(FN(mli_rows_store)(dst, s, r0, nr, R, A, tmp));
     if (job->out->residual != NULL)

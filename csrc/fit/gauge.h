@@ -19,6 +19,10 @@ molae_status mli_gauge_complement_f32(float *M, int32_t *perm, const float *N, i
 molae_status mli_gauge_complement_f64(double *M, int32_t *perm, const double *N, int64_t R,
                                       int64_t D, char *ws, int64_t *info);
 
+/* dst (cols,rows) = scale times the transpose of src (rows,cols). */
+void mli_transpose_f32(float *dst, const float *src, int64_t rows, int64_t cols, float scale);
+void mli_transpose_f64(double *dst, const double *src, int64_t rows, int64_t cols, double scale);
+
 /* B[:, perm] = [I | M], written out. */
 void mli_ungauge_f32(float *B, const float *M, const int32_t *perm, int64_t R, int64_t D);
 void mli_ungauge_f64(double *B, const double *M, const int32_t *perm, int64_t R, int64_t D);

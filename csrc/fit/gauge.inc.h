@@ -1,5 +1,14 @@
 /* Body of gauge.c for one precision. */
 
+void
+FN(mli_transpose)(REAL *dst, const REAL *src, int64_t rows, int64_t cols, REAL scale)
+{
+    for (int64_t r0 = 0; r0 < rows; r0 += 16) /* strips that stay in cache */
+        for (int64_t c = 0; c < cols; c++)
+            for (int64_t r = r0; r < MLI_MIN(r0 + 16, rows); r++)
+                dst[c * rows + r] = scale * src[r * cols + c];
+}
+
 size_t
 FN(molae_gauge_ws)(int64_t R, int64_t D)
 {
@@ -20,10 +29,7 @@ FN(mli_gauge)(REAL *M, int32_t *perm, const REAL *B, int64_t R, int64_t D, char 
     void *work = mli_carve(&ws, work_bytes, 1);
     molae_status rc;
 
-    for (int64_t r0 = 0; r0 < R; r0 += 16) /* transposed in strips that stay in cache */
-        for (int64_t c = 0; c < D; c++)
-            for (int64_t r = r0; r < MLI_MIN(r0 + 16, R); r++)
-                Q[c * R + r] = B[r * D + c];
+    FN(mli_transpose)(Q, B, R, D, 1);
     rc = FN(mli_geqp3)(R, D, Q, R, perm, tau, work, work_bytes, info);
     if (rc < 0)
         return rc;
@@ -36,10 +42,7 @@ FN(mli_gauge)(REAL *M, int32_t *perm, const REAL *B, int64_t R, int64_t D, char 
         for (int64_t c = r; c < R; c++)
             T[r * R + c] = Q[c * R + r];
     }
-    for (int64_t r0 = 0; r0 < R; r0 += 16)
-        for (int64_t c = R; c < D; c++)
-            for (int64_t r = r0; r < MLI_MIN(r0 + 16, R); r++)
-                M[r * (D - R) + c - R] = Q[c * R + r];
+    FN(mli_transpose)(M, Q + R * R, D - R, R, 1);
     return FN(mli_trsm)(1, 0, R, D - R, T, R, M, D - R);
 }
 
@@ -69,10 +72,7 @@ FN(mli_gauge_complement)(REAL *M, int32_t *perm, const REAL *N, int64_t R, int64
         perm[j] = picked[rest + j];
     for (int64_t j = 0; j < rest; j++)
         perm[R + j] = picked[j];
-    for (int64_t c0 = 0; c0 < rest; c0 += 16)
-        for (int64_t r = 0; r < R; r++)
-            for (int64_t c = c0; c < MLI_MIN(c0 + 16, rest); c++)
-                M[r * rest + c] = -Z[c * R + r];
+    FN(mli_transpose)(M, Z, rest, R, -1);
     return MOLAE_OK;
 }
 

@@ -84,14 +84,13 @@ FN(reduce_expert)(FN(reduce_job) * job, int64_t e, FN(scratch) * q)
     molae_stack as_stored = *job->s; /* rank reduction does not care about sides */
     molae_status rc = MOLAE_OK;
     REAL *top; /* leading vectors as rows: left (R,rows) or right (R,cols) */
-    double sumsq;
     int left = rows <= cols;
 
     as_stored.side = MOLAE_SIDE_INPUT;
     as_stored.F = rows;
     as_stored.D = cols;
     job->used_svd[e] = 0;
-    MLI_TRY(FN(mli_rows_load)(q->X, &as_stored, e, 0, rows, q->tmp, &sumsq));
+    MLI_TRY(FN(mli_rows_load)(q->X, &as_stored, e, 0, rows, q->tmp, NULL));
     if (R == 0) {
         memset(Y, 0, (size_t)(rows * cols) * sizeof(REAL));
         goto done;

@@ -13,7 +13,8 @@ enum { MLI_ROWS_TILE = 16 };
 
 size_t mli_dtype_size(molae_dtype t);
 
-/* X (nr,D) = rows r0 .. r0+nr-1 of X_e; *sumsq = their sum of squares. tmp: MLI_ROWS_TILE * nr.
+/* X (nr,D) = rows r0 .. r0+nr-1 of X_e; *sumsq (unless NULL) = their sum of squares. tmp:
+ * MLI_ROWS_TILE * nr.
  * Returns MOLAE_E_NONFINITE if a value is NaN or Inf. */
 molae_status mli_rows_load_f32(float *X, const molae_stack *s, int64_t e, int64_t r0, int64_t nr,
                                float *tmp, double *sumsq);

@@ -20,7 +20,8 @@ FN(mli_rows_load)(REAL *X, const molae_stack *s, int64_t e, int64_t r0, int64_t 
                     X[r * D + d0 + d] = tmp[d * nr + r];
         }
     }
-    *sumsq = FN(mli_sumsq)(X, nr * D);
+    if (sumsq != NULL)
+        *sumsq = FN(mli_sumsq)(X, nr * D);
     return finite ? MOLAE_OK : MOLAE_E_NONFINITE;
 }
 
