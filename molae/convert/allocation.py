@@ -5,15 +5,24 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from molae.arch import Model
-from molae.config import TYPES
+from molae.config import TYPES, ConvertConfig
+from molae.errors import ArgumentError
 from molae.factored import Form, Split
 from molae.fit import stored_numbers
 
-__all__ = ["Allocation", "Candidate", "complete_fused", "largest_rank", "split_numbers"]
+__all__ = [
+    "Allocation",
+    "Candidate",
+    "complete_fused",
+    "gauge_ranks",
+    "group_size",
+    "largest_rank",
+    "split_numbers",
+]
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,38 @@ def largest_rank(budget: float, *, k: int, F: int, D: int, form: Form, limit: in
     return bisect.bisect_right(
         range(1, limit + 1), budget, key=lambda R: stored_numbers(R, k, F, D, form)
     )
+
+
+def gauge_ranks(groups: Sequence[Sequence[int]], size: float, *, F: int, D: int) -> tuple[int, ...]:
+    """For each group the largest rank whose gauge form stores at most `size` of its numbers.
+
+    0 where no rank does.
+    """
+    return tuple(
+        largest_rank(
+            size * len(group) * F * D,
+            k=len(group),
+            F=F,
+            D=D,
+            form="gauge",
+            limit=min(D, len(group) * F),
+        )
+        for group in groups
+    )
+
+
+def group_size(config: ConvertConfig, kind: str, E: int) -> int | None:
+    """The group size asked for; None where it is left open.
+
+    Raises
+    ------
+    ArgumentError
+        It is larger than E.
+    """
+    k = config.group_size_of(kind)
+    if k is not None and k > E:
+        raise ArgumentError(f"group_size: {k} experts a group for {kind}, the model has E={E}")
+    return k
 
 
 def split_numbers(split: Split, *, F: int, D: int, form: Form) -> int:

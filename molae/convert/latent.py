@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from molae.arch import Model
 from molae.config import TYPES, ConvertConfig
-from molae.convert.allocation import Allocation, Candidate, largest_rank
+from molae.convert.allocation import Allocation, Candidate, gauge_ranks, group_size
 from molae.convert.fitting import Method, fit_shared
 from molae.convert.probe import GROUP_SIZES, Probe
 from molae.errors import ArgumentError
@@ -40,7 +40,7 @@ def allocate(model: Model, config: ConvertConfig, probe: Probe) -> Allocation:
     kinds: dict[str, Split] = {}
     candidates: tuple[Candidate, ...] = ()
     for kind in TYPES:
-        k = config.group_size_of(kind)
+        k = group_size(config, kind, model.letters["E"])
         if k is None:
             tried = probe.candidates(kind, size)
             candidates += tried
@@ -51,23 +51,15 @@ def allocate(model: Model, config: ConvertConfig, probe: Probe) -> Allocation:
 
 def _split(model: Model, kind: str, k: int | None, size: float) -> Split:
     E, F, D = (model.letters[letter] for letter in "EFD")
-    if k is not None and k > E:
-        raise ArgumentError(f"group_size: {k} experts a group for {kind}, the model has E={E}")
     groups = index_groups(E, k or min(E, GROUP_SIZES[-1]))
-    ranks = [
-        largest_rank(
-            size * len(group) * F * D,
-            k=len(group), F=F, D=D, form=FORM, limit=min(D, len(group) * F),
-        )
-        for group in groups
-    ]  # fmt: skip
+    ranks = gauge_ranks(groups, size, F=F, D=D)
     if min(ranks) < 1:
         smallest = max(stored_numbers(1, len(g), F, D, FORM) / (len(g) * F * D) for g in groups)
         raise ArgumentError(
             f"size: {size:g} leaves no rank for {kind} in groups of {len(groups[0])}; "
             f"the smallest size that can be reached is {smallest:.4g}"
         )
-    return Split(groups=groups, ranks=tuple(ranks))
+    return Split(groups=groups, ranks=ranks)
 
 
 METHOD = Method(

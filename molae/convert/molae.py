@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from molae.arch import Model
 from molae.config import ConvertConfig
-from molae.convert.allocation import Allocation, split_numbers
+from molae.convert.allocation import Allocation, group_size, split_numbers
 from molae.convert.fitting import Method, fit_two_steps
 from molae.convert.probe import Probe
 from molae.errors import ArgumentError
@@ -38,12 +38,9 @@ def allocate(model: Model, config: ConvertConfig, probe: Probe) -> Allocation:
     """
     E, F, D = (model.letters[letter] for letter in "EFD")
     full = min(F, D)
-    asked = {kind: config.group_size_of(kind) for kind in KINDS}
     if isinstance(config.group_size, Mapping) and "down_proj" in config.group_size:
         raise ArgumentError("group_size: method 'molae' leaves down_proj as it is")
-    for kind, k in asked.items():
-        if k is not None and k > E:
-            raise ArgumentError(f"group_size: {k} experts a group for {kind}, the model has E={E}")
+    asked = {kind: group_size(config, kind, E) for kind in KINDS}
     if config.rank is not None and config.rank > full:
         raise ArgumentError(f"rank: at most min(F, D) = {full}, got {config.rank}")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from molae import fit
 from molae.arch import Model
-from molae.convert.allocation import Candidate, largest_rank
+from molae.convert.allocation import Candidate, gauge_ranks
 from molae.convert.naming import named
 from molae.factored import index_groups
 from molae.io import Checkpoint
@@ -39,13 +39,7 @@ class Probe:
         F, D = self._model.letters["F"], self._model.letters["D"]
         found = []
         for k in [k for k in GROUP_SIZES if k <= self.experts] or [1]:
-            ranks = [
-                largest_rank(
-                    size * len(group) * F * D,
-                    k=len(group), F=F, D=D, form="gauge", limit=min(D, len(group) * F),
-                )
-                for group in index_groups(self.experts, k)
-            ]  # fmt: skip
+            ranks = gauge_ranks(index_groups(self.experts, k), size, F=F, D=D)
             if min(ranks) >= 1:
                 found.append((self._error(kind, k, ranks), k, ranks[0]))
         best = min(found, default=None)
