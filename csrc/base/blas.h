@@ -23,12 +23,43 @@
                                 int64_t ldt, REAL *B, int64_t ldb);                                \
     /* Cholesky of the row-major upper triangle: A = U^T U. info > 0: not positive definite. */    \
     molae_status mli_potrf_##SFX(int64_t n, REAL *A, int64_t lda, int64_t *info);                  \
-    /* Symmetric eigenproblem of the row-major upper triangle. w ascending. With vectors, row j    \
-     * of A becomes the unit eigenvector of w[j]. work: mli_syevd_work_SFX(n, vectors) bytes,      \
-     * 64-byte aligned. */                                                                         \
-    molae_status mli_syevd_##SFX(int vectors, int64_t n, REAL *A, int64_t lda, REAL *w,            \
+    /* The same with diagonal pivoting until the largest pivot left is tol: A P = U^T U on the     \
+     * first *rank rows of U. piv (n) is 0-based on return. */                                                 \
+    molae_status mli_pstrf_##SFX(int64_t n, REAL *A, int64_t lda, int32_t *piv, int64_t *rank,     \
+                                 REAL tol, void *work, size_t work_bytes, int64_t *info);          \
+    size_t mli_pstrf_work_##SFX(int64_t n);                                                        \
+    /* Column-major A (n,n) is factored and B (n,nrhs) becomes A^-1 B. info > 0: singular. */      \
+    molae_status mli_gesv_##SFX(int64_t n, int64_t nrhs, REAL *A, int64_t lda, int32_t *piv,       \
+                                REAL *B, int64_t ldb, int64_t *info);                              \
+    /* Q^T A Q = T, tridiagonal, for the row-major upper triangle of A (n,n): d (n), e (n-1) its   \
+     * diagonals. Row j of A keeps Householder vector j right of the diagonal, from column j+2 on  \
+     * (its entry at j+1 is 1), with factor tau[j]; Q = H_0 H_1 ... */                             \
+    molae_status mli_sytrd_##SFX(int64_t n, REAL *A, int64_t lda, REAL *d, REAL *e, REAL *tau,     \
                                  void *work, size_t work_bytes, int64_t *info);                    \
-    size_t mli_syevd_work_##SFX(int vectors, int64_t n);                                           \
+    size_t mli_sytrd_work_##SFX(int64_t n);                                                        \
+    /* Eigenvalues of the tridiagonal matrix d (n), e (n-1), both overwritten; d ascending. */     \
+    molae_status mli_sterf_##SFX(int64_t n, REAL *d, REAL *e, int64_t *info);                      \
+    /* The same with eigenvectors, by divide and conquer: row j of Z (n,n) is that of d[j]. */     \
+    molae_status mli_stedc_##SFX(int64_t n, REAL *d, REAL *e, REAL *Z, int64_t ldz, void *work,    \
+                                 size_t work_bytes, int64_t *info);                                \
+    size_t mli_stedc_work_##SFX(int64_t n);                                                        \
+    /* First half of a merge of divide and conquer, LAPACK's laed2: rows of Z (n,n) are the        \
+     * eigenvectors of two tridiagonal halves of orders n1 and n-n1, d (n) their eigenvalues,      \
+     * ascending in each half, *rho the entry that was torn out and z (n) the last and first       \
+     * components. Leaves k roots to find, with poles (k), weights (k) and *rho of their equation; \
+     * vectors of half 1 (n12 rows of n1) and then of half 2 (n23 rows of n-n1) in Q2              \
+     * (n^2); order (k), 0-based: row i of the roots' vectors multiplies Q2's rows in  \
+     * this order, n12 from 0 and n23 from first2; and n-k vectors that need nothing in rows k..   \
+     * of Z with d[k..], descending. */                                                                     \
+    molae_status mli_laed2_##SFX(int64_t n, int64_t n1, REAL *d, REAL *Z, REAL *rho, REAL *z,      \
+                                 REAL *poles, REAL *weights, REAL *Q2, int32_t *order, int64_t *k, \
+                                 int64_t *n12, int64_t *first2, int64_t *n23, void *work,          \
+                                 size_t work_bytes, int64_t *info);                                \
+    size_t mli_laed2_work_##SFX(int64_t n);                                                        \
+    /* Root j of 1 + rho sum_i weights_i^2 / (poles_i - x): delta_i = poles_i - x (for k <= 2 the  \
+     * vector itself). */                                                                          \
+    molae_status mli_laed4_##SFX(int64_t k, int64_t j, const REAL *poles, const REAL *weights,     \
+                                 REAL rho, REAL *delta, REAL *x, int64_t *info);                   \
     /* Column-major A (m,n), column pivoting: A P = Q R. jpvt (n) is 0-based on return. */         \
     molae_status mli_geqp3_##SFX(int64_t m, int64_t n, REAL *A, int64_t lda, int32_t *jpvt,        \
                                  REAL *tau, void *work, size_t work_bytes, int64_t *info);         \

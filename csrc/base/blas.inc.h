@@ -14,9 +14,23 @@ void CBLAS(trsm)(int order, int side, int uplo, int trans, int diag, blasint m, 
                  REAL alpha, const REAL *a, blasint lda, REAL *b, blasint ldb);
 void LAPACK(potrf)(const char *uplo, const blasint *n, REAL *a, const blasint *lda, blasint *info,
                    size_t uplo_len);
-void LAPACK(syevd)(const char *jobz, const char *uplo, const blasint *n, REAL *a,
-                   const blasint *lda, REAL *w, REAL *work, const blasint *lwork, blasint *iwork,
-                   const blasint *liwork, blasint *info, size_t jobz_len, size_t uplo_len);
+void LAPACK(pstrf)(const char *uplo, const blasint *n, REAL *a, const blasint *lda, blasint *piv,
+                   blasint *rank, const REAL *tol, REAL *work, blasint *info, size_t uplo_len);
+void LAPACK(gesv)(const blasint *n, const blasint *nrhs, REAL *a, const blasint *lda, blasint *ipiv,
+                  REAL *b, const blasint *ldb, blasint *info);
+void LAPACK(sytrd)(const char *uplo, const blasint *n, REAL *a, const blasint *lda, REAL *d,
+                   REAL *e, REAL *tau, REAL *work, const blasint *lwork, blasint *info,
+                   size_t uplo_len);
+void LAPACK(sterf)(const blasint *n, REAL *d, REAL *e, blasint *info);
+void LAPACK(stedc)(const char *compz, const blasint *n, REAL *d, REAL *e, REAL *z,
+                   const blasint *ldz, REAL *work, const blasint *lwork, blasint *iwork,
+                   const blasint *liwork, blasint *info, size_t compz_len);
+void LAPACK(laed2)(blasint *k, const blasint *n, const blasint *n1, REAL *d, REAL *q,
+                   const blasint *ldq, blasint *indxq, REAL *rho, REAL *z, REAL *dlamda, REAL *w,
+                   REAL *q2, blasint *indx, blasint *indxc, blasint *indxp, blasint *coltyp,
+                   blasint *info);
+void LAPACK(laed4)(const blasint *n, const blasint *i, const REAL *d, const REAL *z, REAL *delta,
+                   const REAL *rho, REAL *dlam, blasint *info);
 void LAPACK(geqp3)(const blasint *m, const blasint *n, REAL *a, const blasint *lda, blasint *jpvt,
                    REAL *tau, REAL *work, const blasint *lwork, blasint *info);
 void LAPACK(gelqf)(const blasint *m, const blasint *n, REAL *a, const blasint *lda, REAL *tau,
@@ -103,39 +117,134 @@ FN(mli_potrf)(int64_t n, REAL *A, int64_t lda, int64_t *info)
     return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
 }
 
-/* Lengths of the two work arrays of syevd; SIZE_MAX in *lwork where they do not fit. */
-static void
-FN(syevd_lengths)(int vectors, int64_t n, size_t *lwork, size_t *liwork)
+size_t
+FN(mli_pstrf_work)(int64_t n)
 {
-    size_t m = (size_t)n, least;
-    blasint bn = (blasint)n, blda = at_least_1(n), query = -1, iask = 0, info = 0;
+    return fits(n) ? mli_carve_size(mli_size_mul(2, (size_t)n), sizeof(REAL)) : SIZE_MAX;
+}
+
+molae_status
+FN(mli_pstrf)(int64_t n, REAL *A, int64_t lda, int32_t *piv, int64_t *rank, REAL tol, void *work,
+              size_t work_bytes, int64_t *info)
+{
+    blasint bn = (blasint)n, blda = (blasint)lda, binfo = 0, brank = 0;
+
+    *info = 0;
+    *rank = 0;
+    if (!fits(n) || !fits(lda))
+        return out_of_range(n, lda, 0);
+    if (n == 0)
+        return MOLAE_OK;
+    if (lda < n || work_bytes < FN(mli_pstrf_work)(n))
+        return MOLAE_E_ARG;
+    /* info 1 says that it stopped at tol, which is what it was asked for */
+    LAPACK(pstrf)("L", &bn, A, &blda, piv, &brank, &tol, work, &binfo, 1);
+    for (int64_t j = 0; j < n; j++)
+        piv[j] -= 1;
+    *rank = brank;
+    *info = binfo < 0 ? binfo : 0;
+    return binfo < 0 ? MOLAE_E_LAPACK : MOLAE_OK;
+}
+
+molae_status
+FN(mli_gesv)(int64_t n, int64_t nrhs, REAL *A, int64_t lda, int32_t *piv, REAL *B, int64_t ldb,
+             int64_t *info)
+{
+    blasint bn = (blasint)n, bnrhs = (blasint)nrhs, blda = (blasint)lda, bldb = (blasint)ldb;
+    blasint binfo = 0;
+
+    *info = 0;
+    if (!fits(n) || !fits(nrhs) || !fits(lda) || !fits(ldb))
+        return out_of_range(n, nrhs, 0);
+    if (n == 0 || nrhs == 0)
+        return MOLAE_OK;
+    if (lda < n || ldb < n)
+        return MOLAE_E_ARG;
+    LAPACK(gesv)(&bn, &bnrhs, A, &blda, piv, B, &bldb, &binfo);
+    *info = binfo;
+    return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
+}
+
+static size_t
+FN(sytrd_length)(int64_t n)
+{
+    blasint bn = (blasint)n, blda = at_least_1(n), query = -1, info = 0;
     REAL ask = 0, none = 0;
 
-    *liwork = 1;
-    *lwork = 1;
-    if (n <= 1)
-        return;
-    *liwork = vectors ? 3 + 5 * m : 1;
-    least = vectors ? mli_size_add(1 + 6 * m, mli_size_mul(2 * m, m)) : 2 * m + 1;
-    if (least > (size_t)INT32_MAX || *liwork > (size_t)INT32_MAX) {
-        *lwork = SIZE_MAX;
-        return;
-    }
-    LAPACK(syevd)(vectors ? "V" : "N", "L", &bn, &none, &blda, &none, &ask, &query, &iask, &query,
-                  &info, 1, 1);
-    *lwork = FN(work_length)(ask, least);
-    if ((size_t)iask > *liwork)
-        *liwork = (size_t)iask;
+    if (n == 0)
+        return 1;
+    LAPACK(sytrd)("L", &bn, &none, &blda, &none, &none, &none, &ask, &query, &info, 1);
+    return FN(work_length)(ask, 1);
 }
 
 size_t
-FN(mli_syevd_work)(int vectors, int64_t n)
+FN(mli_sytrd_work)(int64_t n)
+{
+    size_t lwork;
+
+    if (!fits(n))
+        return SIZE_MAX;
+    lwork = FN(sytrd_length)(n);
+    return lwork == SIZE_MAX ? SIZE_MAX : mli_carve_size(lwork, sizeof(REAL));
+}
+
+molae_status
+FN(mli_sytrd)(int64_t n, REAL *A, int64_t lda, REAL *d, REAL *e, REAL *tau, void *work,
+              size_t work_bytes, int64_t *info)
+{
+    blasint bn = (blasint)n, blda = (blasint)lda, binfo = 0, blw;
+    size_t need = FN(mli_sytrd_work)(n);
+
+    *info = 0;
+    if (!fits(n) || !fits(lda))
+        return out_of_range(n, lda, 0);
+    if (n == 0)
+        return MOLAE_OK;
+    if (need == SIZE_MAX)
+        return MOLAE_E_TOO_LARGE;
+    if (lda < n || work_bytes < need)
+        return MOLAE_E_ARG;
+    blw = (blasint)FN(sytrd_length)(n);
+    LAPACK(sytrd)("L", &bn, A, &blda, d, e, tau, work, &blw, &binfo, 1);
+    *info = binfo;
+    return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
+}
+
+molae_status
+FN(mli_sterf)(int64_t n, REAL *d, REAL *e, int64_t *info)
+{
+    blasint bn = (blasint)n, binfo = 0;
+
+    *info = 0;
+    if (!fits(n))
+        return out_of_range(n, 0, 0);
+    if (n == 0)
+        return MOLAE_OK;
+    LAPACK(sterf)(&bn, d, e, &binfo);
+    *info = binfo;
+    return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
+}
+
+/* Lengths of the two work arrays of stedc; SIZE_MAX in *lwork where they do not fit. */
+static void
+FN(stedc_lengths)(int64_t n, size_t *lwork, size_t *liwork)
+{
+    const size_t m = (size_t)n, least = mli_size_add(1 + 4 * m, mli_size_mul(m, m));
+
+    *lwork = n > 1 ? least : 1;
+    *liwork = n > 1 ? 3 + 5 * m : 1;
+    if (*lwork > (size_t)INT32_MAX || *liwork > (size_t)INT32_MAX)
+        *lwork = SIZE_MAX;
+}
+
+size_t
+FN(mli_stedc_work)(int64_t n)
 {
     size_t lwork, liwork;
 
     if (!fits(n))
         return SIZE_MAX;
-    FN(syevd_lengths)(vectors, n, &lwork, &liwork);
+    FN(stedc_lengths)(n, &lwork, &liwork);
     if (lwork == SIZE_MAX)
         return SIZE_MAX;
     return mli_size_add(mli_carve_size(lwork, sizeof(REAL)),
@@ -143,30 +252,81 @@ FN(mli_syevd_work)(int vectors, int64_t n)
 }
 
 molae_status
-FN(mli_syevd)(int vectors, int64_t n, REAL *A, int64_t lda, REAL *w, void *work, size_t work_bytes,
+FN(mli_stedc)(int64_t n, REAL *d, REAL *e, REAL *Z, int64_t ldz, void *work, size_t work_bytes,
               int64_t *info)
 {
-    blasint bn = (blasint)n, blda = (blasint)lda, binfo = 0, blw, bliw, *iwork;
-    size_t need = FN(mli_syevd_work)(vectors, n), lwork, liwork;
+    blasint bn = (blasint)n, bldz = (blasint)ldz, binfo = 0, blw, bliw, *iwork;
+    size_t need = FN(mli_stedc_work)(n), lwork, liwork;
     char *p = work;
     REAL *rwork;
 
     *info = 0;
-    if (!fits(n) || !fits(lda))
-        return out_of_range(n, 0, 0);
+    if (!fits(n) || !fits(ldz))
+        return out_of_range(n, ldz, 0);
     if (n == 0)
         return MOLAE_OK;
     if (need == SIZE_MAX)
         return MOLAE_E_TOO_LARGE;
-    if (lda < n || work_bytes < need)
+    if (ldz < n || work_bytes < need)
         return MOLAE_E_ARG;
-    FN(syevd_lengths)(vectors, n, &lwork, &liwork);
+    FN(stedc_lengths)(n, &lwork, &liwork);
     rwork = mli_carve(&p, lwork, sizeof(REAL));
     iwork = mli_carve(&p, liwork, sizeof(blasint));
     blw = (blasint)lwork;
     bliw = (blasint)liwork;
-    LAPACK(syevd)(vectors ? "V" : "N", "L", &bn, A, &blda, w, rwork, &blw, iwork, &bliw, &binfo, 1,
-                  1);
+    LAPACK(stedc)("I", &bn, d, e, Z, &bldz, rwork, &blw, iwork, &bliw, &binfo, 1);
+    *info = binfo;
+    return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
+}
+
+size_t
+FN(mli_laed2_work)(int64_t n)
+{
+    return fits(n) ? mli_carve_size(mli_size_mul(4, (size_t)n + 4), sizeof(blasint)) : SIZE_MAX;
+}
+
+molae_status
+FN(mli_laed2)(int64_t n, int64_t n1, REAL *d, REAL *Z, REAL *rho, REAL *z, REAL *poles,
+              REAL *weights, REAL *Q2, int32_t *order, int64_t *k, int64_t *n12, int64_t *first2,
+              int64_t *n23, void *work, size_t work_bytes, int64_t *info)
+{
+    blasint bn = (blasint)n, bn1 = (blasint)n1, bk = 0, binfo = 0;
+    blasint *sorted, *indx, *indxp, *kinds;
+    char *p = work;
+
+    *info = 0;
+    if (!fits(n))
+        return out_of_range(n, 0, 0);
+    if (n1 < 1 || n1 > n / 2 || work_bytes < FN(mli_laed2_work)(n))
+        return MOLAE_E_ARG;
+    sorted = mli_carve(&p, 4 * ((size_t)n + 4), sizeof(blasint));
+    indx = sorted + n;
+    indxp = indx + n;
+    kinds = indxp + n;
+    for (int64_t i = 0; i < n; i++)
+        sorted[i] = (blasint)(i < n1 ? i + 1 : i - n1 + 1);
+    LAPACK(laed2)(&bk, &bn, &bn1, d, Z, &bn, sorted, rho, z, poles, weights, Q2, indx, order, indxp,
+                  kinds, &binfo);
+    *info = binfo;
+    *k = bk;
+    for (int64_t i = 0; i < bk; i++)
+        order[i] -= 1;
+    *n12 = bk > 0 ? kinds[0] + kinds[1] : 0; /* kinds: in half 1 alone, both, half 2 alone */
+    *first2 = bk > 0 ? kinds[0] : 0;
+    *n23 = bk > 0 ? kinds[1] + kinds[2] : 0;
+    return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
+}
+
+molae_status
+FN(mli_laed4)(int64_t k, int64_t j, const REAL *poles, const REAL *weights, REAL rho, REAL *delta,
+              REAL *x, int64_t *info)
+{
+    blasint bk = (blasint)k, bj = (blasint)(j + 1), binfo = 0;
+
+    *info = 0;
+    if (!fits(k) || j < 0 || j >= k)
+        return out_of_range(k, j, k - 1 - j);
+    LAPACK(laed4)(&bk, &bj, poles, weights, delta, &rho, x, &binfo);
     *info = binfo;
     return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
 }

@@ -1,10 +1,17 @@
+#define _DEFAULT_SOURCE /* madvise */
+
 #include "mem.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #define ALIGN ((size_t)64)
+
+/* Matrices of megabytes are walked by column and row: huge pages spare the address cache. */
+#define HUGE_PAGE ((size_t)2 << 20)
+#define HUGE_BLOCK (2 * HUGE_PAGE)
 
 /* Under AddressSanitizer each carved piece is followed by a poisoned gap, so that a kernel that
  * runs over the end of its scratch is caught at once. */
@@ -46,7 +53,15 @@ mli_alloc(size_t bytes)
         return NULL;
     if (rounded == 0)
         rounded = ALIGN;
-    p = aligned_alloc(ALIGN, rounded);
+    if (rounded >= HUGE_BLOCK) {
+        p = aligned_alloc(HUGE_PAGE, rounded + (HUGE_PAGE - rounded % HUGE_PAGE) % HUGE_PAGE);
+#ifdef MADV_HUGEPAGE
+        if (p != NULL) /* advice: a kernel that knows no huge pages says so, and nothing is lost */
+            (void)madvise(p, rounded, MADV_HUGEPAGE);
+#endif
+    } else {
+        p = aligned_alloc(ALIGN, rounded);
+    }
     if (p == NULL)
         return NULL;
 #ifdef MLI_DEBUG

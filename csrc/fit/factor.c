@@ -6,6 +6,7 @@
 #include "../base/par.h"
 #include "../base/real.h"
 #include "basis.h"
+#include "eigen.h"
 #include "gauge.h"
 #include "rows.h"
 

@@ -6,17 +6,18 @@ typedef struct {
     int64_t m;     /* rows of its stack, k F */
     int64_t p;     /* order of its Gram matrix, min(m, D) */
     int64_t R;
-    int whole;  /* the stack is kept whole and the Gram matrix is X X^T, as m < D */
-    REAL *X;    /* the chunk being read (MLI_CHUNK, D), or the whole stack (m, D) */
-    REAL *gram; /* (p,p) upper triangle, then eigenvectors as rows */
-    REAL *w;    /* (p,): eigenvalues, ascending */
-    REAL *B;    /* (R,D) */
-    int narrow; /* gauge form with D-R < R: the solver works on M's short side */
-    REAL *P;    /* (R,D): (B B^T)^-1 B, so that A_i = X_i P^T; narrow: (D-R,R), C^-1 M^T */
-    REAL *S;    /* (R,R): B B^T; narrow: (D-R,D-R), C = I + M^T M; then its Cholesky factor */
-    REAL *M;    /* (R,D-R) */
-    REAL *tmp;  /* scratch of a row load */
-    char *work; /* eigensolver, then SVD, then pivoted QR: one after the other */
+    int whole;      /* the stack is kept whole and the Gram matrix is X X^T, as m < D */
+    REAL *X;        /* the chunk being read (MLI_CHUNK, D), or the whole stack (m, D) */
+    REAL *gram;     /* (p,p) upper triangle, then eigenvectors as rows */
+    REAL *w;        /* (p,): eigenvalues, ascending */
+    REAL *B;        /* (R,D) */
+    int narrow;     /* gauge form with D-R < R: the solver works on M's short side */
+    int complement; /* narrow and not whole: only the discarded eigenvectors are read */
+    REAL *P;        /* (R,D): (B B^T)^-1 B, so that A_i = X_i P^T; narrow: (D-R,R), C^-1 M^T */
+    REAL *S;        /* (R,R): B B^T; narrow: (D-R,D-R), C = I + M^T M; then its Cholesky factor */
+    REAL *M;        /* (R,D-R) */
+    REAL *tmp;      /* scratch of a row load */
+    char *work;     /* eigensolver, then SVD, then pivoted QR: one after the other */
     double sumsq[LOADS];
     molae_status load[LOADS];
     molae_status status;
@@ -45,7 +46,7 @@ typedef struct {
 static size_t
 FN(group_work_bytes)(int64_t m, int64_t D, int64_t R)
 {
-    size_t n = FN(mli_syevd_work)(1, MLI_MIN(m, D));
+    size_t n = FN(mli_eigen_work)(MLI_MIN(m, D), R > 0 ? MLI_MIN(m, D) : 0);
 
     n = MLI_MAX(n, FN(mli_tsqr_ws)(m, D));
     if (R > 0 && R < D)
@@ -181,19 +182,26 @@ FN(panel_task)(void *arg, int64_t index, int32_t worker)
     const int64_t D = job->s->D, p = q->p;
     const int64_t i0 = index / job->s->G * PANEL;
     const int64_t ni = MLI_MIN((int64_t)PANEL, p - i0);
+    const int64_t right = p - i0 - ni;
     REAL *C = q->gram + i0 * p + i0;
     int64_t e, r0;
     const int64_t rows = FN(step_rows)(job, q, &e, &r0);
+    molae_status rc = MOLAE_OK;
 
     (void)worker;
     if (ni <= 0 || rows == 0)
-        return MOLAE_OK;
-    if (!q->whole) /* G += X[:, i]^T X[:, i..] */
-        return FN(mli_gemm)(1, 0, ni, p - i0, rows, 1, q->X + i0, D, q->X + i0, D, job->step > 0, C,
-                            p);
-    if (job->step == q->k * job->chunks - 1) /* the stack is complete: G = X X^T */
-        return FN(mli_gemm)(0, 1, ni, p - i0, D, 1, q->X + i0 * D, D, q->X + i0 * D, D, 0, C, p);
-    return MOLAE_OK;
+        goto done;
+    if (!q->whole) { /* G += X[:, i]^T X[:, i..] */
+        const REAL *X = q->X + i0, *next = X + ni, beta = job->step > 0;
+        MLI_TRY(FN(mli_syrk)(1, ni, rows, 1, X, D, beta, C, p));
+        MLI_TRY(FN(mli_gemm)(1, 0, ni, right, rows, 1, X, D, next, D, beta, C + ni, p));
+    } else if (job->step == q->k * job->chunks - 1) { /* the stack is complete: G = X X^T */
+        const REAL *X = q->X + i0 * D, *next = X + ni * D;
+        MLI_TRY(FN(mli_syrk)(0, ni, D, 1, X, D, 0, C, p));
+        MLI_TRY(FN(mli_gemm)(0, 1, ni, right, D, 1, X, D, next, D, 0, C + ni, p));
+    }
+done:
+    return rc;
 }
 
 /* Reads every expert once and leaves each group's Gram matrix and the experts' energies. */
@@ -255,35 +263,39 @@ FN(basis_by_svd)(FN(job) * job, FN(group) * q, double *spectrum)
     MLI_TRY(FN(mli_tsqr_finish)(&t));
     for (int64_t j = 0; j < q->p; j++)
         spectrum[j] = (double)t.s[j];
-    memcpy(q->B, t.V, (size_t)q->R * (size_t)s->D * sizeof(REAL));
-    if (!q->whole) /* the complement goes where the eigensolver leaves it */
+    if (q->complement) /* goes where the eigensolver leaves it */
         memcpy(q->gram, t.V + q->R * s->D, (size_t)((s->D - q->R) * s->D) * sizeof(REAL));
+    else
+        memcpy(q->B, t.V, (size_t)q->R * (size_t)s->D * sizeof(REAL));
     rc = MOLAE_W_PRECISION;
 done:
     q->info = t.info;
     return rc;
 }
 
-/* B (R,D) spanning the top-R right singular subspace; spectrum (D,), zero beyond p. Unless the
- * stack is kept whole, the first D-R rows of gram then span the complement. */
+/* spectrum (D,), zero beyond p, and B (R,D) spanning the top-R right singular subspace; or, for a
+ * group marked complement, D-R rows of gram that span what is left out. */
 static molae_status
 FN(basis)(FN(job) * job, FN(group) * q, double *spectrum)
 {
     const int64_t D = job->s->D, p = q->p, R = q->R;
     const int full = R == D; /* nothing is discarded: any basis will do, and I is exact */
-    const int vectors = R > 0 && !full;
+    const int64_t lo = q->complement ? 0 : p - R; /* eigenvectors that are read */
+    const int64_t count = full ? 0 : q->complement ? p - R : R;
     molae_status rc;
 
-    rc = FN(mli_syevd)(vectors, p, q->gram, p, q->w, q->work, FN(group_work_bytes)(q->m, D, R),
+    rc = FN(mli_eigen)(p, q->gram, q->w, lo, count, q->work, FN(group_work_bytes)(q->m, D, R),
                        &q->info);
     if (rc < 0)
         return rc;
     for (int64_t j = 0; j < D; j++)
         spectrum[j] = j < p ? sqrt(MLI_MAX((double)q->w[p - 1 - j], 0.0)) : 0.0;
-    if (!vectors)
+    if (count == 0)
         return MOLAE_OK;
     if (FN(mli_gram_too_coarse)(q->w, p, R))
         return FN(basis_by_svd)(job, q, spectrum);
+    if (q->complement)
+        return MOLAE_OK;
     if (!q->whole) {
         for (int64_t j = 0; j < R; j++)
             memcpy(q->B + j * D, q->gram + (p - 1 - j) * p, (size_t)D * sizeof(REAL));
@@ -364,8 +376,7 @@ FN(shared_factor)(FN(job) * job, FN(group) * q, int64_t g)
     q->what = "pivoted QR of the basis failed";
     if (job->form == MOLAE_FORM_GAUGE) {
         int32_t *perm = job->out->perm[g];
-        q->narrow = D - R < R;
-        if (q->narrow && !q->whole)
+        if (q->complement)
             MLI_TRY(FN(mli_gauge_complement)(q->M, perm, q->gram, R, D, q->work, &q->info));
         else
             MLI_TRY(FN(mli_gauge)(q->M, perm, q->B, R, D, q->work, &q->info));
@@ -536,6 +547,8 @@ FN(molae_factor_shared)(const molae_ctx *ctx, const molae_factors *out, const mo
     (void)FN(job_cut)(&job, &p, s, ctx->num_threads);
     for (int64_t g = 0; g < s->G; g++) {
         job.groups[g] = FN(group_of_stack)(s, g, rank);
+        job.groups[g].narrow = form == MOLAE_FORM_GAUGE && s->D - job.groups[g].R < job.groups[g].R;
+        job.groups[g].complement = job.groups[g].narrow && !job.groups[g].whole;
         (void)FN(group_cut)(&job.groups[g], &p, s);
         for (int64_t e = s->group_ptr[g]; e < s->group_ptr[g + 1]; e++)
             job.group_of[e] = g;

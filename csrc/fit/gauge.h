@@ -10,8 +10,12 @@ molae_status mli_gauge_f32(float *M, int32_t *perm, const float *B, int64_t R, i
 molae_status mli_gauge_f64(double *M, int32_t *perm, const double *B, int64_t R, int64_t D,
                            char *ws, int64_t *info);
 
-/* The same from the orthogonal complement N (D-R,D) of the rows of B: cheaper where R > D/2, as
- * pivoted QR costs 2 (D-R)^2 D flops instead of 2 R^2 D. ws: mli_gauge_complement_ws bytes. */
+/* The same from an orthonormal basis N (D-R,D) of the complement of the rows of B: cheaper where
+ * R > D/2. The pivots of a QR of N are those of a Cholesky factorization of the projector N^T N
+ * with diagonal pivoting, which runs at the speed of matrix products; M follows from N itself by
+ * elimination, so that nothing is squared but the choice of columns. Where a pivot comes near the
+ * rounding of the projector, the QR decides after all. ws: mli_gauge_complement_ws bytes.
+ * Flops: 2 (D-R) D^2 + 4/3 (D-R)^3 + 2 (D-R)^2 R. */
 size_t mli_gauge_complement_ws_f32(int64_t R, int64_t D);
 size_t mli_gauge_complement_ws_f64(int64_t R, int64_t D);
 molae_status mli_gauge_complement_f32(float *M, int32_t *perm, const float *N, int64_t R, int64_t D,

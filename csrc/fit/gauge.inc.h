@@ -46,14 +46,49 @@ FN(mli_gauge)(REAL *M, int32_t *perm, const REAL *B, int64_t R, int64_t D, char 
     return FN(mli_trsm)(1, 0, R, D - R, T, R, M, D - R);
 }
 
+typedef struct {
+    REAL *P;         /* (D,D): N^T N, upper triangle */
+    REAL *T;         /* (D-R,D-R): picked columns of N, as rows; then scratch of the QR */
+    REAL *Z;         /* (R,D-R) */
+    int32_t *picked; /* (D,): columns in the order of their pivots */
+    int32_t *swaps;  /* (D-R,) */
+    char *work;
+    size_t work_bytes;
+} FN(complement);
+
+static size_t
+FN(complement_cut)(FN(complement) * q, char **p, int64_t R, int64_t D)
+{
+    const size_t rest = (size_t)(D - R), d = (size_t)D;
+    size_t n = 0;
+
+    q->work_bytes = MLI_MAX(FN(mli_pstrf_work)(D), FN(molae_gauge_ws)(D - R, D));
+    MLI_CUT(n, p, q->P, mli_size_mul(d, d), sizeof(REAL));
+    MLI_CUT(n, p, q->T, mli_size_mul(rest, rest), sizeof(REAL));
+    MLI_CUT(n, p, q->Z, mli_size_mul(rest, (size_t)R), sizeof(REAL));
+    MLI_CUT(n, p, q->picked, d, sizeof(int32_t));
+    MLI_CUT(n, p, q->swaps, rest, sizeof(int32_t));
+    MLI_CUT(n, p, q->work, q->work_bytes, 1);
+    return n;
+}
+
 size_t
 FN(mli_gauge_complement_ws)(int64_t R, int64_t D)
 {
-    const size_t n = mli_size_mul((size_t)(D - R), (size_t)R);
+    FN(complement) q;
 
-    return mli_size_add(
-        FN(molae_gauge_ws)(D - R, D),
-        mli_size_add(mli_carve_size(n, sizeof(REAL)), mli_carve_size((size_t)D, sizeof(int32_t))));
+    return FN(complement_cut)(&q, NULL, R, D);
+}
+
+/* Row i of out (count,rest) = column columns[i] of N (rest,D). */
+static void
+FN(take_columns)(REAL *out, const REAL *N, const int32_t *columns, int64_t count, int64_t rest,
+                 int64_t D)
+{
+    for (int64_t i0 = 0; i0 < count; i0 += 16) /* strips that stay in cache */
+        for (int64_t r = 0; r < rest; r++)
+            for (int64_t i = i0; i < MLI_MIN(i0 + 16, count); i++)
+                out[i * rest + r] = N[r * D + columns[i]];
 }
 
 molae_status
@@ -61,19 +96,29 @@ FN(mli_gauge_complement)(REAL *M, int32_t *perm, const REAL *N, int64_t R, int64
                          int64_t *info)
 {
     const int64_t rest = D - R;
-    REAL *Z = mli_carve(&ws, (size_t)rest * (size_t)R, sizeof(REAL));
-    int32_t *picked = mli_carve(&ws, (size_t)D, sizeof(int32_t));
-    const molae_status rc = FN(mli_gauge)(Z, picked, N, rest, D, ws, info);
+    const REAL tol = (REAL)sqrt((double)REAL_EPSILON); /* of squared pivots, all <= 1 */
+    FN(complement) q;
+    int64_t rank;
+    molae_status rc = MOLAE_OK;
 
-    if (rc < 0)
-        return rc;
+    (void)FN(complement_cut)(&q, &ws, R, D);
+    MLI_TRY(FN(mli_syrk)(1, D, rest, 1, N, D, 0, q.P, D));
+    MLI_TRY(FN(mli_pstrf)(D, q.P, D, q.picked, &rank, tol, q.work, q.work_bytes, info));
     /* N x = 0 is x_picked = -Z x_others: the others carry the identity */
-    for (int64_t j = 0; j < R; j++)
-        perm[j] = picked[rest + j];
-    for (int64_t j = 0; j < rest; j++)
-        perm[R + j] = picked[j];
-    FN(mli_transpose)(M, Z, rest, R, -1);
-    return MOLAE_OK;
+    if (rank == rest) {
+        FN(take_columns)(q.T, N, q.picked, rest, rest, D);
+        FN(take_columns)(M, N, q.picked + rest, R, rest, D);
+        MLI_TRY(FN(mli_gesv)(rest, R, q.T, rest, q.swaps, M, rest, info));
+        for (int64_t i = 0; i < R * rest; i++)
+            M[i] = -M[i];
+    } else {
+        MLI_TRY(FN(mli_gauge)(q.Z, q.picked, N, rest, D, q.work, info));
+        FN(mli_transpose)(M, q.Z, rest, R, -1);
+    }
+    memcpy(perm, q.picked + rest, (size_t)R * sizeof(int32_t));
+    memcpy(perm + R, q.picked, (size_t)rest * sizeof(int32_t));
+done:
+    return rc;
 }
 
 void

@@ -28,7 +28,7 @@ FN(scratch_cut)(FN(scratch) * q, char **p, int64_t rows, int64_t cols)
     const int64_t small = MLI_MIN(rows, cols);
     size_t n = 0;
 
-    q->work_bytes = MLI_MAX(FN(mli_syevd_work)(1, small), FN(mli_tsqr_ws)(rows, cols));
+    q->work_bytes = MLI_MAX(FN(mli_eigen_work)(small, small), FN(mli_tsqr_ws)(rows, cols));
     MLI_CUT(n, p, q->X, mli_size_mul((size_t)rows, (size_t)cols), sizeof(REAL));
     MLI_CUT(n, p, q->gram, mli_size_mul((size_t)small, (size_t)small), sizeof(REAL));
     MLI_CUT(n, p, q->w, (size_t)small, sizeof(REAL));
@@ -100,7 +100,7 @@ FN(reduce_expert)(FN(reduce_job) * job, int64_t e, FN(scratch) * q)
         goto done;
     }
     MLI_TRY(FN(mli_syrk)(!left, p, left ? cols : rows, 1, q->X, cols, 0, q->gram, p));
-    MLI_TRY(FN(mli_syevd)(1, p, q->gram, p, q->w, q->work, q->work_bytes, &job->info[e]));
+    MLI_TRY(FN(mli_eigen)(p, q->gram, q->w, p - R, R, q->work, q->work_bytes, &job->info[e]));
     top = q->gram + (p - R) * p;
     if (FN(mli_gram_too_coarse)(q->w, p, R)) {
         left = 0;

@@ -11,9 +11,9 @@ main(void)
     test_mem();
     test_par();
     test_blas();
+    test_eigen();
     test_fit();
     test_kern();
-    test_fit();
     CHECK(mli_mem_live() == 0);
     mli_parallel_shutdown();
     printf("%ld checks, %ld failed\n", test_checks, test_failures);

@@ -27,8 +27,8 @@ test_random(uint64_t *seed)
 void test_mem(void);
 void test_par(void);
 void test_blas(void);
+void test_eigen(void);
+void test_fit(void);
 void test_kern(void);
-void test_fit(void);
-void test_fit(void);
 
 #endif
