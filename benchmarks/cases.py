@@ -134,9 +134,9 @@ def _factor_rows(
     errors, memory = _checked(works, stacks, rank, UNIT[W.dtype.name])
     times = alternate(works, s.repeats, s.pause)
     svds = {name: times[name] for name in works if name.endswith("SVD")}
-    flops = len(groups) * _flops(k, s.F, s.D, rank)
     rows = []
     for form in forms:
+        flops = len(groups) * _flops(k, s.F, s.D, rank, form)
         mine = times[f"molae {form}"]
         against = {
             name: ratio(theirs, mine) for name, theirs in times.items() if "molae" not in name
@@ -214,9 +214,12 @@ def _factors(result: Any) -> Iterator[tuple[Array, Array]]:
         yield A.reshape(-1, result.ranks[g]), result.basis(g)
 
 
-def _flops(k: int, F: int, D: int, rank: int) -> float:
+def _flops(k: int, F: int, D: int, rank: int, form: str) -> float:
     """Operations of the factorization of one group, as ``csrc/molae.h`` counts them."""
-    return float(k * F * D**2 + 9 * D**3 + 2 * k * F * D * rank)
+    short = form == "gauge" and 2 * rank > D
+    vectors = D - rank if short else rank
+    private = 4 * k * F * rank * (D - rank) if short else 2 * k * F * D * rank
+    return float(k * F * D**2 + 5 / 3 * D**3 + 3 * D**2 * vectors + private)
 
 
 def _whole(s: Settings, k: int, peak: float) -> Row:
@@ -231,7 +234,7 @@ def _whole(s: Settings, k: int, peak: float) -> Row:
     with Peak() as memory:
         work()
     times = [seconds(work, s.pause) for _ in range(min(s.repeats, 3))]
-    flops = len(groups) * _flops(k, s.F, s.D, rank)
+    flops = len(groups) * _flops(k, s.F, s.D, rank, "gauge")
     return {
         "k": k,
         "groups": len(groups),

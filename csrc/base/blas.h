@@ -18,25 +18,25 @@
     /* C (n,n), upper triangle = alpha A A^T + beta C for A (n,k); with trans A^T A, A (k,n). */   \
     molae_status mli_syrk_##SFX(int trans, int64_t n, int64_t k, REAL alpha, const REAL *A,        \
                                 int64_t lda, REAL beta, REAL *C, int64_t ldc);                     \
+    /* C (n,n), upper triangle = alpha (A^T B + B^T A) + beta C for A, B (k,n). */                 \
+    molae_status mli_syr2k_##SFX(int64_t n, int64_t k, REAL alpha, const REAL *A, int64_t lda,     \
+                                 const REAL *B, int64_t ldb, REAL beta, REAL *C, int64_t ldc);     \
+    /* y = alpha op(A) x + beta y for A (m,n). */                                                  \
+    molae_status mli_gemv_##SFX(int trans, int64_t m, int64_t n, REAL alpha, const REAL *A,        \
+                                int64_t lda, const REAL *x, REAL beta, REAL *y);                   \
     /* B (m,n) = op(T)^-1 B for upper (upper != 0) or lower triangular T (m,m), row-major. */      \
     molae_status mli_trsm_##SFX(int upper, int trans, int64_t m, int64_t n, const REAL *T,         \
                                 int64_t ldt, REAL *B, int64_t ldb);                                \
     /* Cholesky of the row-major upper triangle: A = U^T U. info > 0: not positive definite. */    \
     molae_status mli_potrf_##SFX(int64_t n, REAL *A, int64_t lda, int64_t *info);                  \
     /* The same with diagonal pivoting until the largest pivot left is tol: A P = U^T U on the     \
-     * first *rank rows of U. piv (n) is 0-based on return. */                                                 \
+     * first *rank rows of U. piv (n) is 0-based on return. */                                     \
     molae_status mli_pstrf_##SFX(int64_t n, REAL *A, int64_t lda, int32_t *piv, int64_t *rank,     \
                                  REAL tol, void *work, size_t work_bytes, int64_t *info);          \
     size_t mli_pstrf_work_##SFX(int64_t n);                                                        \
     /* Column-major A (n,n) is factored and B (n,nrhs) becomes A^-1 B. info > 0: singular. */      \
     molae_status mli_gesv_##SFX(int64_t n, int64_t nrhs, REAL *A, int64_t lda, int32_t *piv,       \
                                 REAL *B, int64_t ldb, int64_t *info);                              \
-    /* Q^T A Q = T, tridiagonal, for the row-major upper triangle of A (n,n): d (n), e (n-1) its   \
-     * diagonals. Row j of A keeps Householder vector j right of the diagonal, from column j+2 on  \
-     * (its entry at j+1 is 1), with factor tau[j]; Q = H_0 H_1 ... */                             \
-    molae_status mli_sytrd_##SFX(int64_t n, REAL *A, int64_t lda, REAL *d, REAL *e, REAL *tau,     \
-                                 void *work, size_t work_bytes, int64_t *info);                    \
-    size_t mli_sytrd_work_##SFX(int64_t n);                                                        \
     /* Eigenvalues of the tridiagonal matrix d (n), e (n-1), both overwritten; d ascending. */     \
     molae_status mli_sterf_##SFX(int64_t n, REAL *d, REAL *e, int64_t *info);                      \
     /* The same with eigenvectors, by divide and conquer: row j of Z (n,n) is that of d[j]. */     \
@@ -48,9 +48,9 @@
      * ascending in each half, *rho the entry that was torn out and z (n) the last and first       \
      * components. Leaves k roots to find, with poles (k), weights (k) and *rho of their equation; \
      * vectors of half 1 (n12 rows of n1) and then of half 2 (n23 rows of n-n1) in Q2              \
-     * (n^2); order (k), 0-based: row i of the roots' vectors multiplies Q2's rows in  \
+     * (n^2); order (k), 0-based: row i of the roots' vectors multiplies Q2's rows in              \
      * this order, n12 from 0 and n23 from first2; and n-k vectors that need nothing in rows k..   \
-     * of Z with d[k..], descending. */                                                                     \
+     * of Z with d[k..], descending. */                                                            \
     molae_status mli_laed2_##SFX(int64_t n, int64_t n1, REAL *d, REAL *Z, REAL *rho, REAL *z,      \
                                  REAL *poles, REAL *weights, REAL *Q2, int32_t *order, int64_t *k, \
                                  int64_t *n12, int64_t *first2, int64_t *n23, void *work,          \

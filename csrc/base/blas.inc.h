@@ -10,6 +10,10 @@ void CBLAS(gemm)(int order, int transa, int transb, blasint m, blasint n, blasin
                  blasint ldc);
 void CBLAS(syrk)(int order, int uplo, int trans, blasint n, blasint k, REAL alpha, const REAL *a,
                  blasint lda, REAL beta, REAL *c, blasint ldc);
+void CBLAS(syr2k)(int order, int uplo, int trans, blasint n, blasint k, REAL alpha, const REAL *a,
+                  blasint lda, const REAL *b, blasint ldb, REAL beta, REAL *c, blasint ldc);
+void CBLAS(gemv)(int order, int trans, blasint m, blasint n, REAL alpha, const REAL *a, blasint lda,
+                 const REAL *x, blasint incx, REAL beta, REAL *y, blasint incy);
 void CBLAS(trsm)(int order, int side, int uplo, int trans, int diag, blasint m, blasint n,
                  REAL alpha, const REAL *a, blasint lda, REAL *b, blasint ldb);
 void LAPACK(potrf)(const char *uplo, const blasint *n, REAL *a, const blasint *lda, blasint *info,
@@ -18,9 +22,6 @@ void LAPACK(pstrf)(const char *uplo, const blasint *n, REAL *a, const blasint *l
                    blasint *rank, const REAL *tol, REAL *work, blasint *info, size_t uplo_len);
 void LAPACK(gesv)(const blasint *n, const blasint *nrhs, REAL *a, const blasint *lda, blasint *ipiv,
                   REAL *b, const blasint *ldb, blasint *info);
-void LAPACK(sytrd)(const char *uplo, const blasint *n, REAL *a, const blasint *lda, REAL *d,
-                   REAL *e, REAL *tau, REAL *work, const blasint *lwork, blasint *info,
-                   size_t uplo_len);
 void LAPACK(sterf)(const blasint *n, REAL *d, REAL *e, blasint *info);
 void LAPACK(stedc)(const char *compz, const blasint *n, REAL *d, REAL *e, REAL *z,
                    const blasint *ldz, REAL *work, const blasint *lwork, blasint *iwork,
@@ -80,6 +81,36 @@ FN(mli_syrk)(int trans, int64_t n, int64_t k, REAL alpha, const REAL *A, int64_t
         return MOLAE_E_ARG;
     CBLAS(syrk)(ROW_MAJOR, UPPER, trans ? TRANS : NO_TRANS, (blasint)n, (blasint)k, alpha, A,
                 at_least_1(lda), beta, C, (blasint)ldc);
+    return MOLAE_OK;
+}
+
+molae_status
+FN(mli_syr2k)(int64_t n, int64_t k, REAL alpha, const REAL *A, int64_t lda, const REAL *B,
+              int64_t ldb, REAL beta, REAL *C, int64_t ldc)
+{
+    if (!fits(n) || !fits(k) || !fits(lda) || !fits(ldb) || !fits(ldc))
+        return out_of_range(n, k, 0);
+    if (n == 0)
+        return MOLAE_OK;
+    if (lda < n || ldb < n || ldc < n)
+        return MOLAE_E_ARG;
+    CBLAS(syr2k)(ROW_MAJOR, UPPER, TRANS, (blasint)n, (blasint)k, alpha, A, (blasint)lda, B,
+                 (blasint)ldb, beta, C, (blasint)ldc);
+    return MOLAE_OK;
+}
+
+molae_status
+FN(mli_gemv)(int trans, int64_t m, int64_t n, REAL alpha, const REAL *A, int64_t lda, const REAL *x,
+             REAL beta, REAL *y)
+{
+    if (!fits(m) || !fits(n) || !fits(lda))
+        return out_of_range(m, n, 0);
+    if (m == 0 || n == 0)
+        return MOLAE_OK;
+    if (lda < n)
+        return MOLAE_E_ARG;
+    CBLAS(gemv)(ROW_MAJOR, trans ? TRANS : NO_TRANS, (blasint)m, (blasint)n, alpha, A, (blasint)lda,
+                x, 1, beta, y, 1);
     return MOLAE_OK;
 }
 
@@ -161,51 +192,6 @@ FN(mli_gesv)(int64_t n, int64_t nrhs, REAL *A, int64_t lda, int32_t *piv, REAL *
     if (lda < n || ldb < n)
         return MOLAE_E_ARG;
     LAPACK(gesv)(&bn, &bnrhs, A, &blda, piv, B, &bldb, &binfo);
-    *info = binfo;
-    return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
-}
-
-static size_t
-FN(sytrd_length)(int64_t n)
-{
-    blasint bn = (blasint)n, blda = at_least_1(n), query = -1, info = 0;
-    REAL ask = 0, none = 0;
-
-    if (n == 0)
-        return 1;
-    LAPACK(sytrd)("L", &bn, &none, &blda, &none, &none, &none, &ask, &query, &info, 1);
-    return FN(work_length)(ask, 1);
-}
-
-size_t
-FN(mli_sytrd_work)(int64_t n)
-{
-    size_t lwork;
-
-    if (!fits(n))
-        return SIZE_MAX;
-    lwork = FN(sytrd_length)(n);
-    return lwork == SIZE_MAX ? SIZE_MAX : mli_carve_size(lwork, sizeof(REAL));
-}
-
-molae_status
-FN(mli_sytrd)(int64_t n, REAL *A, int64_t lda, REAL *d, REAL *e, REAL *tau, void *work,
-              size_t work_bytes, int64_t *info)
-{
-    blasint bn = (blasint)n, blda = (blasint)lda, binfo = 0, blw;
-    size_t need = FN(mli_sytrd_work)(n);
-
-    *info = 0;
-    if (!fits(n) || !fits(lda))
-        return out_of_range(n, lda, 0);
-    if (n == 0)
-        return MOLAE_OK;
-    if (need == SIZE_MAX)
-        return MOLAE_E_TOO_LARGE;
-    if (lda < n || work_bytes < need)
-        return MOLAE_E_ARG;
-    blw = (blasint)FN(sytrd_length)(n);
-    LAPACK(sytrd)("L", &bn, A, &blda, d, e, tau, work, &blw, &binfo, 1);
     *info = binfo;
     return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
 }

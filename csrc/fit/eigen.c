@@ -7,9 +7,7 @@
 #include "../base/blas.h"
 #include "../base/mem.h"
 #include "../base/real.h"
-
-/* Householder vectors applied at a time. */
-enum { BLOCK = 64 };
+#include "householder.h"
 
 #define REAL float
 #define SFX f32

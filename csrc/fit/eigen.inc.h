@@ -12,26 +12,27 @@ typedef struct {
     REAL *row;            /* (n,) */
     int32_t *order;       /* (n,) */
     int32_t *where;       /* (count,): row of Z with the eigenvector lo + i */
-    REAL *V;              /* (BLOCK,n): a block of Householder vectors, as rows */
-    REAL *S, *T;          /* (BLOCK,BLOCK): V V^T; T^T of the block, lower triangle */
-    REAL *U, *UT;         /* (count,BLOCK) */
+    REAL *scratch;        /* of the Householder vectors */
 } FN(eigen);
 
 static size_t
 FN(eigen_cut)(FN(eigen) * q, char **p, int64_t n, int64_t count)
 {
-    const size_t m = (size_t)n, vectors = (size_t)count, half = (size_t)(n - n / 2);
+    const size_t m = (size_t)n, half = (size_t)(n - n / 2);
     const size_t square = mli_size_mul(m, m);
     size_t bytes = 0;
 
-    q->work_bytes = FN(mli_sytrd_work)(n);
+    q->work_bytes = 0;
     if (count > 0) {
-        q->work_bytes = MLI_MAX(q->work_bytes, FN(mli_stedc_work)((int64_t)half));
+        q->work_bytes = FN(mli_stedc_work)((int64_t)half);
         q->work_bytes = MLI_MAX(q->work_bytes, FN(mli_laed2_work)(n));
     }
     MLI_CUT(bytes, p, q->e, m, sizeof(REAL));
     MLI_CUT(bytes, p, q->tau, m, sizeof(REAL));
     MLI_CUT(bytes, p, q->work, q->work_bytes, 1);
+    MLI_CUT(bytes, p, q->scratch,
+            MLI_MAX(mli_size_mul(MLI_PANEL, m), count > 0 ? mli_turn_back_scratch(n, count) : 0),
+            sizeof(REAL));
     if (count > 0) {
         MLI_CUT(bytes, p, q->Z, square, sizeof(REAL));
         MLI_CUT(bytes, p, q->z, m, sizeof(REAL));
@@ -41,12 +42,7 @@ FN(eigen_cut)(FN(eigen) * q, char **p, int64_t n, int64_t count)
         MLI_CUT(bytes, p, q->delta, square, sizeof(REAL));
         MLI_CUT(bytes, p, q->row, m, sizeof(REAL));
         MLI_CUT(bytes, p, q->order, m, sizeof(int32_t));
-        MLI_CUT(bytes, p, q->where, vectors, sizeof(int32_t));
-        MLI_CUT(bytes, p, q->V, mli_size_mul(BLOCK, m), sizeof(REAL));
-        MLI_CUT(bytes, p, q->S, BLOCK * BLOCK, sizeof(REAL));
-        MLI_CUT(bytes, p, q->T, BLOCK * BLOCK, sizeof(REAL));
-        MLI_CUT(bytes, p, q->U, mli_size_mul(vectors, BLOCK), sizeof(REAL));
-        MLI_CUT(bytes, p, q->UT, mli_size_mul(vectors, BLOCK), sizeof(REAL));
+        MLI_CUT(bytes, p, q->where, (size_t)count, sizeof(int32_t));
     }
     return bytes;
 }
@@ -190,56 +186,6 @@ done:
     return rc;
 }
 
-/* ----------------------------------------------------- Householder vectors */
-
-/* H_j0 .. H_j0+m-1 = I - V^T T V: fills V (m,len) and T^T, lower triangle. */
-static molae_status
-FN(block_reflector)(const FN(eigen) * q, const REAL *A, int64_t n, int64_t j0, int64_t m)
-{
-    const int64_t len = n - j0 - 1;
-    molae_status rc;
-
-    for (int64_t i = 0; i < m; i++) {
-        REAL *v = q->V + i * len;
-        memset(v, 0, (size_t)i * sizeof(REAL));
-        v[i] = 1;
-        memcpy(v + i + 1, A + (j0 + i) * n + j0 + i + 2, (size_t)(len - i - 1) * sizeof(REAL));
-    }
-    rc = FN(mli_syrk)(0, m, len, 1, q->V, len, 0, q->S, m);
-    if (rc < 0)
-        return rc;
-    for (int64_t j = 0; j < m; j++) { /* T[:j,j] = -tau_j T[:j,:j] S[:j,j] */
-        REAL *t = q->T + j * m;
-        const REAL tau = q->tau[j0 + j];
-        memset(t, 0, (size_t)m * sizeof(REAL));
-        for (int64_t i = 0; i < j; i++) {
-            const REAL *ti = q->T + i * m, s = -tau * q->S[i * m + j];
-            for (int64_t r = 0; r <= i; r++)
-                t[r] += s * ti[r];
-        }
-        t[j] = tau;
-    }
-    return MOLAE_OK;
-}
-
-/* Rows of Z (count,n), eigenvectors of the tridiagonal matrix, become those of A. */
-static molae_status
-FN(turn_back)(const FN(eigen) * q, const REAL *A, int64_t n, REAL *Z, int64_t count)
-{
-    molae_status rc = MOLAE_OK;
-
-    for (int64_t j0 = (n - 2) / BLOCK * BLOCK; j0 >= 0; j0 -= BLOCK) {
-        const int64_t m = MLI_MIN((int64_t)BLOCK, n - 1 - j0), len = n - j0 - 1;
-        REAL *z = Z + j0 + 1;
-        MLI_TRY(FN(block_reflector)(q, A, n, j0, m)); /* Z -= Z V^T T^T V */
-        MLI_TRY(FN(mli_gemm)(0, 1, count, m, len, 1, z, n, q->V, len, 0, q->U, m));
-        MLI_TRY(FN(mli_gemm)(0, 0, count, m, m, 1, q->U, m, q->T, m, 0, q->UT, m));
-        MLI_TRY(FN(mli_gemm)(0, 0, count, len, m, -1, q->UT, m, q->V, len, 1, z, n));
-    }
-done:
-    return rc;
-}
-
 molae_status
 FN(mli_eigen)(int64_t n, REAL *A, REAL *w, int64_t lo, int64_t count, void *work, size_t work_bytes,
               int64_t *info)
@@ -262,14 +208,14 @@ FN(mli_eigen)(int64_t n, REAL *A, REAL *w, int64_t lo, int64_t count, void *work
     if (shift != 0)
         for (int64_t i = 0; i < n * n; i++)
             A[i] = (REAL)ldexp((double)A[i], shift);
-    MLI_TRY(FN(mli_sytrd)(n, A, n, w, q.e, q.tau, q.work, q.work_bytes, info));
+    MLI_TRY(FN(mli_tridiagonalize)(n, A, w, q.e, q.tau, q.scratch));
     if (n == 1) {
         A[0] = 1;
     } else if (count == 0) {
         MLI_TRY(FN(mli_sterf)(n, w, q.e, info));
     } else {
         MLI_TRY(FN(tridiagonal)(&q, n, w, lo, count, info));
-        MLI_TRY(FN(turn_back)(&q, A, n, q.Z, count));
+        MLI_TRY(FN(mli_turn_back)(n, A, q.tau, q.Z, count, q.scratch));
         for (int64_t i = 0; i < count; i++)
             memcpy(A + (lo + i) * n, q.Z + q.where[i] * n, (size_t)n * sizeof(REAL));
     }

@@ -15,7 +15,7 @@ enum {
     LOAD_ROWS = 128, /* rows read by one task */
     LOADS = MLI_CHUNK / LOAD_ROWS,
     PANEL = 512,        /* rows of a Gram matrix computed by one task */
-    PRIVATE_ROWS = 256, /* rows of A_i computed by one task */
+    PRIVATE_ROWS = 512, /* rows of A_i computed by one task */
 };
 
 static int64_t

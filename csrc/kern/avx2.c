@@ -1,6 +1,8 @@
 /* Kernels for AVX2, FMA and F16C. */
 #include "table.h"
 
+#include <string.h>
+
 #if defined(__AVX2__) && defined(__F16C__)
 #include <immintrin.h>
 
@@ -115,6 +117,18 @@ f32_sumsq__avx2(const float *x, int64_t n)
     return mli_sumsq_finish(s, x + i, n - i);
 }
 
+#define ISA __avx2
+#define VECTOR_BYTES 32
+#define BAND 4
+#define REAL float
+#define SFX f32
+#include "symv.inc.h"
+#undef REAL
+#undef SFX
+#define REAL double
+#define SFX f64
+#include "symv.inc.h"
+
 int
 mli_kernels_add_avx2(mli_kernels *t)
 {
@@ -125,6 +139,8 @@ mli_kernels_add_avx2(mli_kernels *t)
     t->f32_to_bf16 = f32_to_bf16__avx2;
     t->f32_to_f16 = f32_to_f16__avx2;
     t->f32_sumsq = f32_sumsq__avx2;
+    t->f32_symv = symv_f32__avx2;
+    t->f64_symv = symv_f64__avx2;
     return 1;
 }
 

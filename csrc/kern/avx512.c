@@ -1,6 +1,8 @@
 /* Kernels for AVX-512 F, BW, VL and DQ. */
 #include "table.h"
 
+#include <string.h>
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 
@@ -107,6 +109,18 @@ f32_sumsq__avx512(const float *x, int64_t n)
     return mli_sumsq_finish(s, x + i, n - i);
 }
 
+#define ISA __avx512
+#define VECTOR_BYTES 64
+#define BAND 8
+#define REAL float
+#define SFX f32
+#include "symv.inc.h"
+#undef REAL
+#undef SFX
+#define REAL double
+#define SFX f64
+#include "symv.inc.h"
+
 int
 mli_kernels_add_avx512(mli_kernels *t)
 {
@@ -117,6 +131,8 @@ mli_kernels_add_avx512(mli_kernels *t)
     t->f32_to_bf16 = f32_to_bf16__avx512;
     t->f32_to_f16 = f32_to_f16__avx512;
     t->f32_sumsq = f32_sumsq__avx512;
+    t->f32_symv = symv_f32__avx512;
+    t->f64_symv = symv_f64__avx512;
     return 1;
 }
 

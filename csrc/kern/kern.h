@@ -17,6 +17,14 @@ typedef struct {
     /* sum of x[i]^2 in double, in an order that depends on n alone and is the same for every
      * table (16 partial sums, lane i takes x[i], x[i+16], ...; folded in halves). */
     double (*f32_sumsq)(const float *x, int64_t n);
+    /* y (m,) = A x for the row-major upper triangle of A (m,m) with rows lda apart, in bands of
+     * rows, from the last to the first if backwards is set. y is overwritten and may not overlap
+     * A or x. The order of sums depends on m, backwards, the table and how A lies to a cache
+     * line. 2 m^2 flops; A is read once. */
+    void (*f32_symv)(float *y, const float *A, int64_t lda, const float *x, int64_t m,
+                     int backwards);
+    void (*f64_symv)(double *y, const double *A, int64_t lda, const double *x, int64_t m,
+                     int backwards);
 } mli_kernels;
 
 /* Best table for this CPU less the ISAs named by mli_kernels_disable; chosen once. */

@@ -1,4 +1,5 @@
-/* Portable kernels: the definition of what the others compute, bit for bit. */
+/* Portable kernels: the definition of what the others compute, bit for bit where sums have a
+ * fixed order (all but symv). */
 #include "table.h"
 
 #include <string.h>
@@ -119,6 +120,18 @@ f32_sumsq__ref(const float *x, int64_t n)
     return mli_sumsq_finish(s, x + i, n - i);
 }
 
+#define ISA __ref
+#define VECTOR_BYTES 16
+#define BAND 4
+#define REAL float
+#define SFX f32
+#include "symv.inc.h"
+#undef REAL
+#undef SFX
+#define REAL double
+#define SFX f64
+#include "symv.inc.h"
+
 void
 mli_kernels_fill_ref(mli_kernels *t)
 {
@@ -129,4 +142,6 @@ mli_kernels_fill_ref(mli_kernels *t)
     t->f32_to_bf16 = mli_f32_to_bf16__ref;
     t->f32_to_f16 = mli_f32_to_f16__ref;
     t->f32_sumsq = f32_sumsq__ref;
+    t->f32_symv = symv_f32__ref;
+    t->f64_symv = symv_f64__ref;
 }

@@ -231,10 +231,10 @@ FN(refusals)(void)
     CHECK(FN(mli_trsm)(1, 0, big, 2, a, 1, c, 2) == MOLAE_E_TOO_LARGE);
     CHECK(FN(mli_potrf)(2, a, 1, &info) == MOLAE_E_ARG);
     CHECK(FN(mli_potrf)(0, a, 1, &info) == MOLAE_OK);
-    CHECK(FN(mli_sytrd_work)(big) == SIZE_MAX);
-    CHECK(FN(mli_sytrd)(big, a, big, a, a, c, a, 0, &info) == MOLAE_E_TOO_LARGE);
-    CHECK(FN(mli_sytrd)(0, a, 1, a, a, c, a, 0, &info) == MOLAE_OK);
-    CHECK(FN(mli_sytrd)(2, a, 1, a, a, c, a, 0, &info) == MOLAE_E_ARG);
+    CHECK(FN(mli_syr2k)(2, 2, 1, a, 1, c, 2, 0, c, 2) == MOLAE_E_ARG);
+    CHECK(FN(mli_syr2k)(big, 2, 1, a, big, c, big, 0, c, big) == MOLAE_E_TOO_LARGE);
+    CHECK(FN(mli_gemv)(0, 2, 2, 1, a, 1, c, 0, c) == MOLAE_E_ARG);
+    CHECK(FN(mli_gemv)(0, big, 2, 1, a, 2, c, 0, c) == MOLAE_E_TOO_LARGE);
     CHECK(FN(mli_sterf)(big, a, c, &info) == MOLAE_E_TOO_LARGE);
     CHECK(FN(mli_stedc_work)(50000) == SIZE_MAX); /* n^2 numbers do not fit an int32 */
     CHECK(FN(mli_stedc)(2, a, a, c, 1, a, 0, &info) == MOLAE_E_ARG);

@@ -1,6 +1,7 @@
 #include "test.h"
 
 #include "../../csrc/base/mem.h"
+#include "../../csrc/fit/gauge.h"
 #include "../../csrc/kern/kern.h"
 #include "../../csrc/molae.h"
 
@@ -61,5 +62,9 @@ test_fit(void)
     bad_weights_f32();
     bad_weights_f64();
     dependent_basis_f32();
+    complement_f32(1);
+    complement_f32(1e-6);
     dependent_basis_f64();
+    complement_f64(1);
+    complement_f64(1e-6);
 }

@@ -242,3 +242,57 @@ FN(dependent_basis)(void)
         CHECK(isfinite((double)M[i]));
     mli_free(ws);
 }
+
+/* Rows of N (3,10), orthonormal but for a factor on the first. */
+static void
+FN(some_rows)(REAL *N, double first)
+{
+    double v[3][10];
+    uint64_t seed = 43;
+
+    for (int i = 0; i < 3; i++) {
+        double length = 0;
+        for (int j = 0; j < 10; j++)
+            v[i][j] = test_random(&seed);
+        for (int l = 0; l < i; l++) {
+            double dot = 0;
+            for (int j = 0; j < 10; j++)
+                dot += v[i][j] * v[l][j];
+            for (int j = 0; j < 10; j++)
+                v[i][j] -= dot * v[l][j];
+        }
+        for (int j = 0; j < 10; j++)
+            length += v[i][j] * v[i][j];
+        for (int j = 0; j < 10; j++)
+            v[i][j] /= sqrt(length);
+        for (int j = 0; j < 10; j++)
+            N[i * 10 + j] = (REAL)(v[i][j] * (i == 0 ? first : 1.0));
+    }
+}
+
+/* [I | M] from the complement N annihilates N, and the columns are those of a pivoted QR of N,
+ * also where its projector is too coarse to choose them (first == 1e-6). */
+static void
+FN(complement)(double first)
+{
+    enum { R = 7, D = 10, REST = D - R };
+    REAL N[REST * D], M[R * REST], Z[REST * R];
+    int32_t perm[D], picked[D];
+    const size_t bytes = FN(mli_gauge_complement_ws)(R, D);
+    char *ws = mli_alloc(bytes);
+    int64_t info;
+
+    FN(some_rows)(N, first);
+    CHECK(FN(mli_gauge_complement)(M, perm, N, R, D, ws, &info) == MOLAE_OK);
+    for (int i = 0; i < REST; i++)
+        for (int r = 0; r < R; r++) {
+            double sum = (double)N[i * D + perm[r]];
+            for (int c = 0; c < REST; c++)
+                sum += (double)M[r * REST + c] * (double)N[i * D + perm[R + c]];
+            CHECK(fabs(sum) <= 64 * EPS);
+        }
+    CHECK(FN(mli_gauge)(Z, picked, N, REST, D, ws, &info) == MOLAE_OK);
+    for (int c = 0; c < REST; c++)
+        CHECK(perm[R + c] == picked[c]);
+    mli_free(ws);
+}

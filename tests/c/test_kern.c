@@ -128,6 +128,36 @@ by_hand(const mli_kernels *t)
     CHECK(memcmp(y, bf16, sizeof bf16) == 0);
 }
 
+/* A x for an upper triangle at any offset in memory, whose other half is NaN. */
+#define SYMV_TEST(REAL, SFX, EPS)                                                            \
+    static void symv_##SFX(const mli_kernels *t)                                             \
+    {                                                                                        \
+        enum { LDA = 75 };                                                                   \
+        REAL *const memory = mli_alloc((LDA * LDA + 16) * sizeof(REAL)), x[LDA], y[LDA + 1]; \
+        uint64_t seed = 12;                                                                  \
+        for (int64_t m = 0; m <= 70; m++)                                                    \
+            for (int backwards = 0; backwards < 2; backwards++) {                            \
+                REAL *A = memory + m % 16;                                                   \
+                for (int64_t i = 0; i < m; i++) {                                            \
+                    x[i] = (REAL)test_random(&seed);                                         \
+                    for (int64_t j = 0; j < LDA; j++)                                        \
+                        A[i * LDA + j] = (REAL)(j < i || j >= m ? NAN : test_random(&seed)); \
+                }                                                                            \
+                y[m] = 7;                                                                    \
+                t->SFX##_symv(y, A, LDA, x, m, backwards);                                   \
+                CHECK(y[m] == 7); /* nothing is written past the end */                      \
+                for (int64_t i = 0; i < m; i++) {                                            \
+                    double sum = 0;                                                          \
+                    for (int64_t j = 0; j < m; j++)                                          \
+                        sum += (double)A[i < j ? i * LDA + j : j * LDA + i] * (double)x[j];  \
+                    CHECK(fabs(sum - (double)y[i]) <= 4 * EPS * (double)m);                  \
+                }                                                                            \
+            }                                                                                \
+        mli_free(memory);                                                                    \
+    }
+SYMV_TEST(float, f32, 0x1p-23)
+SYMV_TEST(double, f64, 0x1p-52)
+
 void
 test_kern(void)
 {
@@ -146,6 +176,8 @@ test_kern(void)
         narrow(t, ref);
         check_and_sum(t, ref);
         by_hand(t);
+        symv_f32(t);
+        symv_f64(t);
     }
     CHECK(found >= 1);
     best = mli_kernels_get();
