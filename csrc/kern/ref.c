@@ -1,7 +1,24 @@
 /* Portable kernels: the definition of what the others compute, bit for bit. */
 #include "table.h"
 
+#include <math.h>
 #include <string.h>
+
+#define REAL float
+#define SFX f32__ref
+#define LIBM(name) name##f
+#define VECTOR_EXP 1
+#include "act.inc.h"
+#undef REAL
+#undef SFX
+#undef LIBM
+#undef VECTOR_EXP
+
+#define REAL double
+#define SFX f64__ref
+#define LIBM(name) name
+#define VECTOR_EXP 0
+#include "act.inc.h"
 
 static inline uint32_t
 bits_of(float x)
@@ -129,4 +146,8 @@ mli_kernels_fill_ref(mli_kernels *t)
     t->f32_to_bf16 = mli_f32_to_bf16__ref;
     t->f32_to_f16 = mli_f32_to_f16__ref;
     t->f32_sumsq = f32_sumsq__ref;
+    t->act_f32 = act_f32__ref;
+    t->act_f64 = act_f64__ref;
+    t->act_grad_f32 = act_grad_f32__ref;
+    t->act_grad_f64 = act_grad_f64__ref;
 }
