@@ -28,6 +28,19 @@ def mem_fail_after(n: int, /) -> None: ...
 # For tests. array (n) -> (n), or ((n), all finite), or the sum of squares.
 def kernel(name: str, isa: str, array: npt.NDArray[Any], /) -> Any: ...
 
+# gate, up, dh (n) -> h (n), or with dh: dgate (n), dup (n), w h (n), sum of dh h.
+def act(
+    isa: str,
+    kind: int,
+    gate: npt.NDArray[Any],
+    up: npt.NDArray[Any],
+    dh: npt.NDArray[Any] | None,
+    w: float,
+    alpha: float,
+    limit: float,
+    /,
+) -> Any: ...
+
 # status (n) -> the loop's status, (n) the worker that ran each task (-1: none).
 def parallel_probe(
     status: npt.ArrayLike, num_threads: int

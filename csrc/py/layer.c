@@ -302,6 +302,10 @@ mli_py_call_from(mli_pystate *st, mli_py_call *c, PyObject *tuple)
     c->x = (PyArrayObject *)x;
     if (mli_py_dtype(st, "x", c->x, &c->l.io) < 0)
         return -1;
+    if (c->l.io == MOLAE_F16) {
+        PyErr_SetString(st->ArgumentError, "x: expected float32, float64 or bfloat16, got float16");
+        return -1;
+    }
     c->work = c->l.io == MOLAE_F64 ? MOLAE_F64 : MOLAE_F32;
     if (take(st, &c->spans, (label){"x", -1}, x, c->l.io, 2, dims, "ND", 0) == NULL)
         return -1;

@@ -8,11 +8,21 @@ import math
 
 import numpy as np
 
-_erf = np.vectorize(math.erf, otypes=[float])
+_erfc = np.vectorize(math.erfc, otypes=[float])
 
 
 def sigmoid(x):
-    return 0.5 * (1 + np.tanh(0.5 * x))
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-np.asarray(x, dtype=np.float64)))
+
+
+def normal_cdf(x):
+    return 0.5 * _erfc(-x / math.sqrt(2))
+
+
+def tanh_cdf(x):
+    """(1 + tanh v) / 2 for the v of the tanh form; as a sigmoid it keeps its digits in the tail."""
+    return sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
 def activate(kind, g, u, alpha=1.702, limit=7.0):
@@ -20,9 +30,9 @@ def activate(kind, g, u, alpha=1.702, limit=7.0):
     if kind == "silu":
         return g * sigmoid(g) * u
     if kind == "gelu":
-        return 0.5 * g * (1 + _erf(g / math.sqrt(2))) * u
+        return g * normal_cdf(g) * u
     if kind == "gelu_tanh":
-        return 0.5 * g * (1 + np.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) * u
+        return g * tanh_cdf(g) * u
     if kind == "relu":
         return np.maximum(g, 0) * u
     if kind == "relu2":
@@ -37,14 +47,14 @@ def activate_gradient(kind, g, u, dh, alpha=1.702, limit=7.0):
         s = sigmoid(g)
         return dh * u * (s + g * s * (1 - s)), dh * g * s
     if kind == "gelu":
-        cdf = 0.5 * (1 + _erf(g / math.sqrt(2)))
+        cdf = normal_cdf(g)
         pdf = np.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
         return dh * u * (cdf + g * pdf), dh * g * cdf
     if kind == "gelu_tanh":
         c = math.sqrt(2 / math.pi)
-        t = np.tanh(c * (g + 0.044715 * g**3))
-        slope = 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * c * (1 + 3 * 0.044715 * g * g)
-        return dh * u * slope, dh * 0.5 * g * (1 + t)
+        s = tanh_cdf(g)
+        slope = s + g * 2 * s * (1 - s) * c * (1 + 3 * 0.044715 * g * g)
+        return dh * u * slope, dh * g * s
     if kind == "relu":
         return dh * u * (g > 0), dh * np.maximum(g, 0)
     if kind == "relu2":
