@@ -288,3 +288,32 @@ def test_what_cannot_be_wanted_is_refused():
     with pytest.raises(ArgumentError, match="expected ProjectionGradients"):
         run(made, dy, out=Gradients(gate=np.zeros((3, 4, 5))))
     assert isinstance(made.gate, Projection)
+
+
+WHOLE_LAYER = """
+import hashlib, numpy as np, molae
+from molae import ops
+rng = np.random.default_rng(0)
+shapes = ((40, 24), (3, 70, 24), (3, 70, 24))
+x, gate, up = (rng.standard_normal(s, dtype=np.float32) for s in shapes)
+down, index = rng.standard_normal((3, 24, 70), dtype=np.float32), rng.integers(0, 3, (40, 2))
+w = rng.random((40, 2), dtype=np.float32)
+args = x, index, w, gate, up, down
+digest = hashlib.sha256()
+for activation in ops.ACTIVATIONS:
+    y, saved = ops.experts_forward(*args, activation=activation, save=True)
+    d = ops.experts_backward(y, saved, *args, activation=activation)
+    for a in (y, d.x, d.top_k_weights, d.gate, d.up, d.down):
+        digest.update(a.tobytes())
+print(molae.show_config("dict")["kernels"]["isa"], digest.hexdigest())
+"""
+
+
+def test_every_instruction_set_gives_the_same_layer(python):
+    """molae's own kernels give the same bits; OpenBLAS's core does not follow the variable."""
+    runs = {}
+    for disabled in ("", "avx512", "avx512,avx2"):
+        isa, digest = python(WHOLE_LAYER, MOLAE_DISABLE_ISA=disabled).split()
+        runs[isa] = digest
+    assert "ref" in runs
+    assert len(set(runs.values())) == 1

@@ -29,6 +29,6 @@ void test_par(void);
 void test_blas(void);
 void test_kern(void);
 void test_fit(void);
-void test_fit(void);
+void test_ops(void);
 
 #endif
