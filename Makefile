@@ -75,13 +75,13 @@ lint: $(VENV)/lint
 
 CC ?= cc
 CWARN := -Wall -Wextra -Wshadow -Wconversion -Wstrict-prototypes -Werror
-CBASE := -std=c11 -g -O1 -fno-omit-frame-pointer -ffp-contract=off -DMLI_DEBUG $(CWARN)
+CBASE := -std=c11 -g -O1 -fno-omit-frame-pointer -ffp-contract=off -fno-trapping-math -DMLI_DEBUG $(CWARN)
 BLAS_PIN := $(shell sed -n 's/^ *"\(scipy-openblas32==[0-9.]*\)".*/\1/p' pyproject.toml)
 BLAS_LIB := build/openblas/scipy_openblas32/lib
 BLAS_DEFS := -DMLI_BLAS_PREFIX=scipy_ -DMLI_BLAS_VENDORED=1
 BLAS_LINK := -L$(BLAS_LIB) -lscipy_openblas -Wl,-rpath,$(abspath $(BLAS_LIB)) -lpthread -ldl -lm
 
-C_SOURCES := $(sort $(wildcard csrc/base/*.c csrc/kern/*.c csrc/fit/*.c tests/c/*.c))
+C_SOURCES := $(sort $(wildcard csrc/base/*.c csrc/kern/*.c csrc/ops/*.c csrc/fit/*.c tests/c/*.c))
 C_HEADERS := $(wildcard csrc/*.h csrc/*/*.h tests/c/*.h)
 
 ifeq ($(shell uname -m),x86_64)

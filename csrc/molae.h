@@ -6,7 +6,7 @@
  * Letters, the same in C, Python, docs and tests:
  *   E experts      F expert width (intermediate_size)   D model width (hidden_size)
  *   G groups of experts that share a factor             k experts of one group
- *   R latent rank
+ *   R latent rank      N tokens of a call               K experts a token is sent to
  * Matrices are C-contiguous, last axis fastest.
  */
 #ifndef MOLAE_H
@@ -132,6 +132,152 @@ molae_status molae_gauge_f32(float *M, int32_t *perm, const float *B, int64_t R,
                              void *ws, size_t ws_bytes, molae_errinfo *err);
 molae_status molae_gauge_f64(double *M, int32_t *perm, const double *B, int64_t R, int64_t D,
                              void *ws, size_t ws_bytes, molae_errinfo *err);
+
+/* --------------------------------------------------------- ops: expert layers */
+
+/* Which rows go to which expert: a stable counting sort of top_k_index by expert.
+ *
+ * index: (N,K), 0 .. E; E means "not here" and gives no row; the same expert twice in a token
+ * gives two rows. expert_ptr: (E+1), rows: (N K), both overwritten: rows[expert_ptr[e] ..
+ * expert_ptr[e+1]-1] are the slots t K + k of expert e, ascending. ARG for another index. */
+molae_status molae_route(int64_t *expert_ptr, int64_t *rows, const int64_t *index, int64_t N,
+                         int64_t K, int64_t E, molae_errinfo *err);
+
+/* Which tokens go to which group, each once. group_of: (E,), a group of 0 .. G-1 or -1 (an expert
+ * of no group). group_ptr: (G+1), tokens: (min(N K, N G)), slot_row: (N,K), all overwritten:
+ * tokens[group_ptr[g] .. group_ptr[g+1]-1] ascend; slot_row says at which of them a slot's token
+ * is, -1 for a slot of no group. ws: molae_route_groups_ws() bytes, 64-byte aligned. */
+size_t molae_route_groups_ws(int64_t G);
+molae_status molae_route_groups(int64_t *group_ptr, int64_t *tokens, int64_t *slot_row,
+                                const int64_t *index, const int64_t *group_of, int64_t N, int64_t K,
+                                int64_t E, int64_t G, void *ws, size_t ws_bytes,
+                                molae_errinfo *err);
+
+/* h = act(gate) up; clamped (gpt-oss): g = min(gate, limit), u = min(max(up, -limit), limit),
+ * h = g sigmoid(alpha g) (u + 1). */
+typedef enum {
+    MOLAE_ACT_SILU = 0,
+    MOLAE_ACT_GELU = 1,      /* erf */
+    MOLAE_ACT_GELU_TANH = 2, /* tanh form */
+    MOLAE_ACT_RELU = 3,
+    MOLAE_ACT_RELU2 = 4, /* relu squared */
+    MOLAE_ACT_SWIGLU_CLAMPED = 5
+} molae_activation;
+
+/* The experts' matrices of one role. W_i is (F,D) for gate and up, (D,F) for down.
+ * Group g is dense where rank[g] is -1: private_[e] is W_e. Else it is latent of rank R:
+ * W_e = A_e B for gate and up, A_e (F,R); W_e = B^T A_e for down, A_e (R,F); B (R,D) in plain form,
+ * B[:, perm] = [I | M] with M (R,D-R) in gauge form. R = 0: W_e = 0, and no pointer is read. */
+typedef struct {
+    molae_dtype dtype; /* of private_, shared and bias: F32 or BF16, F64 for _f64 */
+    molae_form form;
+    int64_t G;
+    const int64_t *group_of;     /* (E,); NULL: all in group 0 */
+    const int64_t *rank;         /* (G,): -1 dense, else 0 <= R <= D */
+    const void *const *private_; /* (E,) */
+    const void *const *shared;   /* (G,): M or B; NULL where no group is latent */
+    const int32_t *const *perm;  /* (G,): (D,) each; gauge form only */
+    const void *bias;            /* (E,F), down (E,D); or NULL */
+} molae_projection;
+
+typedef struct {
+    int64_t E, D, F;
+    molae_dtype io; /* of x, y and dy: F32 or BF16, F64 for _f64 */
+    molae_activation activation;
+    double alpha, limit; /* of the clamped activation */
+    molae_projection gate, up, down;
+} molae_experts;
+
+/* Latent numbers of a token, at most: min(sum of ranks, K max rank). The width of z and u below. */
+int64_t molae_projection_width(const molae_projection *p, int64_t K);
+
+/* Tokens that are worked on at once. */
+enum { MOLAE_EXPERTS_CHUNK = 2048 };
+
+/* What backward needs of forward; written in pieces of MOLAE_EXPERTS_CHUNK tokens, in each piece in
+ * the order of molae_route (gate, up) and molae_route_groups (z, u). Rows of sentinel slots stay
+ * unwritten. gate and up take N K F numbers each: 134 MB at N=4096, K=8, F=1024 in f32. */
+typedef struct {
+    float *gate, *up;     /* (N K, F): before the activation, with bias */
+    float *z_gate, *z_up; /* (N, width): x B^T of each token and latent group */
+    float *u;             /* (N, width of down): sum_k g_k A_k h_k of each token and latent group */
+} molae_experts_saved_f32;
+typedef struct {
+    double *gate, *up, *z_gate, *z_up, *u;
+} molae_experts_saved_f64;
+
+/* One layer of routed experts:
+ *
+ *   y_t = sum_k weight[t,k] (W_down h + b_down),  h = act(W_gate x_t + b_gate, W_up x_t + b_up)
+ *
+ * with the matrices of expert index[t,k]; slots with index E add nothing.
+ * x: (N,D), y: (N,D) overwritten, both of type io. index: (N,K). weight: (N,K). saved: NULL, or
+ * overwritten. ws: molae_experts_forward_ws_<real>() bytes, 64-byte aligned, a function of shapes
+ * alone. Outputs overlap nothing. Arithmetic is f32 (_f32) or f64 (_f64).
+ *
+ * In a latent group x is projected once a token, experts work on z = x B^T, and the experts'
+ * outputs are added in latent space before one B^T lifts them; the identity of the gauge form is
+ * never multiplied. y = dense experts and biases in expert order, then latent groups in order.
+ * Flops, with T_g the tokens of group g and n_e the rows of expert e: per dense matrix 2 n_e F D;
+ * per latent 2 n_e F R, and 2 T_g R D a group (gauge form 2 T_g R (D-R)).
+ * Bytes: the weights of experts with rows once a chunk; ws about chunk * K (F + 2 D / 8) numbers.
+ * Errors: SHAPE, ARG with what and, where it applies, expert or group. */
+size_t molae_experts_forward_ws_f32(const molae_ctx *ctx, const molae_experts *l, int64_t N,
+                                    int64_t K);
+size_t molae_experts_forward_ws_f64(const molae_ctx *ctx, const molae_experts *l, int64_t N,
+                                    int64_t K);
+molae_status molae_experts_forward_f32(const molae_ctx *ctx, void *y,
+                                       const molae_experts_saved_f32 *saved, const void *x,
+                                       const int64_t *index, const float *weight,
+                                       const molae_experts *l, int64_t N, int64_t K, void *ws,
+                                       size_t ws_bytes, molae_errinfo *err);
+molae_status molae_experts_forward_f64(const molae_ctx *ctx, void *y,
+                                       const molae_experts_saved_f64 *saved, const void *x,
+                                       const int64_t *index, const double *weight,
+                                       const molae_experts *l, int64_t N, int64_t K, void *ws,
+                                       size_t ws_bytes, molae_errinfo *err);
+
+/* Gradients of one projection, in the arithmetic's type whatever the storage: f32 for bf16. Shapes
+ * are those of the weights; in gauge form shared has dM. Any pointer may be NULL: not wanted. */
+typedef struct {
+    float *const *private_; /* (E,) */
+    float *const *shared;   /* (G,) */
+    float *bias;
+} molae_projection_grads_f32;
+typedef struct {
+    double *const *private_;
+    double *const *shared;
+    double *bias;
+} molae_projection_grads_f64;
+
+typedef struct {
+    float *dx;      /* (N,D) */
+    float *dweight; /* (N,K); slots with index E get nothing */
+    molae_projection_grads_f32 gate, up, down;
+} molae_experts_grads_f32;
+typedef struct {
+    double *dx, *dweight;
+    molae_projection_grads_f64 gate, up, down;
+} molae_experts_grads_f64;
+
+/* The gradients of sum(dy * y) with respect to all inputs, ADDED to what d points to; NULL saves
+ * its cost. dy: (N,D) of type io. saved, x, index, weight, l: as forward had and left them.
+ * Each gradient has one owner and a fixed order of additions.
+ * Flops: at most twice forward's. ws about chunk * K * 3 F numbers. */
+size_t molae_experts_backward_ws_f32(const molae_ctx *ctx, const molae_experts *l, int64_t N,
+                                     int64_t K);
+size_t molae_experts_backward_ws_f64(const molae_ctx *ctx, const molae_experts *l, int64_t N,
+                                     int64_t K);
+molae_status molae_experts_backward_f32(const molae_ctx *ctx, const molae_experts_grads_f32 *d,
+                                        const void *dy, const molae_experts_saved_f32 *saved,
+                                        const void *x, const int64_t *index, const float *weight,
+                                        const molae_experts *l, int64_t N, int64_t K, void *ws,
+                                        size_t ws_bytes, molae_errinfo *err);
+molae_status molae_experts_backward_f64(const molae_ctx *ctx, const molae_experts_grads_f64 *d,
+                                        const void *dy, const molae_experts_saved_f64 *saved,
+                                        const void *x, const int64_t *index, const double *weight,
+                                        const molae_experts *l, int64_t N, int64_t K, void *ws,
+                                        size_t ws_bytes, molae_errinfo *err);
 
 #ifdef __cplusplus
 }

@@ -2,7 +2,8 @@
 
 `convert` turns a checkpoint into a smaller one, `materialize` turns that into
 an ordinary checkpoint again, `plan` and `inspect` say what there is and what
-would come of it. `fit` has the factorizations on arrays.
+would come of it. `fit` has the factorizations on arrays, `ops` the layers of
+experts, forward and backward.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from molae.threads import get_num_threads, num_threads, set_num_threads  # noqa:
 
 if TYPE_CHECKING:
     from molae import fit as fit
+    from molae import ops as ops
     from molae.config import ConvertConfig as ConvertConfig
     from molae.convert import Report as Report
     from molae.convert import convert as convert
@@ -39,6 +41,7 @@ __all__ = [
     "inspect",
     "materialize",
     "num_threads",
+    "ops",
     "plan",
     "set_num_threads",
     "show_config",
@@ -52,6 +55,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "fit": ("molae.fit", None),
     "inspect": ("molae.convert", "inspect"),
     "materialize": ("molae.convert", "materialize"),
+    "ops": ("molae.ops", None),
     "plan": ("molae.convert", "plan"),
     "show_config": ("molae.info", "show_config"),
 }

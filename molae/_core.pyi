@@ -28,6 +28,19 @@ def mem_fail_after(n: int, /) -> None: ...
 # For tests. array (n) -> (n), or ((n), all finite), or the sum of squares.
 def kernel(name: str, isa: str, array: npt.NDArray[Any], /) -> Any: ...
 
+# gate, up, dh (n) -> h (n), or with dh: dgate (n), dup (n), w h (n), sum of dh h.
+def act(
+    isa: str,
+    kind: int,
+    gate: npt.NDArray[Any],
+    up: npt.NDArray[Any],
+    dh: npt.NDArray[Any] | None,
+    w: float,
+    alpha: float,
+    limit: float,
+    /,
+) -> Any: ...
+
 # status (n) -> the loop's status, (n) the worker that ran each task (-1: none).
 def parallel_probe(
     status: npt.ArrayLike, num_threads: int
@@ -60,3 +73,33 @@ def reduce_rank(
 
 # B (R,D) -> M (R,D-R), perm (D)
 def gauge(B: npt.NDArray[Any], /) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]: ...
+
+# Of csrc/ops. index (N,K) of 0..E, group_of (E) or None -> expert_ptr (E+1), rows (<= N K),
+# group_ptr (G+1) or None, tokens (<= N min(K,G)) or None.
+def route(
+    index: npt.ArrayLike, E: int, group_of: npt.ArrayLike | None, G: int, /
+) -> tuple[Any, ...]: ...
+
+# call: (x (N,D), index (N,K), weights (N,K), gate, up, down, E, F, activation, alpha, limit), where
+# gate, up, down: (private: E arrays (F,D) or (F,R), down (D,F) or (R,F); group_of (E); rank (G), -1
+# dense; shared: G arrays (R,D-R) or (R,D); perm: G arrays (D); gauge; an array of the weights'
+# dtype; bias (E,F), down (E,D), or None). Items of lists may be None where there is nothing.
+# y (N,D); saved: None or gate (N K,F), up (N K,F), z_gate, z_up, u (N,width): overwritten.
+def experts_forward(
+    y: npt.NDArray[Any],
+    saved: tuple[Any, ...] | None,
+    call: tuple[Any, ...],
+    num_threads: int,
+    /,
+) -> None: ...
+
+# grads: (dx (N,D), dweights (N,K), gate, up, down), the last three (private: E arrays, shared: G
+# arrays, bias), everything None where not wanted, else added to.
+def experts_backward(
+    grads: tuple[Any, ...],
+    dy: npt.NDArray[Any],
+    saved: tuple[Any, ...],
+    call: tuple[Any, ...],
+    num_threads: int,
+    /,
+) -> None: ...

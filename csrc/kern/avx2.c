@@ -1,10 +1,19 @@
 /* Kernels for AVX2, FMA and F16C. */
 #include "table.h"
 
-#include <string.h>
-
 #if defined(__AVX2__) && defined(__F16C__)
 #include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+/* Plain C, for the compiler to vectorize with this file's flags. */
+#define REAL float
+#define SFX f32__avx2
+#define LIBM(name) name##f
+#define VECTOR_EXP 1
+#include "act.inc.h"
+#undef REAL
+#undef SFX
 
 /* All ones in the lanes whose exponent is all ones: Inf or NaN. */
 static inline __m256i
@@ -141,6 +150,8 @@ mli_kernels_add_avx2(mli_kernels *t)
     t->f32_sumsq = f32_sumsq__avx2;
     t->f32_symv = symv_f32__avx2;
     t->f64_symv = symv_f64__avx2;
+    t->act_f32 = act_f32__avx2;
+    t->act_grad_f32 = act_grad_f32__avx2;
     return 1;
 }
 

@@ -1,10 +1,19 @@
 /* Kernels for AVX-512 F, BW, VL and DQ. */
 #include "table.h"
 
-#include <string.h>
-
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+/* Plain C, for the compiler to vectorize with this file's flags. */
+#define REAL float
+#define SFX f32__avx512
+#define LIBM(name) name##f
+#define VECTOR_EXP 1
+#include "act.inc.h"
+#undef REAL
+#undef SFX
 
 /* Lanes whose exponent is all ones: Inf or NaN. */
 static inline __mmask16
@@ -133,6 +142,8 @@ mli_kernels_add_avx512(mli_kernels *t)
     t->f32_sumsq = f32_sumsq__avx512;
     t->f32_symv = symv_f32__avx512;
     t->f64_symv = symv_f64__avx512;
+    t->act_f32 = act_f32__avx512;
+    t->act_grad_f32 = act_grad_f32__avx512;
     return 1;
 }
 

@@ -5,6 +5,12 @@
 
 #include "../molae.h"
 
+/* An activation with its parameters. */
+typedef struct {
+    molae_activation kind;
+    double alpha, limit;
+} mli_act;
+
 typedef struct {
     const char *isa; /* "ref", "avx2", "avx512" */
     /* y[i] = x[i] widened; returns 1 if all n values are finite, else 0 (y is written anyway). */
@@ -25,6 +31,17 @@ typedef struct {
                      int backwards);
     void (*f64_symv)(double *y, const double *A, int64_t lda, const double *x, int64_t m,
                      int backwards);
+    /* h[i] = act(gate[i], up[i]), see molae_activation. h may be gate or up. */
+    void (*act_f32)(float *h, const float *gate, const float *up, int64_t n, const mli_act *act);
+    void (*act_f64)(double *h, const double *gate, const double *up, int64_t n, const mli_act *act);
+    /* From dh[i], the cotangent of h[i] before the routing weight w: dgate[i] and dup[i] with w,
+     * and hw[i] = w h[i] (unless hw is NULL). Returns sum dh[i] h[i], in the order of f32_sumsq.
+     * No two arrays overlap. */
+    float (*act_grad_f32)(float *dgate, float *dup, float *hw, const float *dh, const float *gate,
+                          const float *up, float w, int64_t n, const mli_act *act);
+    double (*act_grad_f64)(double *dgate, double *dup, double *hw, const double *dh,
+                           const double *gate, const double *up, double w, int64_t n,
+                           const mli_act *act);
 } mli_kernels;
 
 /* Best table for this CPU less the ISAs named by mli_kernels_disable; chosen once. */

@@ -2,7 +2,26 @@
  * fixed order (all but symv). */
 #include "table.h"
 
+#include <math.h>
 #include <string.h>
+
+#define REAL float
+#define SFX f32__ref
+#define LIBM(name) name##f
+#define VECTOR_EXP 1
+#include "act.inc.h"
+#undef REAL
+#undef SFX
+#undef LIBM
+#undef VECTOR_EXP
+
+#define REAL double
+#define SFX f64__ref
+#define LIBM(name) name
+#define VECTOR_EXP 0
+#include "act.inc.h"
+#undef REAL
+#undef SFX
 
 static inline uint32_t
 bits_of(float x)
@@ -144,4 +163,8 @@ mli_kernels_fill_ref(mli_kernels *t)
     t->f32_sumsq = f32_sumsq__ref;
     t->f32_symv = symv_f32__ref;
     t->f64_symv = symv_f64__ref;
+    t->act_f32 = act_f32__ref;
+    t->act_f64 = act_f64__ref;
+    t->act_grad_f32 = act_grad_f32__ref;
+    t->act_grad_f64 = act_grad_f64__ref;
 }

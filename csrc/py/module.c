@@ -186,7 +186,8 @@ core_exec(PyObject *mod)
     if (add_classes(mod, st) < 0)
         return -1;
     if (PyModule_AddFunctions(mod, mli_py_info_methods) < 0 ||
-        PyModule_AddFunctions(mod, mli_py_fit_methods) < 0)
+        PyModule_AddFunctions(mod, mli_py_fit_methods) < 0 ||
+        PyModule_AddFunctions(mod, mli_py_ops_methods) < 0)
         return -1;
     /* molae threads over groups and experts; its own copy of OpenBLAS never does. */
     if (mli_blas_vendored())
@@ -243,7 +244,7 @@ static PyModuleDef_Slot core_slots[] = {
 static struct PyModuleDef core_def = {
     PyModuleDef_HEAD_INIT,
     .m_name = "molae._core",
-    .m_doc = "Native part of molae. Private: use molae.fit and molae.show_config.",
+    .m_doc = "Native part of molae. Private: use molae.fit, molae.ops and molae.show_config.",
     .m_size = sizeof(mli_pystate),
     .m_slots = core_slots,
     .m_traverse = core_traverse,

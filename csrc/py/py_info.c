@@ -171,6 +171,69 @@ done:
     return ret;
 }
 
+/* One activation kernel: h of gate and up, or with dh (dgate, dup, hw, sum). f32 or f64, all 1-D of
+ * one length. */
+static PyObject *
+py_act(PyObject *mod, PyObject *args)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    const char *isa;
+    PyObject *in[3], *ret = NULL;
+    PyArrayObject *a[3] = {NULL}, *out[3] = {NULL}; /* gate, up, dh */
+    const mli_kernels *t;
+    mli_act act;
+    npy_intp n;
+    int kind, type;
+    double w, sum;
+
+    if (!PyArg_ParseTuple(args, "siOOOddd:act", &isa, &kind, &in[0], &in[1], &in[2], &w, &act.alpha,
+                          &act.limit))
+        return NULL;
+    t = mli_kernels_named(isa);
+    if (t == NULL)
+        return PyErr_Format(st->ArgumentError, "isa: '%s' is not in this build or CPU", isa);
+    act.kind = (molae_activation)kind;
+    type = PyArray_Check(in[0]) && PyArray_TYPE((PyArrayObject *)in[0]) == NPY_DOUBLE ? NPY_DOUBLE
+                                                                                      : NPY_FLOAT;
+    for (int i = 0; i < 3; i++) {
+        if (in[i] == Py_None && i == 2)
+            break;
+        a[i] = (PyArrayObject *)PyArray_FROMANY(in[i], type, 1, 1, NPY_ARRAY_IN_ARRAY);
+        if (a[i] == NULL)
+            goto done;
+        n = PyArray_SIZE(a[0]);
+        if (mli_py_check_shape(st, "gate, up, dh", a[i], 1, &n, "n") < 0)
+            goto done;
+    }
+    n = PyArray_SIZE(a[0]);
+    for (int i = 0; i < 3; i++)
+        if ((out[i] = (PyArrayObject *)PyArray_ZEROS(1, &n, type, 0)) == NULL)
+            goto done;
+    if (a[2] == NULL && type == NPY_DOUBLE)
+        t->act_f64(PyArray_DATA(out[0]), PyArray_DATA(a[0]), PyArray_DATA(a[1]), n, &act);
+    else if (a[2] == NULL)
+        t->act_f32(PyArray_DATA(out[0]), PyArray_DATA(a[0]), PyArray_DATA(a[1]), n, &act);
+    if (a[2] == NULL) {
+        ret = Py_NewRef((PyObject *)out[0]);
+        goto done;
+    }
+    if (type == NPY_DOUBLE)
+        sum =
+            t->act_grad_f64(PyArray_DATA(out[0]), PyArray_DATA(out[1]), PyArray_DATA(out[2]),
+                            PyArray_DATA(a[2]), PyArray_DATA(a[0]), PyArray_DATA(a[1]), w, n, &act);
+    else
+        sum = (double)t->act_grad_f32(PyArray_DATA(out[0]), PyArray_DATA(out[1]),
+                                      PyArray_DATA(out[2]), PyArray_DATA(a[2]), PyArray_DATA(a[0]),
+                                      PyArray_DATA(a[1]), (float)w, n, &act);
+    ret = Py_BuildValue("(OOOd)", out[0], out[1], out[2], sum);
+done:
+    for (int i = 0; i < 3; i++) {
+        Py_XDECREF((PyObject *)a[i]);
+        Py_XDECREF((PyObject *)out[i]);
+    }
+    return ret;
+}
+
 typedef struct {
     const int64_t *status; /* what task i returns */
     int64_t *worker;       /* who ran it */
@@ -291,6 +354,9 @@ PyMethodDef mli_py_info_methods[] = {
      "disable_isa($module, names, /)\n--\n\nInstruction sets not to use, before the first use."},
     {"kernel", py_kernel, METH_VARARGS,
      "kernel($module, name, isa, array, /)\n--\n\nTest hook: runs one kernel on a 1-D array."},
+    {"act", py_act, METH_VARARGS,
+     "act($module, isa, kind, gate, up, dh, w, alpha, limit, /)\n--\n\n"
+     "Test hook: one activation kernel on 1-D arrays, its gradient where dh is not None."},
     {"parallel_probe", (PyCFunction)(void (*)(void))py_parallel_probe, METH_VARARGS | METH_KEYWORDS,
      "parallel_probe($module, status, num_threads)\n--\n\n"
      "Test hook: a parallel loop whose task i returns status[i]."},

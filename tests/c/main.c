@@ -14,6 +14,7 @@ main(void)
     test_eigen();
     test_fit();
     test_kern();
+    test_ops();
     CHECK(mli_mem_live() == 0);
     mli_parallel_shutdown();
     printf("%ld checks, %ld failed\n", test_checks, test_failures);

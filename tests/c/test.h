@@ -30,5 +30,6 @@ void test_blas(void);
 void test_eigen(void);
 void test_fit(void);
 void test_kern(void);
+void test_ops(void);
 
 #endif

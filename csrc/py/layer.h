@@ -1,0 +1,64 @@
+/* The arguments of a layer of experts, from Python to C: checked, and kept alive. */
+#ifndef MOLAE_PY_LAYER_H
+#define MOLAE_PY_LAYER_H
+
+#include "args.h"
+
+/* Every array of a call: what it spans, and whether it is written. */
+typedef struct {
+    struct span {
+        const char *lo, *hi;
+        const char *name; /* of the argument */
+        int out;
+    } *at;
+    Py_ssize_t n, room;
+} mli_py_spans;
+
+/* A projection that keeps its arrays alive, and where its gradients go. */
+typedef struct {
+    PyArrayObject *group_of, *rank;
+    PyObject *lists[5]; /* private, shared, perm; gradients: private, shared */
+    const void **private_, **shared;
+    const int32_t **perm;
+    void **dprivate, **dshared;
+    void *dbias;
+} mli_py_projection;
+
+/* A call: the layer, its inputs, and what keeps them alive. */
+typedef struct {
+    molae_experts l;
+    npy_intp N, K;
+    mli_py_projection gate, up, down;
+    PyArrayObject *index, *weight, *x;
+    mli_py_spans spans;
+    molae_dtype work; /* F32 or F64 */
+} mli_py_call;
+
+/* A new int64 array of this shape, NULL with an exception. */
+PyArrayObject *mli_py_int64_array(mli_pystate *st, const char *name, PyObject *obj, int ndim,
+                                  const npy_intp *dims, const char *letters);
+
+/* The call from (x, index, weight, gate, up, down, E, F, activation, alpha, limit). */
+int mli_py_call_from(mli_pystate *st, mli_py_call *c, PyObject *tuple);
+void mli_py_call_clear(mli_py_call *c);
+
+/* The five arrays that forward saves; `out` where they are written. */
+int mli_py_saved_from(mli_pystate *st, mli_py_call *c, PyObject *tuple, void *to[5], int out);
+
+/* Where gradients go, into c->gate, up, down: each a tuple (private or None, shared or None, bias
+ * or None). */
+int mli_py_grads_from(mli_pystate *st, mli_py_call *c, PyObject *gate, PyObject *up,
+                      PyObject *down);
+
+/* *to = data of an output (N,cols), NULL where obj is None. */
+int mli_py_output(mli_pystate *st, mli_py_call *c, const char *name, PyObject *obj,
+                  molae_dtype dtype, npy_intp cols, const char *letters, void **to);
+
+/* *data of an input (N,D) of x's type. */
+int mli_py_input(mli_pystate *st, mli_py_call *c, const char *name, PyObject *obj,
+                 const void **data);
+
+/* -1 with ArgumentError set where an output overlaps another array of the call. */
+int mli_py_spans_check(mli_pystate *st, const mli_py_spans *s);
+
+#endif

@@ -1,0 +1,227 @@
+/* Thin wrappers of csrc/ops. Public functions, options and docstrings: molae/ops.py. */
+#include "layer.h"
+
+#include "../base/blas.h"
+#include "../base/mem.h"
+
+/* ------------------------------------------------------------------ route */
+
+PyDoc_STRVAR(route_doc, "route($module, index, E, group_of, G, /)\n--\n\n"
+                        "Rows by expert and tokens by group; see molae.ops.route.\n"
+                        "Returns (expert_ptr, rows, group_ptr, tokens); the last two are None "
+                        "without group_of.");
+
+static PyObject *
+py_route(PyObject *mod, PyObject *args)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    PyObject *index_obj, *group_obj, *ret = NULL;
+    PyArrayObject *index = NULL, *group_of = NULL, *ptr = NULL, *rows = NULL, *group_ptr = NULL;
+    PyArrayObject *tokens = NULL, *slot_row = NULL;
+    Py_ssize_t E, G;
+    npy_intp dims[2] = {-1, -1}, n;
+    molae_errinfo err = {0};
+    molae_status rc;
+    void *ws = NULL;
+
+    if (!PyArg_ParseTuple(args, "OnOn:route", &index_obj, &E, &group_obj, &G))
+        return NULL;
+    if (E < 1 || G < 0)
+        return PyErr_Format(st->ArgumentError, "num_experts: expected 1 or more, got %zd", E);
+    if ((index = mli_py_int64_array(st, "top_k_index", index_obj, 2, dims, "NK")) == NULL)
+        goto done;
+    n = E;
+    if (group_obj != Py_None &&
+        (group_of = mli_py_int64_array(st, "group_of", group_obj, 1, &n, "E")) == NULL)
+        goto done;
+    dims[0] = PyArray_DIM(index, 0);
+    dims[1] = PyArray_DIM(index, 1);
+    n = E + 1;
+    ptr = (PyArrayObject *)PyArray_EMPTY(1, &n, NPY_INT64, 0);
+    n = dims[0] * dims[1];
+    rows = (PyArrayObject *)PyArray_EMPTY(1, &n, NPY_INT64, 0);
+    slot_row = (PyArrayObject *)PyArray_EMPTY(1, &n, NPY_INT64, 0);
+    n = dims[0] * (dims[1] < G ? dims[1] : G);
+    tokens = (PyArrayObject *)PyArray_EMPTY(1, &n, NPY_INT64, 0);
+    n = G + 1;
+    group_ptr = (PyArrayObject *)PyArray_EMPTY(1, &n, NPY_INT64, 0);
+    if (ptr == NULL || rows == NULL || slot_row == NULL || tokens == NULL || group_ptr == NULL)
+        goto done;
+    ws = mli_alloc(molae_route_groups_ws(G));
+    if (ws == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+
+    Py_BEGIN_ALLOW_THREADS
+    rc = molae_route(PyArray_DATA(ptr), PyArray_DATA(rows), PyArray_DATA(index), dims[0], dims[1],
+                     E, &err);
+    if (rc >= 0 && group_of != NULL)
+        rc = molae_route_groups(PyArray_DATA(group_ptr), PyArray_DATA(tokens),
+                                PyArray_DATA(slot_row), PyArray_DATA(index), PyArray_DATA(group_of),
+                                dims[0], dims[1], E, G, ws, molae_route_groups_ws(G), &err);
+    Py_END_ALLOW_THREADS
+
+    if (mli_py_raise(st, rc, &err) < 0)
+        goto done;
+    if (group_of != NULL)
+        ret = Py_BuildValue("OOOO", ptr, rows, group_ptr, tokens);
+    else
+        ret = Py_BuildValue("OOOO", ptr, rows, Py_None, Py_None);
+done:
+    mli_free(ws);
+    Py_XDECREF((PyObject *)index);
+    Py_XDECREF((PyObject *)group_of);
+    Py_XDECREF((PyObject *)ptr);
+    Py_XDECREF((PyObject *)rows);
+    Py_XDECREF((PyObject *)slot_row);
+    Py_XDECREF((PyObject *)group_ptr);
+    Py_XDECREF((PyObject *)tokens);
+    return ret;
+}
+
+/* ---------------------------------------------------------------- experts */
+
+PyDoc_STRVAR(experts_forward_doc,
+             "experts_forward($module, y, saved, call, num_threads, /)\n--\n\n"
+             "One layer of routed experts; see molae.ops.latent_experts_forward. y (N,D) and\n"
+             "saved (None, or five arrays) are overwritten.");
+
+static PyObject *
+py_experts_forward(PyObject *mod, PyObject *args)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    PyObject *y_obj, *saved_obj, *call_obj, *ret = NULL;
+    Py_ssize_t num_threads;
+    mli_py_call c = {0};
+    void *to[5] = {NULL}, *ws = NULL, *y = NULL;
+    size_t ws_bytes;
+    molae_ctx ctx;
+    molae_errinfo err = {0};
+    molae_status rc;
+
+    if (!PyArg_ParseTuple(args, "OOO!n:experts_forward", &y_obj, &saved_obj, &PyTuple_Type,
+                          &call_obj, &num_threads))
+        return NULL;
+    if (mli_py_ctx(st, num_threads, &ctx) < 0 || mli_py_call_from(st, &c, call_obj) < 0)
+        goto done;
+    if (mli_py_output(st, &c, "out", y_obj, c.l.io, c.l.D, "ND", &y) < 0 ||
+        (saved_obj != Py_None && mli_py_saved_from(st, &c, saved_obj, to, 1) < 0) ||
+        mli_py_spans_check(st, &c.spans) < 0)
+        goto done;
+    ws_bytes = c.work == MOLAE_F64 ? molae_experts_forward_ws_f64(&ctx, &c.l, c.N, c.K)
+                                   : molae_experts_forward_ws_f32(&ctx, &c.l, c.N, c.K);
+    ws = mli_alloc(ws_bytes);
+    if (ws == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+
+    Py_BEGIN_ALLOW_THREADS
+    mli_blas_enter();
+    if (c.work == MOLAE_F64) {
+        const molae_experts_saved_f64 s = {to[0], to[1], to[2], to[3], to[4]};
+        rc = molae_experts_forward_f64(&ctx, y, saved_obj == Py_None ? NULL : &s, PyArray_DATA(c.x),
+                                       PyArray_DATA(c.index), PyArray_DATA(c.weight), &c.l, c.N,
+                                       c.K, ws, ws_bytes, &err);
+    } else {
+        const molae_experts_saved_f32 s = {to[0], to[1], to[2], to[3], to[4]};
+        rc = molae_experts_forward_f32(&ctx, y, saved_obj == Py_None ? NULL : &s, PyArray_DATA(c.x),
+                                       PyArray_DATA(c.index), PyArray_DATA(c.weight), &c.l, c.N,
+                                       c.K, ws, ws_bytes, &err);
+    }
+    mli_blas_leave();
+    Py_END_ALLOW_THREADS
+
+    if (mli_py_raise(st, rc, &err) < 0)
+        goto done;
+    ret = Py_NewRef(Py_None);
+done:
+    mli_free(ws);
+    mli_py_call_clear(&c);
+    return ret;
+}
+
+PyDoc_STRVAR(
+    experts_backward_doc,
+    "experts_backward($module, grads, dy, saved, call, num_threads, /)\n--\n\n"
+    "Gradients of one layer; see molae.ops.latent_experts_backward. grads: (dx, dweights,\n"
+    "gate, up, down), each None or added to; the last three are (private, shared, bias).");
+
+static PyObject *
+py_experts_backward(PyObject *mod, PyObject *args)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    PyObject *grads, *dx_obj, *dw_obj, *gate, *up, *down, *dy_obj, *saved_obj, *call_obj;
+    PyObject *ret = NULL;
+    Py_ssize_t num_threads;
+    mli_py_call c = {0};
+    void *to[5] = {NULL}, *ws = NULL, *dx = NULL, *dw = NULL;
+    const void *dy = NULL;
+    size_t ws_bytes;
+    molae_ctx ctx;
+    molae_errinfo err = {0};
+    molae_status rc;
+
+    if (!PyArg_ParseTuple(args, "O!OO!O!n:experts_backward", &PyTuple_Type, &grads, &dy_obj,
+                          &PyTuple_Type, &saved_obj, &PyTuple_Type, &call_obj, &num_threads) ||
+        !PyArg_ParseTuple(grads, "OOO!O!O!", &dx_obj, &dw_obj, &PyTuple_Type, &gate, &PyTuple_Type,
+                          &up, &PyTuple_Type, &down))
+        return NULL;
+    if (mli_py_ctx(st, num_threads, &ctx) < 0 || mli_py_call_from(st, &c, call_obj) < 0)
+        goto done;
+    if (mli_py_input(st, &c, "dy", dy_obj, &dy) < 0 ||
+        mli_py_saved_from(st, &c, saved_obj, to, 0) < 0 ||
+        mli_py_output(st, &c, "dx", dx_obj, c.work, c.l.D, "ND", &dx) < 0 ||
+        mli_py_output(st, &c, "dtop_k_weights", dw_obj, c.work, c.K, "NK", &dw) < 0 ||
+        mli_py_grads_from(st, &c, gate, up, down) < 0 || mli_py_spans_check(st, &c.spans) < 0)
+        goto done;
+    ws_bytes = c.work == MOLAE_F64 ? molae_experts_backward_ws_f64(&ctx, &c.l, c.N, c.K)
+                                   : molae_experts_backward_ws_f32(&ctx, &c.l, c.N, c.K);
+    ws = mli_alloc(ws_bytes);
+    if (ws == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+
+    Py_BEGIN_ALLOW_THREADS
+    mli_blas_enter();
+    if (c.work == MOLAE_F64) {
+        const molae_experts_saved_f64 s = {to[0], to[1], to[2], to[3], to[4]};
+        const molae_experts_grads_f64 d = {
+            dx,
+            dw,
+            {(double *const *)c.gate.dprivate, (double *const *)c.gate.dshared, c.gate.dbias},
+            {(double *const *)c.up.dprivate, (double *const *)c.up.dshared, c.up.dbias},
+            {(double *const *)c.down.dprivate, (double *const *)c.down.dshared, c.down.dbias}};
+        rc = molae_experts_backward_f64(&ctx, &d, dy, &s, PyArray_DATA(c.x), PyArray_DATA(c.index),
+                                        PyArray_DATA(c.weight), &c.l, c.N, c.K, ws, ws_bytes, &err);
+    } else {
+        const molae_experts_saved_f32 s = {to[0], to[1], to[2], to[3], to[4]};
+        const molae_experts_grads_f32 d = {
+            dx,
+            dw,
+            {(float *const *)c.gate.dprivate, (float *const *)c.gate.dshared, c.gate.dbias},
+            {(float *const *)c.up.dprivate, (float *const *)c.up.dshared, c.up.dbias},
+            {(float *const *)c.down.dprivate, (float *const *)c.down.dshared, c.down.dbias}};
+        rc = molae_experts_backward_f32(&ctx, &d, dy, &s, PyArray_DATA(c.x), PyArray_DATA(c.index),
+                                        PyArray_DATA(c.weight), &c.l, c.N, c.K, ws, ws_bytes, &err);
+    }
+    mli_blas_leave();
+    Py_END_ALLOW_THREADS
+
+    if (mli_py_raise(st, rc, &err) < 0)
+        goto done;
+    ret = Py_NewRef(Py_None);
+done:
+    mli_free(ws);
+    mli_py_call_clear(&c);
+    return ret;
+}
+
+PyMethodDef mli_py_ops_methods[] = {
+    {"route", py_route, METH_VARARGS, route_doc},
+    {"experts_forward", py_experts_forward, METH_VARARGS, experts_forward_doc},
+    {"experts_backward", py_experts_backward, METH_VARARGS, experts_backward_doc},
+    {NULL, NULL, 0, NULL},
+};
