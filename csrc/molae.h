@@ -220,7 +220,7 @@ typedef struct {
  * never multiplied. y = dense experts and biases in expert order, then latent groups in order.
  * Flops, with T_g the tokens of group g and n_e the rows of expert e: per dense matrix 2 n_e F D;
  * per latent 2 n_e F R, and 2 T_g R D a group (gauge form 2 T_g R (D-R)).
- * Bytes: the weights of experts with rows once a chunk; ws about chunk * K (F + 2 D / 8) numbers.
+ * Bytes: the weights of experts with rows once a chunk; ws about chunk K (F + D / 4) numbers.
  * Errors: SHAPE, ARG with what and, where it applies, expert or group. */
 size_t molae_experts_forward_ws_f32(const molae_ctx *ctx, const molae_experts *l, int64_t N,
                                     int64_t K);
@@ -263,7 +263,7 @@ typedef struct {
 /* The gradients of sum(dy * y) with respect to all inputs, ADDED to what d points to; NULL saves
  * its cost. dy: (N,D) of type io. saved, x, index, weight, l: as forward had and left them.
  * Each gradient has one owner and a fixed order of additions.
- * Flops: at most twice forward's. ws about chunk * K * 3 F numbers. */
+ * Flops: at most twice forward's. ws about chunk K (3 F + D / 4) numbers. */
 size_t molae_experts_backward_ws_f32(const molae_ctx *ctx, const molae_experts *l, int64_t N,
                                      int64_t K);
 size_t molae_experts_backward_ws_f64(const molae_ctx *ctx, const molae_experts *l, int64_t N,

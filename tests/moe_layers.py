@@ -104,23 +104,50 @@ class Layer:
             act,
         )
 
-    def bound(self):
-        """Of each y: sum of the absolute values of all terms, activations at most 2 (|g| + g²)."""
-        x, w = np.abs(self.x.astype(np.float64)), np.abs(self.weights.astype(np.float64))
+    def sizes(self):
+        """Slots that are somewhere, each with bounds of the terms in g, u, h and the output."""
+        x = np.abs(self.x.astype(np.float64))
         W = {role: self.dense(role, absolute=True) for role in ROLES}
         b = {role: self.biases.get(f"{role}_bias") for role in ROLES}
-        y = np.zeros_like(x)
+        b = {k: None if v is None else np.abs(v.astype(np.float64)) for k, v in b.items()}
         for t, k in np.ndindex(*self.index.shape):
             e = self.index[t, k]
             if e == len(W["gate"]):
                 continue
             g, u = W["gate"][e] @ x[t], W["up"][e] @ x[t]
-            g = g if b["gate"] is None else g + np.abs(b["gate"][e].astype(np.float64))
-            u = u if b["up"] is None else u + np.abs(b["up"][e].astype(np.float64))
-            out = W["down"][e] @ (2 * (g + g * g) * (u + 1))
-            out = out if b["down"] is None else out + np.abs(b["down"][e].astype(np.float64))
+            g = g if b["gate"] is None else g + b["gate"][e]
+            u = u if b["up"] is None else u + b["up"][e]
+            h = 2 * (g + g * g) * (u + 1)  # any activation
+            out = W["down"][e] @ h
+            yield t, k, e, g, u, h, out if b["down"] is None else out + b["down"][e]
+
+    def bound(self):
+        """Of each y: the sum of the absolute values of all terms."""
+        w, y = np.abs(self.weights.astype(np.float64)), np.zeros(self.x.shape)
+        for t, k, _, _, _, _, out in self.sizes():
             y[t] += w[t, k] * out
         return y
+
+    def bound_backward(self, dy):
+        """The same of each gradient of the dense layer, by name as in ref.backward."""
+        x, dy = np.abs(self.x.astype(np.float64)), np.abs(dy.astype(np.float64))
+        w = np.abs(self.weights.astype(np.float64))
+        W = {role: self.dense(role, absolute=True) for role in ROLES}
+        d = {"x": np.zeros(x.shape), "top_k_weights": np.zeros(w.shape)}
+        for role in ROLES:
+            d[role], d[f"{role}_bias"] = np.zeros(W[role].shape), np.zeros(W[role].shape[:2])
+        for t, k, e, g, u, h, out in self.sizes():
+            dh = w[t, k] * (W["down"][e].T @ dy[t])
+            dg, du = dh * 4 * (1 + g) ** 2 * (u + 1), dh * 4 * (g + g * g)
+            d["top_k_weights"][t, k] = dy[t] @ out
+            d["down"][e] += w[t, k] * np.outer(dy[t], h)
+            d["down_bias"][e] += w[t, k] * dy[t]
+            d["gate"][e] += np.outer(dg, x[t])
+            d["up"][e] += np.outer(du, x[t])
+            d["gate_bias"][e] += dg
+            d["up_bias"][e] += du
+            d["x"][t] += W["gate"][e].T @ dg + W["up"][e].T @ du
+        return d
 
 
 def layer(

@@ -14,7 +14,7 @@ enum {
     MLI_FINE = 256,   /* columns of a task with few rows, and rows of a weight's gradient */
     MLI_COARSE = 512, /* columns of a task with many rows */
     MLI_SPAN = 1024,  /* tokens of a task that adds experts up */
-    MLI_LIFT = 256,   /* tokens lifted at once */
+    MLI_LIFT = 512,   /* tokens lifted at once */
     MLI_SCATTER = 32, /* tokens of a task that adds lifted rows */
 };
 
