@@ -13,10 +13,11 @@ _missing = [name for name in ("torch", "transformers") if find_spec(name) is Non
 if _missing:
     raise ImportError(f"molae.hf needs {' and '.join(_missing)}; run: pip install 'molae[hf]'")
 
+from molae.hf.build import latent_model  # noqa: E402
 from molae.hf.experts import LatentExperts  # noqa: E402
 from molae.hf.loading import MolaeConfig, MolaeQuantizer  # noqa: E402
 
-__all__ = ["LatentExperts", "MolaeConfig", "MolaeQuantizer", "hide_progress"]
+__all__ = ["LatentExperts", "MolaeConfig", "MolaeQuantizer", "hide_progress", "latent_model"]
 
 
 def hide_progress() -> None:

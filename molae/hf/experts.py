@@ -88,9 +88,7 @@ class Group(nn.Module):
 
     def forward(self, x: torch.Tensor | None = None) -> Factors:
         """The group's tensors; `x` is not looked at (wrappers insist on an argument)."""
-        return Factors(
-            self.experts, self.rank, self.shared, self.perm, self.private, self.dense
-        )
+        return Factors(self.experts, self.rank, self.shared, self.perm, self.private, self.dense)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -101,7 +99,8 @@ class Group(nn.Module):
             return
         R = self.rank
         D = self.shared.shape[1] + (R if self.perm is not None else 0)
-        nn.init.normal_(self.shared, std=1 / math.sqrt(D))
+        if self.shared.numel():  # none at R = D
+            nn.init.normal_(self.shared, std=1 / math.sqrt(D))
         row = 1.0  # expected squared norm of a row of B
         if self.perm is not None:
             row += (D - R) / D
@@ -270,7 +269,9 @@ class LatentExperts(nn.Module):
 def _check_split(kind: str, split: Split, E: int, D: int) -> None:
     members = sorted(expert for group in split.groups for expert in group)
     if members != list(range(E)) or not all(split.groups):
-        raise ArgumentError(f"{kind}: expected each of the E={E} experts in one group, got {members}")
+        raise ArgumentError(
+            f"{kind}: expected each of the E={E} experts in one group, got {members}"
+        )
     if len(split.ranks) != len(split.groups):
         raise ArgumentError(
             f"{kind}: expected a rank for each of {len(split.groups)} groups, got {split.ranks}"

@@ -218,7 +218,8 @@ def _outputs(
         if group.dense is not None:
             tokens, values = rows.tokens, scale * _by_expert(some, group.dense, rows.counts)
         else:
-            assert group.shared is not None and group.private is not None
+            assert group.shared is not None
+            assert group.private is not None
             tokens, inverse = rows.distinct
             latent = _by_expert(some, group.private, rows.counts)
             # Summed before the lift, so that a token is lifted once a group.
@@ -250,9 +251,7 @@ def _lift(u: torch.Tensor, shared: torch.Tensor, perm: torch.Tensor | None) -> t
     return torch.cat([u, lifted], 1).index_select(1, inverse)
 
 
-def _by_expert(
-    rows: torch.Tensor, matrices: torch.Tensor, counts: Sequence[int]
-) -> torch.Tensor:
+def _by_expert(rows: torch.Tensor, matrices: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """(n, out): each expert's rows (n, in) times its own of the `matrices` (k, out, in)."""
     if _grouped_takes(rows, matrices):
         ends = torch.tensor(counts, device=rows.device).cumsum(0).to(torch.int32)
@@ -271,9 +270,11 @@ def _grouped_takes(rows: torch.Tensor, matrices: torch.Tensor) -> bool:
         return False
     if device == "cuda" and torch.cuda.get_device_capability(rows.device) < (8, 0):
         return False
-    return all(
-        tensor.stride(-1) == 1 and all(
-            step * tensor.element_size() % ALIGNMENT == 0 for step in tensor.stride()[:-1]
+    return (
+        all(
+            tensor.stride(-1) == 1
+            and all(step * tensor.element_size() % ALIGNMENT == 0 for step in tensor.stride()[:-1])
+            for tensor in (rows, matrices)
         )
-        for tensor in (rows, matrices)
-    ) and matrices.shape[1] * matrices.element_size() % ALIGNMENT == 0
+        and matrices.shape[1] * matrices.element_size() % ALIGNMENT == 0
+    )

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -19,7 +18,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from molae.arch import Family, check_factors, describe, find_family
 from molae.arch.family import FUSED, Layout
-from molae.config import TYPES
 from molae.errors import ArgumentError, CheckpointError
 from molae.factored import QUANT_METHOD, Factored, Split
 from molae.hf.experts import LatentExperts
