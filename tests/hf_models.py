@@ -74,7 +74,7 @@ def load(path: Path, **options: Any) -> Any:
     return model
 
 
-def tokens(rows: int = 3, length: int = 20, seed: int = 0, vocabulary: int = 40) -> torch.Tensor:
+def tokens(rows: int = 2, length: int = 16, seed: int = 0, vocabulary: int = 40) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, vocabulary, (rows, length), generator=generator)
 

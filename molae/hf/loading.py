@@ -240,5 +240,6 @@ def _check_files(config: Mapping[str, Any], files: Iterable[str], prefix: str) -
 def _check_loaded(name: str, module: nn.Module) -> None:
     """Refuse a module some of whose tensors no checkpoint gave; a state dict has no header."""
     for key, tensor in module.state_dict(keep_vars=True).items():
-        if not getattr(tensor, "_is_hf_initialized", False):
+        offloaded = tensor.is_meta  # its file has it: `_check_files` looked
+        if not offloaded and not getattr(tensor, "_is_hf_initialized", False):
             raise CheckpointError(f"{name}.{key}: absent from what was loaded")
