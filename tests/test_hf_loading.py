@@ -32,6 +32,7 @@ from molae.factored import Split, index_groups
 from molae.hf import LatentExperts, MolaeConfig, hide_progress
 
 hide_progress()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LATENT = molae.ConvertConfig(size=0.6)
 PAPER = molae.ConvertConfig(method="molae", size=0.9, group_size=6)

@@ -19,6 +19,7 @@ from molae.factored import Split, index_groups
 from molae.hf import LatentExperts, hide_progress, latent_model
 
 hide_progress()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from molae.errors import MissingExtraError
+
 _missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
 if _missing:
-    raise ImportError(f"molae.hf needs {' and '.join(_missing)}; run: pip install 'molae[hf]'")
+    raise MissingExtraError(
+        f"molae.hf needs {' and '.join(_missing)}; run: pip install 'molae[hf]'"
+    )
 
 from molae.hf.build import latent_model  # noqa: E402
 from molae.hf.experts import LatentExperts  # noqa: E402

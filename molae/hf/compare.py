@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -133,17 +134,21 @@ def compare(
         summary(column, sizes, plan, spent, threads)
         for column, spent in zip(columns[:2], seconds, strict=True)
     ]
-    means = [ratio(column, sizes) for column in columns]
+    kl, reverse, agreement = (ratio(column, sizes) for column in columns[2:])
     difference = ratio([a - b for a, b in zip(*columns[:2], strict=True)], sizes)
-    _, _, kl, reverse, agreement = means
-    if not kl.mean + reverse.mean < float("inf"):
-        raise NonFiniteError("the models give distances that are not finite")
+    if not math.isfinite(kl.mean + reverse.mean):
+        raise NonFiniteError("the distance of the models' distributions is not finite")
     return Comparison(
-        *scores,
-        *(kl.mean, kl.se),
-        *(reverse.mean, reverse.se),
-        *(agreement.mean, agreement.se),
-        *(difference.mean, difference.se),
+        model=scores[0],
+        against=scores[1],
+        kl=kl.mean,
+        kl_se=kl.se,
+        kl_reverse=reverse.mean,
+        kl_reverse_se=reverse.se,
+        agreement=agreement.mean,
+        agreement_se=agreement.se,
+        loss_difference=difference.mean,
+        loss_difference_se=difference.se,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from molae.errors import NonFiniteError
 from molae.hf.opening import open_model
 from molae.hf.windows import Windows, decoded, ratio, read_text, tokenize, windows
 
-__all__ = ["Evaluation", "evaluate", "evaluate_path"]
+__all__ = ["Evaluation", "evaluate", "evaluate_path", "peak_memory"]
 
 
 @dataclass(frozen=True)
@@ -211,3 +212,20 @@ def evaluate_path(
     text = read_text(text_or_file)  # before the load, which takes the longest
     model, tokenizer = open_model(path, dtype=dtype, device=device)
     return evaluate(model, tokenizer, text, **options)
+
+
+def peak_memory() -> dict[str, int]:
+    """Most memory that this process has held so far, in bytes.
+
+    Returns
+    -------
+    dict of str to int
+        ``resident``: in RAM, mapped pages of files included. ``gpu``, where torch has used
+        one: what its tensors took on the current one.
+    """
+    import torch
+
+    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak

@@ -28,7 +28,7 @@ __all__ = ["MolaeConfig", "MolaeQuantizer", "place_experts"]
 
 
 @register_quantization_config(QUANT_METHOD)
-class MolaeConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class MolaeConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a converted checkpoint, as Transformers carries it.
 
     It is kept as it was read and written back the same; `molae.factored.Factored` reads it.
@@ -36,11 +36,11 @@ class MolaeConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, **entries: Any) -> None:
         self.__dict__.update(entries)
-        self.quant_method = QUANT_METHOD
+        self.__dict__["quant_method"] = QUANT_METHOD
 
 
 @register_quantizer(QUANT_METHOD)
-class MolaeQuantizer(HfQuantizer):  # type: ignore[misc]
+class MolaeQuantizer(HfQuantizer):
     """Puts `LatentExperts` into a model before its weights are read.
 
     Nothing is quantized: after the load the model is an ordinary one again, which may be
@@ -155,7 +155,7 @@ def _replace(
     factored: Factored,
     letters: Mapping[str, int],
 ) -> None:
-    old = model.get_submodule(path)
+    old: Any = model.get_submodule(path)
     first = next(old.parameters())
     fused = layout.of_type("gate_proj").role == FUSED and "gate_proj" not in kinds
     new = LatentExperts(

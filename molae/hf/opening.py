@@ -9,7 +9,7 @@ from typing import Any
 from molae.errors import CheckpointError
 from molae.io.hub import fetch, is_hub_id
 
-__all__ = ["open_model"]
+__all__ = ["open_model", "use_threads"]
 
 
 def open_model(
@@ -45,6 +45,11 @@ def open_model(
         folder = fetch(os.fspath(path))
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{path}: no checkpoint here (no config.json)")
+    # Without any of these Transformers makes an empty tokenizer up.
+    if not any(
+        any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+    ):
+        raise CheckpointError(f"{path}: no tokenizer here; copy that of the original")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -53,17 +58,26 @@ def open_model(
             f"({_first_line(error)})"
         ) from error
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except OSError as error:  # no weights, an unreadable shard
         raise CheckpointError(f"{path}: {_first_line(error)}") from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{path}: {len(missing)} weights of the model are absent, such as {missing[0]}; "
             "it would run with random numbers in their place"
         )
     return model.to(device), tokenizer
+
+
+def use_threads(count: int | None) -> None:
+    """Let torch compute with so many threads; None leaves it as it is."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
 
 
 def _first_line(error: Exception) -> str:
