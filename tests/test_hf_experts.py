@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+
 import pytest
 
 pytest.importorskip("torch")
@@ -215,3 +218,11 @@ def test_compile_takes_the_layer_as_it_is():
         values.append([leaf.grad, *(p.grad for p in experts.parameters())])
     for one, other in zip(*values, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["experts", "build"])
+def test_examples(name):
+    module = importlib.import_module(f"molae.hf.{name}")
+    failed, tried = doctest.testmod(module)
+    assert failed == 0
+    assert tried > 0

@@ -247,6 +247,8 @@ def test_a_state_dict_instead_of_files(olmoe):
 
 def test_compiled_models(olmoe):
     model = load(olmoe)
+    del model.model.layers[1:]  # one is enough, and soon compiled
+    model.config.num_hidden_layers = 1
     with torch.no_grad():
         wanted = model(tokens()).logits
         torch.testing.assert_close(torch.compile(model, backend="eager")(tokens()).logits, wanted)
@@ -389,3 +391,27 @@ def test_no_conversion_while_loading(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path, quantization_config=MolaeConfig(format_version=1)
         )
+
+
+@pytest.mark.parametrize("plan", [{"tp_size": 2}, {"ep_size": 2, "tp_size": 2}, {"tp_plan": "auto"}])
+def test_no_parallel_plans(plan, olmoe):
+    from transformers.distributed import DistributedConfig
+
+    config = transformers.AutoConfig.from_pretrained(olmoe)
+    config.distributed_config = DistributedConfig(**plan)
+    with pytest.raises(ArgumentError, match="not supported for converted checkpoints"):
+        transformers.AutoModelForCausalLM.from_pretrained(olmoe, config=config)
+
+
+def test_without_the_import_transformers_says_so(olmoe, python):
+    """What docs/transformers.md warns of."""
+    said = python(
+        f"""
+        import sys, io
+        sys.stderr = io.StringIO()
+        from transformers import AutoModelForCausalLM
+        AutoModelForCausalLM.from_pretrained({str(olmoe)!r})
+        print(sys.stderr.getvalue())
+    """.replace("\n        ", "\n")
+    )
+    assert "Unknown quantization type, got molae" in said

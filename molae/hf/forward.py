@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from packaging.version import Version
 from torch.nn import functional
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ GROUPED = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch
 #: Bytes that its strides must be multiples of. Ranks are often odd: then it is the loop.
 ALIGNMENT = 16
 # Before 2.11 the CPU's wanted aligned addresses too, which mapped weights do not have.
-_HAS_GROUPED = hasattr(functional, "grouped_mm") and Version(torch.__version__) >= Version("2.11")
+_HAS_GROUPED = hasattr(functional, "grouped_mm") and torch.__version__ >= "2.11"
 
 
 # Sizes depend on the routing, so nothing is gained by tracing it: torch.compile calls it as it is.
@@ -49,8 +48,8 @@ def forward_torch(
 
     Notes
     -----
-    2·(R·D + ...) operations for each token and group it meets, and 2·F·R for each row; see
-    ``docs/theory.md``. The result does not depend on the number of threads.
+    Operations of each matrix type: 2·R·D (2·R·(D − R) in gauge form) for each group and each
+    token that meets it, and 2·F·R for each row.
     """
     factors = module.factors()
     routing = _Routing(index, module.num_experts)

@@ -61,6 +61,7 @@ class MolaeQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **options: Any
     ) -> None:
+        _refuse_parallel(getattr(model.config, "distributed_config", None))
         config = _raw_config(model, self.quantization_config.to_dict())
         family, factored = _read(config)
         if checkpoint_files and all(str(f).endswith(".safetensors") for f in checkpoint_files):
@@ -211,6 +212,16 @@ def _converters(layout: Layout) -> list[WeightConverter]:
 
 def _suffix(template: str) -> str:
     return template.replace("${experts}", ".experts")
+
+
+def _refuse_parallel(distributed: Any) -> None:
+    """The plans of Transformers name the dense tensors; with factors they would not act."""
+    for name in ("tp_size", "ep_size", "pp_size"):
+        if (getattr(distributed, name, None) or 1) > 1 or getattr(distributed, "tp_plan", None):
+            raise ArgumentError(
+                "distributed_config: tensor, expert and pipeline parallelism are not supported "
+                "for converted checkpoints; 'molae materialize' makes an ordinary one"
+            )
 
 
 def _raw_config(model: Any, quant: Mapping[str, Any]) -> dict[str, Any]:
