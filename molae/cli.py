@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molae._version import __version__
@@ -106,6 +108,59 @@ def _materialize(args: argparse.Namespace) -> None:
     _show_report(args, report)
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from molae.hf import hide_progress
+    from molae.hf.compare import compare_paths
+    from molae.hf.evaluate import evaluate_path, peak_memory
+    from molae.hf.opening import use_threads
+    from molae.report.evaluation import comparison_view, evaluation_view, windows_progress
+
+    hide_progress()
+    use_threads(args.threads)
+    text = Path(args.text)
+    given = {"window": args.window, "stride": args.stride, "batch_size": args.batch_size}
+    options: dict[str, Any] = {name: x for name, x in given.items() if x is not None}
+    options |= {"dtype": args.dtype, "device": args.device}
+    score: Any
+    with windows_progress(None if args.quiet or args.json else _console(sys.stderr)) as progress:
+        if args.against is None:
+            score = evaluate_path(args.path, text, progress=progress, **options)
+        else:
+            score = compare_paths(args.path, args.against, text, progress=progress, **options)
+    peak = peak_memory()
+    if args.json:
+        facts = {"path": args.path, "against_path": args.against, "text": args.text}
+        _print_json(facts | {"dtype": args.dtype, "peak_memory": peak} | dataclasses.asdict(score))
+    elif args.against is None:
+        _console(sys.stdout).print(evaluation_view(args.path, score, peak))
+    else:
+        _console(sys.stdout).print(comparison_view(args.path, args.against, score, peak))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from molae.hf import hide_progress
+    from molae.hf.generate import generate_path
+    from molae.hf.opening import use_threads
+
+    hide_progress()
+    use_threads(args.threads)
+    found = generate_path(
+        args.path,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        dtype=args.dtype,
+        device=args.device,
+    )
+    if args.json:
+        _print_json({"path": args.path, **dataclasses.asdict(found)})
+    else:
+        print(found.prompt + found.text)
+        rate = found.tokens / found.seconds
+        _say(f"{found.tokens} tokens in {found.seconds:.1f} s ({rate:.3g} a second)")
+
+
 def _demo(args: argparse.Namespace) -> None:
     from molae.demo.run import run
     from molae.report.demo import demo_view
@@ -175,6 +230,8 @@ def _parser() -> argparse.ArgumentParser:
     materialize.add_argument("dst", metavar="DST", nargs="?", help="folder of the result")
     materialize.set_defaults(run=_materialize)
 
+    _add_model_commands(commands, every)
+
     demo = commands.add_parser(
         "demo", parents=[every], help="convert the checkpoint that comes with molae"
     )
@@ -182,6 +239,54 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quiet", action="store_true", help="print only the result")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_model_commands(commands: Any, every: argparse.ArgumentParser) -> None:
+    """Commands that run a model; they need the extra [hf]."""
+    running = argparse.ArgumentParser(add_help=False)
+    running.add_argument("path", metavar="PATH", help="folder of a checkpoint, or hub id")
+    running.add_argument("--device", default="cpu", help="where to compute, such as cuda:0")
+    running.add_argument("--threads", type=_count, metavar="N", help="threads to compute with")
+
+    evaluate = commands.add_parser(
+        "eval",
+        parents=[every, running],
+        help="measure a checkpoint on a text, alone or against another",
+        description="Perplexity of PATH, ordinary or converted, on a text; with --against also "
+        "how far its next-token distributions are from those of another checkpoint.",
+    )
+    evaluate.add_argument("--text", required=True, metavar="FILE", help="the text, UTF-8")
+    evaluate.add_argument(
+        "--against", metavar="PATH2", help="the reference, such as the original; also in memory"
+    )
+    evaluate.add_argument("--window", type=_count, metavar="N", help="tokens a window (512)")
+    evaluate.add_argument(
+        "--stride", type=_count, metavar="N", help="tokens between windows (half a window)"
+    )
+    evaluate.add_argument("--batch-size", type=_count, metavar="N", help="windows at a time (8)")
+    evaluate.add_argument(
+        "--dtype",
+        default="float32",
+        help="type to compute in; float32 tells checkpoints apart by their weights alone, "
+        "'auto' takes that of the files and less memory",
+    )
+    evaluate.add_argument("--quiet", action="store_true", help="show no progress")
+    evaluate.set_defaults(run=_eval)
+
+    generate = commands.add_parser(
+        "generate", parents=[every, running], help="let a checkpoint go on with a prompt"
+    )
+    generate.add_argument("prompt", metavar="PROMPT", help="the text to go on with")
+    generate.add_argument(
+        "--max-new-tokens", type=_count, default=50, metavar="N", help="at most so many (50)"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T",
+        help="0, the default, takes the most likely token each time; above it tokens are drawn",
+    )  # fmt: skip
+    generate.add_argument("--seed", type=int, default=0, help="of the drawing (0)")
+    generate.add_argument("--dtype", default="auto", help="type to compute in (the files' own)")
+    generate.set_defaults(run=_generate)
 
 
 def _add_convert_options(convert: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "ConvergenceWarning",
     "DestinationError",
+    "MissingExtraError",
     "MolaeError",
     "NonFiniteError",
     "NumericalError",
@@ -36,3 +37,7 @@ class UnknownFamilyError(CheckpointError):
 
 class DestinationError(MolaeError, OSError):
     """The place to write to cannot be used."""
+
+
+class MissingExtraError(MolaeError, ImportError):
+    """A part of molae needs packages that are not installed; the message says how to."""

@@ -71,6 +71,16 @@ def python() -> Callable[..., str]:
     return run
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: tiny models gain nothing by more, and lose much on busy cores."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if _core.mem_live() != 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

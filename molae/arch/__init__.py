@@ -1,6 +1,7 @@
 """Model families: which tensors are an expert's, of which shapes, under which names."""
 
 from molae.arch.counts import active_numbers, dense_flops, hit_probabilities, latent_flops
+from molae.arch.factors import check_factors, factored_specs
 from molae.arch.family import Family, families, find_family, load_family
 from molae.arch.model import Counts, Model, describe
 
@@ -9,8 +10,10 @@ __all__ = [
     "Family",
     "Model",
     "active_numbers",
+    "check_factors",
     "dense_flops",
     "describe",
+    "factored_specs",
     "families",
     "find_family",
     "hit_probabilities",

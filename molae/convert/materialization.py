@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 
 from molae import fit
-from molae.arch import Family, Model, describe
-from molae.config import TYPES
+from molae.arch import Family, Model, check_factors, describe, factored_specs
 from molae.convert.card import materialize_card
 from molae.convert.estimate import BASE_BYTES
 from molae.convert.jsontext import json_text
 from molae.convert.pipeline import Data
 from molae.convert.planning import Plan, storage, summarize
 from molae.convert.report import TypeRow
-from molae.convert.shards import Job, factored_specs, materialize_shards
+from molae.convert.shards import Job, materialize_shards
 from molae.errors import CheckpointError, NonFiniteError, ShapeError
 from molae.factored import Factored, group_tensors
 from molae.io import DTYPES, Checkpoint, numpy_dtype
@@ -39,7 +38,7 @@ class Materialization:
                 "there is nothing to multiply out"
             )
         self.factored: Factored = self.model.factored
-        _check_factors(self.model, self.factored, checkpoint)
+        check_factors(self.model, checkpoint.tensors)
         self.shards = materialize_shards(checkpoint, self.model)
         E, F, D = (self.model.letters[letter] for letter in "EFD")
         self.room = E * F * D * DTYPES["F32"].itemsize
@@ -183,30 +182,3 @@ def _one(products: Sequence[_Products], expert: int) -> Callable[[], np.ndarray]
         return matrices[0] if len(matrices) == 1 else np.concatenate(matrices)
 
     return make
-
-
-def _check_factors(model: Model, factored: Factored, checkpoint: Checkpoint) -> None:
-    """Every factor that ``quantization_config`` promises is there, and no others are."""
-    for layer, kinds in factored.layers.items():
-        for kind in (kind for kind in TYPES if kind in kinds):
-            specs = factored_specs(model, layer, kind, kinds[kind], factored.form)
-            for spec in specs:
-                info = checkpoint.tensors.get(spec.name)
-                if info is None:
-                    raise CheckpointError(
-                        f"{spec.name}: absent, though quantization_config.layers.{layer}.{kind} "
-                        "promises it; convert the original again"
-                    )
-                if (info.shape, info.dtype) != (spec.shape, spec.dtype):
-                    raise CheckpointError(
-                        f"{spec.name}: expected {spec.dtype} of shape {spec.shape} by "
-                        f"quantization_config, got {info.dtype} of shape {info.shape}; "
-                        "convert the original again"
-                    )
-            prefix = f"{model.experts_prefix(layer)}.{kind}."
-            names = {spec.name for spec in specs}
-            for name in checkpoint.tensors:
-                if name.startswith(prefix) and name not in names:
-                    raise CheckpointError(
-                        f"{name}: quantization_config does not know it; convert the original again"
-                    )

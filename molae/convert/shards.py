@@ -6,10 +6,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from molae.arch import Model
+from molae.arch import Model, factored_specs
 from molae.config import TYPES
-from molae.errors import CheckpointError
-from molae.factored import Form, Split, group_tensors
+from molae.factored import Form, Split
 from molae.io import Checkpoint, TensorSpec, plan_bytes
 from molae.io.checkpoint import INDEX
 
@@ -82,12 +81,6 @@ def materialize_shards(checkpoint: Checkpoint, model: Model) -> tuple[Shard, ...
             specs = factored_specs(model, layer, kind, kinds[kind], model.factored.form)
             replaced.update(spec.name for spec in specs)
             together = model.stored_together(kind)
-            if missing := [other for other in together if other not in kinds]:
-                raise CheckpointError(
-                    f"quantization_config.layers.{layer}: has {kind} but not {missing[0]}, "
-                    f"which layout {model.layout!r} keeps in the same tensor; "
-                    "convert the original again"
-                )
             if kind != together[0]:
                 continue
             rows, cols = model.shape(kind)
@@ -97,19 +90,6 @@ def materialize_shards(checkpoint: Checkpoint, model: Model) -> tuple[Shard, ...
             made = tuple(TensorSpec(name, model.dtype, shape) for name in names)
             jobs.setdefault(layer, []).append(Job(layer, together, made))
     return _shards(checkpoint, model, jobs, replaced)
-
-
-def factored_specs(
-    model: Model, layer: int, kind: str, split: Split, form: Form
-) -> tuple[TensorSpec, ...]:
-    """The tensors that hold one layer's matrix type in molae's form."""
-    F, D = model.letters["F"], model.letters["D"]
-    prefix = model.experts_prefix(layer)
-    return tuple(
-        TensorSpec(part.name, "I32" if part.integer else model.dtype, part.shape)
-        for g, (group, rank) in enumerate(zip(split.groups, split.ranks, strict=True))
-        for part in group_tensors(prefix, kind, g, len(group), rank, F=F, D=D, form=form)
-    )
 
 
 def _shards(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from molae.errors import ArgumentError, CheckpointError, NonFiniteError
+from molae.errors import NonFiniteError
+from molae.hf.opening import open_model
+from molae.hf.windows import Windows, decoded, ratio, read_text, tokenize, windows
 
-__all__ = ["Evaluation", "evaluate", "evaluate_path"]
-
-#: Longest window by default. More context lowers the perplexity a little, and costs time.
-DEFAULT_WINDOW = 512
+__all__ = ["Evaluation", "evaluate", "evaluate_path", "peak_memory"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Evaluation:
         Time spent on the windows.
     threads : int
         Threads torch was allowed.
+    tokens_per_second : float
+        Tokens run, those of the overlaps included, over `seconds`.
     """
 
     perplexity: float
@@ -55,6 +57,7 @@ class Evaluation:
     windows: int
     seconds: float
     threads: int
+    tokens_per_second: float
 
 
 def evaluate(
@@ -108,75 +111,65 @@ def evaluate(
     import torch
     from torch.nn import functional
 
-    text = _decoded(text)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if window is None:
-        window = min(limit or DEFAULT_WINDOW, DEFAULT_WINDOW)
-    if stride is None:
-        stride = max(1, window // 2)
-    if window < 2 or (limit is not None and window > limit):
-        raise ArgumentError(f"window must be from 2 to {limit or 'any number'}, got {window}")
-    if not 1 <= stride < window:
-        raise ArgumentError(f"stride must be from 1 to window - 1 = {window - 1}, got {stride}")
-    if batch_size < 1:
-        raise ArgumentError(f"batch_size must be at least 1, got {batch_size}")
-
-    # `verbose=False` only silences the remark that the text is longer than a model's window.
-    tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    count = len(tokens)
-    if count <= window:
-        # With a single window there is no spread to take a standard error from.
-        raise ArgumentError(
-            f"the text is too short: it has {count} tokens, and a window of {window} needs "
-            f"at least {window + 1}; give more text or a smaller window"
-        )
-    tokens = tokens.to(model.device)
-    starts = [*range(0, count - window, stride), count - window]
-
+    plan = windows(
+        tokenize(tokenizer, decoded(text)),
+        limit=getattr(model.config, "max_position_embeddings", None),
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+    )
     sums: list[float] = []
     sizes: list[int] = []
-    scored = 1  # tokens before this place are done; the first has nothing to be told from
-    training = model.training
-    model.eval()
     began = time.perf_counter()
+    with evaluation_mode(model):
+        for rows, begins in plan.batches(model.device):
+            logits = model(input_ids=rows, use_cache=False).logits
+            for begin, row, scores in zip(begins, rows, logits, strict=True):
+                losses = functional.cross_entropy(
+                    scores[begin - 1 : -1].float(), row[begin:], reduction="none"
+                )
+                sums.append(losses.double().sum().item())
+                sizes.append(plan.window - begin)
+            if progress is not None:
+                progress(len(sums), len(plan.starts))
+    seconds = time.perf_counter() - began
+    return summary(sums, sizes, plan, seconds, torch.get_num_threads())
+
+
+@contextlib.contextmanager
+def evaluation_mode(*models: Any) -> Iterator[None]:
+    """Without dropout and gradients; each model's mode is put back at the end."""
+    import torch
+
+    before = [model.training for model in models]
+    for model in models:
+        model.eval()
     try:
         with torch.inference_mode():
-            for first in range(0, len(starts), batch_size):
-                some = starts[first : first + batch_size]
-                rows = torch.stack([tokens[start : start + window] for start in some])
-                logits = model(input_ids=rows, use_cache=False).logits
-                for start, row, scores in zip(some, rows, logits, strict=True):
-                    begin = scored - start
-                    losses = functional.cross_entropy(
-                        scores[begin - 1 : -1].float(), row[begin:], reduction="none"
-                    )
-                    sums.append(losses.double().sum().item())
-                    sizes.append(window - begin)
-                    scored = start + window
-                if progress is not None:
-                    progress(len(sums), len(starts))
+            yield
     finally:
-        model.train(training)
-    seconds = time.perf_counter() - began
+        for model, training in zip(models, before, strict=True):
+            model.train(training)
 
-    total = sum(sizes)
-    loss = math.fsum(sums) / total
-    if not math.isfinite(loss):
+
+def summary(
+    sums: Sequence[float], sizes: Sequence[int], plan: Windows, seconds: float, threads: int
+) -> Evaluation:
+    """What the losses of the windows come to."""
+    if not math.isfinite(math.fsum(sums)):
         raise NonFiniteError("the model gives losses that are not finite")
-    # The mean is a ratio of two sums over windows, since the first and the last window
-    # score other numbers of tokens than the rest; this is the usual error of such a ratio.
-    spread = math.fsum((s - n * loss) ** 2 for s, n in zip(sums, sizes, strict=True))
-    loss_se = math.sqrt(spread * len(sums) / (len(sums) - 1)) / total
-    perplexity = math.exp(loss)
+    loss = ratio(sums, sizes)
+    perplexity = math.exp(loss.mean)
     return Evaluation(
         perplexity=perplexity,
-        perplexity_se=perplexity * loss_se,
-        loss=loss,
-        loss_se=loss_se,
-        tokens=total,
-        windows=len(starts),
+        perplexity_se=perplexity * loss.se,
+        loss=loss.mean,
+        loss_se=loss.se,
+        tokens=sum(sizes),
+        windows=len(plan.starts),
         seconds=seconds,
-        threads=torch.get_num_threads(),
+        threads=threads,
+        tokens_per_second=len(plan.starts) * plan.window / seconds,
     )
 
 
@@ -193,8 +186,7 @@ def evaluate_path(
     Parameters
     ----------
     path : str or os.PathLike
-        Folder of an ordinary checkpoint, one that transformers loads without
-        help from molae.
+        Folder of an ordinary or of a converted checkpoint, or a hub id.
     text_or_file : str, bytes or os.PathLike
         The text itself; or a file with it, given as a path object.
     dtype : str or torch.dtype
@@ -215,35 +207,25 @@ def evaluate_path(
     molae.errors.ArgumentError
         As `evaluate`, and if the file cannot be read.
     molae.errors.CheckpointError
-        If there is no checkpoint at `path`.
+        If there is no whole checkpoint with a tokenizer at `path`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: no checkpoint here (no config.json)")
-    if isinstance(text_or_file, os.PathLike):
-        file = Path(text_or_file)
-        try:
-            text_or_file = file.read_bytes()
-        except OSError as error:
-            raise ArgumentError(f"{file}: cannot be read: {error.strerror}") from error
-    text = _decoded(text_or_file)  # before the load, which takes the longest
-
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    return evaluate(model.to(device), tokenizer, text, **options)
+    text = read_text(text_or_file)  # before the load, which takes the longest
+    model, tokenizer = open_model(path, dtype=dtype, device=device)
+    return evaluate(model, tokenizer, text, **options)
 
 
-def _decoded(text: str | bytes) -> str:
-    """Text as a string that has something in it."""
-    if isinstance(text, bytes):
-        try:
-            text = text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ArgumentError(f"the text is not UTF-8: {error}") from error
-    if not isinstance(text, str):
-        raise ArgumentError(f"text must be a str or bytes, got {type(text).__name__}")
-    if not text.strip():
-        raise ArgumentError("the text is empty")
-    return text
+def peak_memory() -> dict[str, int]:
+    """Most memory that this process has held so far, in bytes.
+
+    Returns
+    -------
+    dict of str to int
+        ``resident``: in RAM, mapped pages of files included. ``gpu``, where torch has used
+        one: what its tensors took on the current one.
+    """
+    import torch
+
+    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak

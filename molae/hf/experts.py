@@ -1,0 +1,280 @@
+"""The routed experts of a layer with shared latent factors, as a module of torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from molae.config import TYPES
+from molae.errors import ArgumentError
+from molae.factored import FORMS, Form, Split, group_tensors
+from molae.hf.forward import forward_torch
+
+__all__ = ["Factors", "Group", "LatentExperts"]
+
+#: Standard deviation of a dense expert's matrix whose size the factors start with.
+DEFAULT_STD = 0.02
+
+
+class Factors(NamedTuple):
+    """The tensors of one group as they are used, adapters included.
+
+    Attributes
+    ----------
+    experts : tuple of int
+        The k members, in the order of `private` and `dense`.
+    rank : int or None
+        R; None for a dense group.
+    shared : (R, D) or, in gauge form, (R, D - R) tensor, or None
+    perm : (D,) int32 tensor, or None
+        None in plain form: `shared` is B. Else ``B[:, perm] = [I | shared]``.
+    private : (k, F, R) or, for down, (k, R, F) tensor, or None
+    dense : (k, F, D) or, for down, (k, D, F) tensor, or None
+    """
+
+    experts: tuple[int, ...]
+    rank: int | None
+    shared: torch.Tensor | None = None
+    perm: torch.Tensor | None = None
+    private: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+
+
+class Group(nn.Module):
+    """The factors of one group of experts, under the names that a checkpoint gives them.
+
+    It computes nothing. Calling it gives the tensors *as they are now*, which is how
+    adapters that wrap the module (PEFT's ``target_parameters``) and hooks that bring
+    offloaded weights get to take part.
+    """
+
+    shared: torch.Tensor | None
+    perm: torch.Tensor | None
+    private: torch.Tensor | None
+    dense: torch.Tensor | None
+
+    def __init__(
+        self,
+        kind: str,
+        experts: tuple[int, ...],
+        rank: int | None,
+        *,
+        F: int,
+        D: int,
+        form: Form,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind, self.experts, self.rank = kind, experts, rank
+        parts = {
+            part.role: part
+            for part in group_tensors("", kind, 0, len(experts), rank, F=F, D=D, form=form)
+        }
+        for role in ("shared", "private", "dense"):
+            value = None
+            if role in parts:
+                value = nn.Parameter(torch.empty(parts[role].shape, device=device, dtype=dtype))
+            self.register_parameter(role, value)
+        perm = None
+        if "perm" in parts:
+            perm = torch.empty(parts["perm"].shape, device=device, dtype=torch.int32)
+        self.register_buffer("perm", perm)
+
+    def forward(self, x: torch.Tensor | None = None) -> Factors:
+        """The group's tensors; `x` is not looked at (wrappers insist on an argument)."""
+        return Factors(self.experts, self.rank, self.shared, self.perm, self.private, self.dense)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """See `LatentExperts.reset_parameters`."""
+        if self.dense is not None:
+            nn.init.normal_(self.dense, std=std)
+        if self.shared is None or self.private is None or self.rank is None:
+            return
+        R = self.rank
+        D = self.shared.shape[1] + (R if self.perm is not None else 0)
+        if self.shared.numel():  # none at R = D
+            nn.init.normal_(self.shared, std=1 / math.sqrt(D))
+        row = 1.0  # expected squared norm of a row of B
+        if self.perm is not None:
+            row += (D - R) / D
+            self.perm.copy_(torch.randperm(D, device=self.perm.device))
+        nn.init.normal_(self.private, std=std * math.sqrt(D / (R * row)))
+
+    def extra_repr(self) -> str:
+        what = "dense" if self.rank is None else f"rank={self.rank}"
+        return f"experts={len(self.experts)}, {what}"
+
+
+class LatentExperts(nn.Module):
+    """The routed experts of one layer, any mix of latent and dense groups.
+
+    It takes the place of a family's own module (``OlmoeExperts`` and the like) and has its
+    signature. Names in its state dict are those of the checkpoint format, such as
+    ``gate_proj.0.shared``; see ``docs/formats.md``.
+
+        gate_i, up_i = A_i (B x)           one B x serves all experts of a group
+        y = sum over groups of Bᵀ (sum over k of w_k A_k h_k),   h = act(gate) * up
+
+    Parameters
+    ----------
+    num_experts, hidden_size, intermediate_size : int
+        E, D and F.
+    gate, up, down : Split or None
+        Groups and ranks of each matrix type. None keeps all experts in one dense parameter
+        ``gate_proj`` (E, F, D), ``up_proj`` (E, F, D) or ``down_proj`` (E, D, F).
+    form : {'gauge', 'plain'}
+        Of the shared factors. The identity of the gauge form is an index, no product.
+    activation : str or callable
+        A name that Transformers knows, or a module.
+    fused : bool
+        With neither `gate` nor `up`: one parameter ``gate_up_proj`` (E, 2F, D) for both.
+    device, dtype
+        Of the parameters. `perm` is int32 and stays so.
+
+    Raises
+    ------
+    molae.errors.ArgumentError
+        Groups that do not hold each expert once, a rank above D, an unknown form.
+
+    Notes
+    -----
+    A new module is initialized by `reset_parameters`. Inputs are (T, D) hidden states,
+    (T, K) expert numbers and (T, K) weights; a number E stands for "not here" (expert
+    parallelism) and adds nothing. Sums are taken in float32 at least.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from molae.factored import Split, index_groups
+    >>> from molae.hf import LatentExperts
+    >>> half = Split(index_groups(4, 2), (3, 3))
+    >>> experts = LatentExperts(4, 8, 6, gate=half, up=half, down=None)
+    >>> y = experts(torch.ones(5, 8), torch.tensor([[0, 2]] * 5), torch.full((5, 2), 0.5))
+    >>> y.shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        gate: Split | None,
+        up: Split | None,
+        down: Split | None,
+        form: Form = "gauge",
+        activation: str | Callable[[torch.Tensor], torch.Tensor] = "silu",
+        fused: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.hidden_dim, self.intermediate_dim = (
+            num_experts, hidden_size, intermediate_size,
+        )  # fmt: skip
+        if form not in FORMS:
+            raise ArgumentError(f"form: expected one of {FORMS}, got {form!r}")
+        self.form: Form = form
+        self.act_fn = ACT2FN[activation] if isinstance(activation, str) else activation
+        splits = dict(zip(TYPES, (gate, up, down), strict=True))
+        E, D, F = num_experts, hidden_size, intermediate_size
+        if fused and (gate is not None or up is not None):
+            raise ArgumentError("fused: only where neither gate nor up is split")
+        if fused:
+            both = torch.empty(E, 2 * F, D, device=device, dtype=dtype)
+            self.gate_up_proj = nn.Parameter(both)
+        for kind, split in splits.items():
+            if split is None:
+                if fused and kind != "down_proj":
+                    continue
+                shape = (E, D, F) if kind == "down_proj" else (E, F, D)
+                self.register_parameter(
+                    kind, nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                )
+                continue
+            _check_split(kind, split, E, D)
+            groups = (
+                Group(kind, experts, rank, F=F, D=D, form=form, device=device, dtype=dtype)
+                for experts, rank in zip(split.groups, split.ranks, strict=True)
+            )
+            self.add_module(kind, nn.ModuleList(groups))
+        if torch.empty(0, device=device).device.type != "meta":
+            self.reset_parameters()
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of the chosen experts, weighted.
+
+        Parameters
+        ----------
+        hidden_states : (T, D) tensor
+        top_k_index : (T, K) tensor of integers
+            Expert numbers; E for "not here".
+        top_k_weights : (T, K) tensor
+
+        Returns
+        -------
+        (T, D) tensor of the type of `hidden_states`
+        """
+        # The one place that chooses how the layer is computed.
+        return forward_torch(self, hidden_states, top_k_index, top_k_weights)
+
+    def factors(self) -> dict[str, tuple[Factors, ...]]:
+        """The tensors of each matrix type, group by group, as they are now."""
+        return {kind: self._factors(kind) for kind in TYPES}
+
+    def _factors(self, kind: str) -> tuple[Factors, ...]:
+        held = getattr(self, kind, None)
+        if isinstance(held, nn.ModuleList):
+            # The argument is what wrappers of a module insist on.
+            return tuple(group(None) for group in held)
+        if held is None:
+            F = self.intermediate_dim
+            both = self.gate_up_proj
+            held = both[:, :F] if kind == "gate_proj" else both[:, F:]
+        return (Factors(tuple(range(self.num_experts)), None, dense=held),)
+
+    def reset_parameters(self, std: float = DEFAULT_STD) -> None:
+        """Draw new values, for training from scratch.
+
+        Dense matrices are normal with standard deviation `std`. Of a latent group, the
+        entries of `shared` have variance 1/D, `perm` is a random permutation, and `private`
+        has the variance that gives every expert's product the expected squared Frobenius
+        norm F·D·std² of a dense matrix: std²·D/R in plain form, std²·D/(R·(2 − R/D)) in
+        gauge form.
+        """
+        with torch.no_grad():
+            for parameter in self.parameters(recurse=False):
+                nn.init.normal_(parameter, std=std)
+        for module in self.modules():
+            if isinstance(module, Group):
+                module.reset_parameters(std)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_dim}, "
+            f"intermediate_size={self.intermediate_dim}, form={self.form!r}"
+        )
+
+
+def _check_split(kind: str, split: Split, E: int, D: int) -> None:
+    members = sorted(expert for group in split.groups for expert in group)
+    if members != list(range(E)) or not all(split.groups):
+        raise ArgumentError(
+            f"{kind}: expected each of the E={E} experts in one group, got {members}"
+        )
+    if len(split.ranks) != len(split.groups):
+        raise ArgumentError(
+            f"{kind}: expected a rank for each of {len(split.groups)} groups, got {split.ranks}"
+        )
+    if not all(rank is None or 0 <= rank <= D for rank in split.ranks):
+        raise ArgumentError(f"{kind}: expected ranks from 0 to D={D} or None, got {split.ranks}")

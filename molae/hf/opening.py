@@ -1,0 +1,84 @@
+"""Open a checkpoint, ordinary or converted, to run it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from molae.errors import CheckpointError
+from molae.io.hub import fetch, is_hub_id
+
+__all__ = ["open_model", "use_threads"]
+
+
+def open_model(
+    path: str | os.PathLike[str], *, dtype: Any = "float32", device: Any = "cpu"
+) -> tuple[Any, Any]:
+    """Load a checkpoint's model and tokenizer.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        Folder of an ordinary or of a converted checkpoint, or a hub id. A converted one is
+        loaded as it is, with latent experts.
+    dtype : str or torch.dtype
+        Type to compute in; ``"auto"`` for that of the files.
+    device : str or torch.device
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+    tokenizer : transformers.PreTrainedTokenizerBase
+
+    Raises
+    ------
+    molae.errors.CheckpointError
+        No checkpoint or no tokenizer there, or one that leaves a weight of the model open.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import molae.hf.loading  # noqa: F401  (makes converted checkpoints known)
+
+    folder = Path(path)
+    if not folder.exists() and is_hub_id(os.fspath(path)):
+        folder = fetch(os.fspath(path))
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{path}: no checkpoint here (no config.json)")
+    # Without any of these Transformers makes an empty tokenizer up.
+    if not any(
+        any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+    ):
+        raise CheckpointError(f"{path}: no tokenizer here; copy that of the original")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: no tokenizer that Transformers can load; copy that of the original here "
+            f"({_first_line(error)})"
+        ) from error
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except OSError as error:  # no weights, an unreadable shard
+        raise CheckpointError(f"{path}: {_first_line(error)}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{path}: {len(missing)} weights of the model are absent, such as {missing[0]}; "
+            "it would run with random numbers in their place"
+        )
+    return model.to(device), tokenizer
+
+
+def use_threads(count: int | None) -> None:
+    """Let torch compute with so many threads; None leaves it as it is."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
