@@ -14,6 +14,7 @@ from molae.config import TYPES
 from molae.errors import ArgumentError
 from molae.factored import FORMS, Form, Split, group_tensors
 from molae.hf.forward import forward_torch
+from molae.hf.native import forward_native, native_takes
 
 __all__ = ["Factors", "Group", "LatentExperts"]
 
@@ -226,7 +227,10 @@ class LatentExperts(nn.Module):
         (T, D) tensor of the type of `hidden_states`
         """
         # The one place that chooses how the layer is computed.
-        return forward_torch(self, hidden_states, top_k_index, top_k_weights)
+        factors = self.factors()
+        if native_takes(self, hidden_states, factors):
+            return forward_native(self, hidden_states, top_k_index, top_k_weights, factors)
+        return forward_torch(self, hidden_states, top_k_index, top_k_weights, factors)
 
     def factors(self) -> dict[str, tuple[Factors, ...]]:
         """The tensors of each matrix type, group by group, as they are now."""

@@ -30,7 +30,11 @@ _HAS_GROUPED = hasattr(functional, "grouped_mm") and torch.__version__ >= "2.11"
 # Sizes depend on the routing, so nothing is gained by tracing it: torch.compile calls it as it is.
 @torch.compiler.disable
 def forward_torch(
-    module: LatentExperts, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    module: LatentExperts,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    factors: dict[str, tuple[Factors, ...]],
 ) -> torch.Tensor:
     """The forward pass of `LatentExperts`; autograd gives the backward pass.
 
@@ -41,6 +45,8 @@ def forward_torch(
     index : (T, K) tensor of integers
         Expert numbers; E and above for "not here".
     weights : (T, K) tensor
+    factors : dict of tuples of Factors
+        What ``module.factors()`` gave.
 
     Returns
     -------
@@ -51,7 +57,6 @@ def forward_torch(
     Operations of each matrix type: 2·R·D (2·R·(D − R) in gauge form) for each group and each
     token that meets it, and 2·F·R for each row.
     """
-    factors = module.factors()
     routing = _Routing(index, module.num_experts)
     gate, up = _inputs(
         x, routing, factors["gate_proj"], factors["up_proj"], module.intermediate_dim
