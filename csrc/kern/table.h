@@ -6,8 +6,13 @@
 #include "kern.h"
 
 void mli_kernels_fill_ref(mli_kernels *t);
+void mli_kernels_fill_ref_stream(mli_kernels *t);
 int mli_kernels_add_avx2(mli_kernels *t);
+int mli_kernels_add_avx2_stream(mli_kernels *t);
 int mli_kernels_add_avx512(mli_kernels *t);
+int mli_kernels_add_avx512_stream(mli_kernels *t);
+int mli_kernels_add_avx512bf16(mli_kernels *t);
+int mli_kernels_add_amx(mli_kernels *t);
 
 /* The portable kernels, for the tails of the others. */
 int mli_bf16_to_f32__ref(float *y, const uint16_t *x, int64_t n);

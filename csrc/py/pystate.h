@@ -25,5 +25,6 @@ int mli_py_raise(mli_pystate *st, molae_status status, const molae_errinfo *err)
 /* Added to the module by module.c; each is defined in the file of that name. */
 extern PyMethodDef mli_py_info_methods[];
 extern PyMethodDef mli_py_fit_methods[];
+extern PyMethodDef mli_py_kern_methods[];
 
 #endif
