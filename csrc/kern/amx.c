@@ -15,14 +15,15 @@
 enum {
     SIDE = 32,            /* rows of P by columns of Q that four tiles of sums hold */
     TILE = 256,           /* floats, or pairs, of a tile */
-    PIECE = 512,          /* of k at a time: SIDE rows of P stay in the first cache */
+    PIECE = 384,          /* of k at a time, at most: SIDE rows of P take half a first cache */
     BLOCK_BYTES = 1 << 20 /* of packed Q: it stays in the second cache */
 };
 
 typedef struct {
     int64_t columns; /* of Q at a time, a multiple of SIDE */
+    int64_t piece;   /* of k at a time, a multiple of SIDE */
     int transposed;
-    size_t q, p, tail, sums; /* bytes */
+    size_t q, p, sums; /* bytes */
 } plan;
 
 static plan
@@ -41,9 +42,10 @@ make_plan(int layout, int64_t m, int64_t n, int64_t k)
     if (columns < s.columns)
         s.columns = (columns + SIDE - 1) / SIDE * SIDE;
     s.q = mli_panels_bytes(s.columns, k);
-    s.p = (size_t)(SIDE * deep) * sizeof(uint16_t);
-    s.tail = SIDE * 32 * sizeof(uint16_t);
-    s.sums = (size_t)(SIDE * s.columns) * sizeof(float);
+    s.piece = deep / SIDE / ((deep + PIECE - 1) / PIECE);
+    s.piece = ((deep + PIECE - 1) / PIECE * s.piece * SIDE < deep ? s.piece + 1 : s.piece) * SIDE;
+    s.p = (size_t)(SIDE * s.piece) * sizeof(uint16_t);
+    s.sums = mli_size_mul((size_t)s.columns, SIDE * sizeof(float));
     return s;
 }
 
@@ -54,7 +56,6 @@ gemm_bf16_ws(int layout, int64_t m, int64_t n, int64_t k)
     size_t total = mli_carve_size(s.q, 1);
 
     total = mli_size_add(total, mli_carve_size(s.p, 1));
-    total = mli_size_add(total, mli_carve_size(s.tail, 1));
     return mli_size_add(total, mli_carve_size(s.sums, 1));
 }
 
@@ -78,33 +79,12 @@ configure(void)
     _tile_loadconfig(&c);
 }
 
-/* One step in k of the sums in tiles 0 to 3: P in 4 and 5, Q in 6 and 7. */
+/* sums (4 tiles) [+]= P (32,k) by two panels of Q, both as tiles one after another; `high` and
+ * `wide` say whether the second half of P's rows and of Q's columns is there. */
 static inline __attribute__((always_inline)) void
-step(const int high, const int wide, const uint16_t *p, size_t bytes, const uint32_t *q,
-     int64_t stride)
+tiles(const int high, const int wide, float *sums, const uint16_t *p, const uint32_t *q,
+      int64_t stride, int64_t k, int first)
 {
-    _tile_loadd(4, p, bytes);
-    _tile_loadd(6, q, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (wide) {
-        _tile_loadd(7, q + stride, 64);
-        _tile_dpbf16ps(1, 4, 7);
-    }
-    if (high) {
-        _tile_loadd(5, (const char *)p + 16 * bytes, bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        if (wide)
-            _tile_dpbf16ps(3, 5, 7);
-    }
-}
-
-/* sums (4 tiles) [+]= P (32,k) by two panels of Q. The last k % 32 columns of P are in `tail`. */
-static inline __attribute__((always_inline)) void
-tiles(const int high, const int wide, float *sums, const uint16_t *P, int64_t ldp,
-      const uint16_t *tail, const uint32_t *q, int64_t stride, int64_t k, int first)
-{
-    int64_t i = 0;
-
     if (first) {
         _tile_zero(0);
         _tile_zero(1);
@@ -116,10 +96,21 @@ tiles(const int high, const int wide, float *sums, const uint16_t *P, int64_t ld
         _tile_loadd(2, sums + 2 * TILE, 64);
         _tile_loadd(3, sums + 3 * TILE, 64);
     }
-    for (; i + 32 <= k; i += 32)
-        step(high, wide, P + i, (size_t)ldp * 2, q + 8 * i, stride);
-    if (i < k)
-        step(high, wide, tail, 64, q + 8 * i, stride);
+    for (int64_t i = 0; i < k; i += 32, p += 4 * TILE, q += TILE) {
+        _tile_loadd(4, p, 64);
+        _tile_loadd(6, q, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (wide) {
+            _tile_loadd(7, q + stride, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (high) {
+            _tile_loadd(5, p + 2 * TILE, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            if (wide)
+                _tile_dpbf16ps(3, 5, 7);
+        }
+    }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + TILE, 64);
     _tile_stored(2, sums + 2 * TILE, 64);
@@ -153,43 +144,47 @@ write_out_transposed(float *C, int64_t ldc, const float *sums, int64_t rows, int
                                          cols - j < 16 ? cols - j : 16, accumulate);
 }
 
-/* rows (at most SIDE) of P by k columns, filled up with zeros to SIDE by a multiple of 32. */
+/* p[k / 32][SIDE][32] from P (rows,k), filled with zeros: tiles of the whole, one after another.
+ * Rows of P a power of two apart would fall on the same few lines of the first cache. */
 static void
-copy_rows(uint16_t *to, const uint16_t *P, int64_t ldp, int64_t rows, int64_t k)
+gather(uint16_t *p, const uint16_t *P, int64_t ldp, int64_t rows, int64_t k)
 {
-    const int64_t deep = (k + 31) / 32 * 32;
-
     for (int64_t i = 0; i < SIDE; i++)
-        for (int64_t j = 0; j < deep; j += 32) {
-            const int64_t n = i < rows ? k - j : 0;
-            const __mmask32 mask = n < 32 ? (1u << n) - 1u : ~0u;
-            _mm512_store_si512(to + i * deep + j, _mm512_maskz_loadu_epi16(mask, P + i * ldp + j));
+        for (int64_t j = 0; j < k; j += 32) {
+            const __mmask32 mask = k - j < 32 ? (1u << (k - j)) - 1u : ~0u;
+            __m512i v = _mm512_setzero_si512();
+            if (i < rows)
+                v = _mm512_maskz_loadu_epi16(mask, P + i * ldp + j);
+            _mm512_store_si512(p + (j + i) * 32, v);
         }
 }
 
-/* SIDE rows of P by all columns of a block of Q. */
+/* SIDE rows of P, or fewer, by all columns of a block of Q. */
 static void
-strip(const plan *s, float *C, int64_t ldc, const uint16_t *P, int64_t ldp, const uint16_t *tail,
+strip(const plan *s, float *C, int64_t ldc, const uint16_t *P, int64_t ldp, uint16_t *p,
       const uint32_t *q, float *sums, int64_t rows, int64_t cols, int64_t k, int accumulate)
 {
     const int64_t stride = 16 * mli_pairs(k);
 
-    for (int64_t i = 0; i == 0 || i < k; i += PIECE) {
-        const int64_t deep = k - i < PIECE ? k - i : PIECE;
+    for (int64_t i = 0; i == 0 || i < k; i += s->piece) {
+        const int64_t deep = k - i < s->piece ? k - i : s->piece;
+        gather(p, P + i, ldp, rows, deep);
+        atomic_signal_fence(memory_order_seq_cst); /* what tiles load has been written */
         for (int64_t j = 0; j < cols; j += SIDE) {
             const int64_t n = cols - j < SIDE ? cols - j : SIDE;
             const uint32_t *b = q + j / 16 * stride + 8 * i;
             float *t = sums + j * SIDE;
             if (rows > 16 && n > 16)
-                tiles(1, 1, t, P + i, ldp, tail, b, stride, deep, i == 0);
+                tiles(1, 1, t, p, b, stride, deep, i == 0);
             else if (rows > 16)
-                tiles(1, 0, t, P + i, ldp, tail, b, stride, deep, i == 0);
+                tiles(1, 0, t, p, b, stride, deep, i == 0);
             else if (n > 16)
-                tiles(0, 1, t, P + i, ldp, tail, b, stride, deep, i == 0);
+                tiles(0, 1, t, p, b, stride, deep, i == 0);
             else
-                tiles(0, 0, t, P + i, ldp, tail, b, stride, deep, i == 0);
-            if (i + PIECE < k)
+                tiles(0, 0, t, p, b, stride, deep, i == 0);
+            if (i + s->piece < k)
                 continue;
+            atomic_signal_fence(memory_order_seq_cst); /* and what they stored is read */
             if (s->transposed)
                 write_out_transposed(C + j * ldc, ldc, t, rows, n, accumulate);
             else
@@ -208,7 +203,7 @@ gemm_bf16(int layout, float *C, int64_t ldc, const uint16_t *A, int64_t lda, con
     const int64_t rows = s.transposed ? n : m, columns = s.transposed ? m : n;
     char *cut = ws;
     uint32_t *q = mli_carve(&cut, s.q, 1);
-    uint16_t *copy = mli_carve(&cut, s.p, 1), *tail = mli_carve(&cut, s.tail, 1);
+    uint16_t *p = mli_carve(&cut, s.p, 1);
     float *sums = mli_carve(&cut, s.sums, 1);
 
     if (m == 0 || n == 0)
@@ -222,18 +217,8 @@ gemm_bf16(int layout, float *C, int64_t ldc, const uint16_t *A, int64_t lda, con
             mli_pack_nt__avx512(q, Q + j * ldq, ldq, cols, k);
         for (int64_t i = 0; i < rows; i += SIDE) {
             const int64_t high = rows - i < SIDE ? rows - i : SIDE;
-            const uint16_t *p = P + i * ldp;
             float *c = s.transposed ? C + j * ldc + i : C + i * ldc + j;
-            int64_t ld = ldp, deep = k;
-            if (high < SIDE) { /* tiles have 16 rows: none may lie past the end */
-                copy_rows(copy, p, ldp, high, k);
-                p = copy;
-                ld = deep = 2 * mli_pairs(k);
-            } else if (k % 32 != 0) {
-                copy_rows(tail, p + k / 32 * 32, ldp, high, k % 32);
-            }
-            atomic_signal_fence(memory_order_seq_cst); /* what tiles load has been written */
-            strip(&s, c, ldc, p, ld, tail, q, sums, high, cols, deep, accumulate);
+            strip(&s, c, ldc, P + i * ldp, ldp, p, q, sums, high, cols, k, accumulate);
         }
     }
     _tile_release();

@@ -57,21 +57,23 @@ mli_pack_nn__avx512(uint32_t *q, const uint16_t *B, int64_t ldb, int64_t n, int6
     const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     const int64_t pairs = mli_pairs(k);
 
-    for (int64_t j = 0; j < n; j += 32, q += 32 * pairs) {
-        const __mmask32 cols = n - j < 32 ? (1u << (n - j)) - 1u : ~0u;
-        const int both = n - j > 16; /* panels */
-        for (int64_t p = 0; p < pairs; p++) {
-            const uint16_t *b = B + 2 * p * ldb + j;
-            __m512i even = _mm512_setzero_si512(), odd = even;
-            if (2 * p < k)
-                even = _mm512_permutexvar_epi64(halves, _mm512_maskz_loadu_epi16(cols, b));
-            if (2 * p + 1 < k)
-                odd = _mm512_permutexvar_epi64(halves, _mm512_maskz_loadu_epi16(cols, b + ldb));
-            _mm512_store_si512(q + 16 * p, _mm512_unpacklo_epi16(even, odd));
-            if (both)
-                _mm512_store_si512(q + 16 * (pairs + p), _mm512_unpackhi_epi16(even, odd));
+    /* Few rows at a time, along them: the hardware fetches those ahead. */
+    for (int64_t p0 = 0; p0 < pairs; p0 += 8)
+        for (int64_t j = 0; j < n; j += 32) {
+            const __mmask32 cols = n - j < 32 ? (1u << (n - j)) - 1u : ~0u;
+            uint32_t *to = q + j * pairs + 16 * p0;
+            for (int64_t p = 2 * p0; p < 2 * p0 + 16; p += 2, to += 16) {
+                const uint16_t *b = B + p * ldb + j;
+                __m512i even = _mm512_setzero_si512(), odd = even;
+                if (p < k)
+                    even = _mm512_permutexvar_epi64(halves, _mm512_maskz_loadu_epi16(cols, b));
+                if (p + 1 < k)
+                    odd = _mm512_permutexvar_epi64(halves, _mm512_maskz_loadu_epi16(cols, b + ldb));
+                _mm512_store_si512(to, _mm512_unpacklo_epi16(even, odd));
+                if (n - j > 16) /* a second panel */
+                    _mm512_store_si512(to + 16 * pairs, _mm512_unpackhi_epi16(even, odd));
+            }
         }
-    }
 }
 
 void

@@ -6,6 +6,8 @@
 
 #include "kern.h"
 
+#include "../base/mem.h"
+
 /* Pairs of a panel, and bytes of n columns. */
 static inline int64_t
 mli_pairs(int64_t k)
@@ -16,7 +18,7 @@ mli_pairs(int64_t k)
 static inline size_t
 mli_panels_bytes(int64_t n, int64_t k)
 {
-    return (size_t)((n + 15) / 16 * mli_pairs(k)) * 64;
+    return mli_size_mul(mli_size_mul((size_t)((n + 15) / 16), (size_t)mli_pairs(k)), 64);
 }
 
 /* From B (n,k), the rows of which become columns. */

@@ -13,6 +13,7 @@ main(void)
     test_blas();
     test_fit();
     test_kern();
+    test_products();
     test_fit();
     CHECK(mli_mem_live() == 0);
     mli_parallel_shutdown();

@@ -28,6 +28,7 @@ void test_mem(void);
 void test_par(void);
 void test_blas(void);
 void test_kern(void);
+void test_products(void);
 void test_fit(void);
 void test_fit(void);
 
