@@ -94,6 +94,7 @@ build/%/csrc/kern/avx512_stream.o: ISA := $(AVX512)
 build/%/csrc/kern/avx512_pack.o: ISA := $(AVX512)
 build/%/csrc/kern/avx512bf16.o: ISA := $(AVX512) -mavx512bf16
 build/%/csrc/kern/amx.o: ISA := $(AVX512) -mamx-tile -mamx-bf16
+build/%/csrc/kern/amx_stream.o: ISA := $(AVX512) -mamx-tile -mamx-bf16
 endif
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all

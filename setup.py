@@ -40,6 +40,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Wstrict-prototypes
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+AMX = [*AVX512, "-mamx-tile", "-mamx-bf16"]
 ISA_FLAGS = {
     "csrc/kern/avx2.c": AVX2,
     "csrc/kern/avx2_stream.c": AVX2,
@@ -47,7 +48,8 @@ ISA_FLAGS = {
     "csrc/kern/avx512_stream.c": AVX512,
     "csrc/kern/avx512_pack.c": AVX512,
     "csrc/kern/avx512bf16.c": [*AVX512, "-mavx512bf16"],
-    "csrc/kern/amx.c": [*AVX512, "-mamx-tile", "-mamx-bf16"],
+    "csrc/kern/amx.c": AMX,
+    "csrc/kern/amx_stream.c": AMX,
 }
 
 ON = ("1", "yes", "true", "on")

@@ -59,9 +59,8 @@ gemm_bf16_ws(int layout, int64_t m, int64_t n, int64_t k)
     return mli_size_add(total, mli_carve_size(s.sums, 1));
 }
 
-/* All eight tiles are 16 rows of 64 bytes. */
-static void
-configure(void)
+void
+mli_tiles_begin__amx(void)
 {
     struct {
         uint8_t palette, start, zero[14];
@@ -77,6 +76,12 @@ configure(void)
     }
     atomic_signal_fence(memory_order_seq_cst);
     _tile_loadconfig(&c);
+}
+
+void
+mli_tiles_end__amx(void)
+{
+    _tile_release();
 }
 
 /* sums (4 tiles) [+]= P (32,k) by two panels of Q, both as tiles one after another; `high` and
@@ -208,7 +213,7 @@ gemm_bf16(int layout, float *C, int64_t ldc, const uint16_t *A, int64_t lda, con
 
     if (m == 0 || n == 0)
         return;
-    configure();
+    mli_tiles_begin__amx();
     for (int64_t j = 0; j < columns; j += s.columns) {
         const int64_t cols = columns - j < s.columns ? columns - j : s.columns;
         if (layout == MLI_NN)
@@ -221,7 +226,7 @@ gemm_bf16(int layout, float *C, int64_t ldc, const uint16_t *A, int64_t lda, con
             strip(&s, c, ldc, P + i * ldp, ldp, p, q, sums, high, cols, k, accumulate);
         }
     }
-    _tile_release();
+    mli_tiles_end__amx();
 }
 
 int

@@ -98,6 +98,13 @@ h_load_part(const uint16_t *x, int64_t n)
 #define w_load_part h_load_part
 #include "stream.inc.h"
 
+void
+mli_stream_nt_bf16__avx512(float *Y, int64_t ldy, const float *X, int64_t ldx, const uint16_t *Wt,
+                           int64_t ldw, int64_t N, int64_t r, int64_t k, int accumulate)
+{
+    nt_bf16(Y, ldy, X, ldx, Wt, ldw, N, r, k, accumulate);
+}
+
 int
 mli_kernels_add_avx512_stream(mli_kernels *t)
 {

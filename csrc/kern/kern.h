@@ -8,15 +8,18 @@
 /* How the second matrix of a product lies: nt (columns of the result, k), nn (k, columns). */
 enum { MLI_NT = 0, MLI_NN = 1 };
 
-/* Streaming products, for few rows N of X: the cost is the reading of W, once for 16 rows of X
- * (nt: for any number).
+/* Streaming products, for few rows N of X: the cost is the reading of W, once for 16 rows of X.
  *   nt: Y (N,r) [+]= X (N,k) W (r,k)^T      nn: Y (N,c) [+]= X (N,k) W (k,c)
  * ldy, ldx, ldw: distances of rows in elements, at least the row's length; a range of columns of
  * W (k,c) is a pointer to its first and the whole's ldw. No alignment is asked for. accumulate 0:
  * Y is overwritten and not read. Y overlaps nothing. Sums are f32 (f64: double); bf16 values are
  * widened exactly. Each element's sum has an order that depends on k and the table alone, so the
- * same rows give the same bits in any batch and any split of rows or columns over calls. Error of
- * an element: (k + 2) u sum |x||w| [+ u |y|], u = 2^-24 (2^-53). */
+ * same rows give the same bits in any batch and any split of rows or columns over calls; but
+ * stream_nt_bf16 of the table amx has one order for N <= 4 and another for more.
+ * Error of an element: (k + 2) u (sum |x||w| + |y|), u = 2^-24 (2^-53). For N > 4 stream_nt_bf16 of
+ * amx cuts x into three bf16 numbers, which is exact, but takes subnormal values for zeros: its
+ * bound is 1 + 2^-6 times that and 2^-126 (3 k + 2 sum |w| + sum |x|) besides, and an Inf may come
+ * out as NaN. It takes 250 KiB of stack. */
 typedef void (*mli_stream_f32)(float *Y, int64_t ldy, const float *X, int64_t ldx, const float *W,
                                int64_t ldw, int64_t N, int64_t columns, int64_t k, int accumulate);
 typedef void (*mli_stream_bf16)(float *Y, int64_t ldy, const float *X, int64_t ldx,

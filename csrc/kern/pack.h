@@ -31,4 +31,8 @@ void mli_pack_nn__avx512(uint32_t *q, const uint16_t *B, int64_t ldb, int64_t n,
 void mli_store_transposed__avx512(float *C, int64_t ldc, const float *T, int64_t m, int64_t n,
                                   int accumulate);
 
+/* Gives the calling thread AMX tiles of 16 rows of 64 bytes, and takes them back. */
+void mli_tiles_begin__amx(void);
+void mli_tiles_end__amx(void);
+
 #endif

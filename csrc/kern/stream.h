@@ -22,11 +22,6 @@ enum {
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 
-/* Asks for what stands `bytes` after p, into the cache of that level (3: the first). No pointer is
- * formed, since it may lie past the end. */
-#define PREFETCH(p, bytes, level) \
-    __builtin_prefetch((const void *)((uintptr_t)(p) + (uintptr_t)(bytes)), 0, (level))
-
 /* Cuts n into equal pieces of at most `most` >= 16, each a multiple of 16; returns their length. */
 static inline int64_t
 mli_piece(int64_t n, int64_t most)

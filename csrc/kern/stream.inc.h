@@ -27,7 +27,7 @@ NAME(nt_tile)(const int n, const int r, float *restrict sums, const float *restr
     for (; i + VL <= k; i += VL, x += n * VL) {
         UNROLL
         for (int p = 0; p < r; p++) {
-            PREFETCH(w + p * ldw + i, ahead, 2);
+            MLI_PREFETCH(w + p * ldw + i, ahead, 2);
             b[p] = w_load(w + p * ldw + i);
         }
         UNROLL
@@ -145,7 +145,7 @@ NAME(nn_tile)(const int rows, const int u, float *restrict y, int64_t ldy, const
     for (int p = 0; p < rows; p++) {
         UNROLL
         for (int j = 0; j < u; j++) {
-            PREFETCH(w + p * ldw + j * VL, ahead, 3);
+            MLI_PREFETCH(w + p * ldw + j * VL, ahead, 3);
             b[p * u + j] = part ? w_load_part(w + p * ldw, part) : w_load(w + p * ldw + j * VL);
         }
     }

@@ -36,7 +36,8 @@ prepare(void)
         usable[AVX512BF16] = usable[AVX512] && mli_kernels_add_avx512bf16(&tables[AVX512BF16]) &&
                              mli_cpu_has_avx512bf16();
         tables[AMX] = tables[AVX512];
-        usable[AMX] = usable[AVX512] && mli_kernels_add_amx(&tables[AMX]) && mli_cpu_get_amx();
+        usable[AMX] = usable[AVX512] && mli_kernels_add_amx(&tables[AMX]) &&
+                      mli_kernels_add_amx_stream(&tables[AMX]) && mli_cpu_get_amx();
         atomic_store(&state, 2);
     }
     while (atomic_load(&state) != 2) {
