@@ -7,13 +7,12 @@
 /* Measured on a Sapphire Rapids core, from memory. Long runs along the rows of W let the hardware
  * fetch ahead; where the rows of Y leave no room for them, W is asked for a block of rows ahead. */
 enum {
-    N_MAX = 16,      /* rows of X for which W is read once */
-    ROWS = 12,       /* rows of W that nt works on side by side: as many streams */
-    NT_BYTES = 512,  /* of each of them at a time */
-    PIECE = 6144,    /* floats of X or Y in work: 24 KiB of a first cache of 32 or more */
-    NN_FEW = 3,      /* up to so many rows nn takes PIECE / NN_FEW columns at a time, */
-    NN_PIECE = 4096, /* for more of them NN_PIECE / N */
-    NN_AHEAD = 512   /* bytes */
+    N_MAX = 16,     /* rows of X for which W is read once */
+    ROWS = 12,      /* rows of W that nt works on side by side: as many streams */
+    NT_BYTES = 512, /* of each of them at a time */
+    PIECE = 8192,   /* floats of X or Y in work: 32 KiB of stack */
+    NN_FEW = 4, /* up to so many rows nn takes PIECE / NN_FEW columns at a time, else PIECE / N */
+    NN_AHEAD = 512 /* bytes */
 };
 
 #if defined(__clang__)

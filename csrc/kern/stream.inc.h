@@ -189,7 +189,7 @@ NAME(nn)(float *Y, int64_t ldy, const float *X, int64_t ldx, const W *Wt, int64_
 
     for (int64_t n0 = 0; n0 < N; n0 += N_MAX) {
         const int64_t n = N - n0 < N_MAX ? N - n0 : N_MAX;
-        const int64_t piece = mli_piece(c, n <= NN_FEW ? PIECE / NN_FEW : NN_PIECE / n);
+        const int64_t piece = mli_piece(c, PIECE / (n <= NN_FEW ? NN_FEW : n));
         for (int64_t c0 = 0; c0 < c; c0 += piece) {
             const int64_t cols = c - c0 < piece ? c - c0 : piece;
             const W *w = Wt + c0;
