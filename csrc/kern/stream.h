@@ -10,7 +10,7 @@ enum {
     N_MAX = 16,     /* rows of X for which W is read once */
     ROWS = 12,      /* rows of W that nt works on side by side: as many streams */
     NT_BYTES = 512, /* of each of them at a time */
-    PIECE = 8192,   /* floats of X or Y in work: 32 KiB of stack */
+    PIECE = 16384,  /* floats of Y that nn has in work: 64 KiB of stack */
     NN_FEW = 4, /* up to so many rows nn takes PIECE / NN_FEW columns at a time, else PIECE / N */
     NN_AHEAD = 512 /* bytes */
 };

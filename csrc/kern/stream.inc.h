@@ -99,7 +99,7 @@ NAME(nt)(float *Y, int64_t ldy, const float *X, int64_t ldx, const W *Wt, int64_
 {
     enum { PASSES = (N_MAX + NT_MAX - 1) / NT_MAX };
     _Alignas(64) float sums[PASSES][ROWS * NT_MAX * VL];
-    _Alignas(64) float x[PIECE];
+    _Alignas(64) float x[NT_MAX * NT_BYTES / sizeof(W)];
 
     for (int64_t r0 = 0; r0 < r; r0 += ROWS) {
         const int64_t rows = r - r0 < ROWS ? r - r0 : ROWS;
