@@ -31,7 +31,7 @@ LONG = (
     (5, 300, 2100),
 )
 
-# Tiles are 8, 16 or 32 rows, 16, 32 or 48 columns, pairs and 32 of k, and 256 or 384 of k at once.
+# Tiles are 8, 16 or 32 rows, 16, 32 or 48 columns, pairs and 32 of k, and 256 of k at once.
 GEMM_M = (0, 1, 7, 8, 9, 16, 17, 31, 32, 33, 61)
 GEMM_N = (0, 1, 15, 16, 17, 32, 33, 47, 48, 49, 97)
 GEMM_K = (0, 1, 2, 31, 32, 33, 63, 129)

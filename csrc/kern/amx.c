@@ -15,7 +15,7 @@
 enum {
     SIDE = 32,            /* rows of P by columns of Q that four tiles of sums hold */
     TILE = 256,           /* floats, or pairs, of a tile */
-    PIECE = 384,          /* of k at a time, at most: SIDE rows of P take half a first cache */
+    PIECE = 256,          /* of k at a time, at most: 16 KiB of P, so that Q streams past it */
     BLOCK_BYTES = 1 << 20 /* of packed Q: it stays in the second cache */
 };
 
