@@ -85,8 +85,16 @@ C_SOURCES := $(sort $(wildcard csrc/base/*.c csrc/kern/*.c csrc/ops/*.c csrc/fit
 C_HEADERS := $(wildcard csrc/*.h csrc/*/*.h tests/c/*.h)
 
 ifeq ($(shell uname -m),x86_64)
-build/%/csrc/kern/avx2.o: ISA := -mavx2 -mfma -mf16c
-build/%/csrc/kern/avx512.o: ISA := -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq
+AVX2 := -mavx2 -mfma -mf16c
+AVX512 := $(AVX2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
+build/%/csrc/kern/avx2.o: ISA := $(AVX2)
+build/%/csrc/kern/avx2_stream.o: ISA := $(AVX2)
+build/%/csrc/kern/avx512.o: ISA := $(AVX512)
+build/%/csrc/kern/avx512_stream.o: ISA := $(AVX512)
+build/%/csrc/kern/avx512_pack.o: ISA := $(AVX512)
+build/%/csrc/kern/avx512bf16.o: ISA := $(AVX512) -mavx512bf16
+build/%/csrc/kern/amx.o: ISA := $(AVX512) -mamx-tile -mamx-bf16
+build/%/csrc/kern/amx_stream.o: ISA := $(AVX512) -mamx-tile -mamx-bf16
 endif
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all

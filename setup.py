@@ -24,6 +24,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 HERE = Path(__file__).resolve().parent
 os.chdir(HERE)
@@ -40,7 +41,17 @@ WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Wstrict-prototypes
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-ISA_FLAGS = {"csrc/kern/avx2.c": AVX2, "csrc/kern/avx512.c": AVX512}
+AMX = [*AVX512, "-mamx-tile", "-mamx-bf16"]
+ISA_FLAGS = {
+    "csrc/kern/avx2.c": AVX2,
+    "csrc/kern/avx2_stream.c": AVX2,
+    "csrc/kern/avx512.c": AVX512,
+    "csrc/kern/avx512_stream.c": AVX512,
+    "csrc/kern/avx512_pack.c": AVX512,
+    "csrc/kern/avx512bf16.c": [*AVX512, "-mavx512bf16"],
+    "csrc/kern/amx.c": AMX,
+    "csrc/kern/amx_stream.c": AMX,
+}
 
 ON = ("1", "yes", "true", "on")
 
@@ -154,6 +165,21 @@ class BuildExt(build_ext):
                 vendor_openblas(HERE / "molae" / ".libs")
         super().run()
 
+    def accepts(self, flags: list[str]) -> bool:
+        """True if the compiler knows the flags; gcc before 11 has no AMX, before 10 no bf16.
+
+        Without them a file of kernels is empty, and `molae.show_config` does not list its set.
+        """
+        probe = Path(self.build_temp) / "probe.c"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("int mli_probe;\n", encoding="utf-8")
+        try:
+            self.compiler.compile([str(probe)], extra_postargs=flags)
+        except CompileError:
+            print(f"molae: the compiler does not know {' '.join(flags)}: built without")
+            return False
+        return True
+
     def build_extension(self, ext: Extension) -> None:
         args = list(ext.extra_compile_args)
         macros = list(ext.define_macros)
@@ -165,13 +191,14 @@ class BuildExt(build_ext):
         machine = sysconfig.get_platform()
         special = ISA_FLAGS if machine.endswith("x86_64") else {}
         for source in [s for s in ext.sources if s in special]:
+            flags = special[source] if self.accepts(special[source]) else []
             ext.sources.remove(source)
             ext.extra_objects += self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 macros=macros,
                 include_dirs=ext.include_dirs,
-                extra_postargs=args + special[source],
+                extra_postargs=args + flags,
                 depends=ext.depends,
             )
         super().build_extension(ext)

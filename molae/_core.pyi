@@ -40,6 +40,27 @@ def act(
     limit: float,
     /,
 ) -> Any: ...
+# For tests, in place; rows may lie apart. name: nt or nn, _f32 _bf16 _f64; bf16 as uint16.
+# Y (N,r) [+]= X (N,k) W (r,k)^T or W (k,r); C (m,n) [+]= A (m,k) B (n,k)^T or B (k,n).
+def stream(
+    name: str,
+    isa: str,
+    Y: npt.NDArray[Any],
+    X: npt.NDArray[Any],
+    W: npt.NDArray[Any],
+    accumulate: bool,
+    /,
+) -> None: ...
+def gemm_bf16(
+    layout: str,
+    isa: str,
+    C: npt.NDArray[np.float32],
+    A: npt.NDArray[np.uint16],
+    B: npt.NDArray[np.uint16],
+    accumulate: bool,
+    /,
+) -> None: ...
+def gemm_bf16_native(isa: str, /) -> bool: ...
 
 # status (n) -> the loop's status, (n) the worker that ran each task (-1: none).
 def parallel_probe(

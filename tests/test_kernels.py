@@ -151,7 +151,14 @@ def test_refusals():
 
 
 @pytest.mark.parametrize(
-    ("disabled", "allowed"), [("avx512", {"ref", "avx2"}), ("avx2, avx512", {"ref"})]
+    ("disabled", "allowed"),
+    [
+        ("amx", {"ref", "avx2", "avx512", "avx512bf16"}),
+        ("avx512bf16", {"ref", "avx2", "avx512"}),
+        ("avx512", {"ref", "avx2"}),
+        ("avx2", {"ref"}),  # and with it what is built on it
+        ("avx2, avx512", {"ref"}),
+    ],
 )
 def test_disable_isa(python, disabled, allowed):
     code = "import molae; print(molae.show_config('dict')['kernels']['isa'])"

@@ -1,7 +1,14 @@
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE /* syscall under -std=c11 */
+#endif
 #include "cpu.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 /* State components that the system saves on a context switch (XCR0). */
 static unsigned
@@ -39,6 +46,38 @@ mli_cpu_has_avx512(void)
            BIT(b, 31); /* F, DQ, BW, VL */
 }
 
+int
+mli_cpu_has_avx512bf16(void)
+{
+    unsigned a, b, c, d;
+
+    return mli_cpu_has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && BIT(a, 5);
+}
+
+/* The kernel saves the tiles of threads only of processes that asked for them. */
+static int
+tiles_granted(void)
+{
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    enum { REQUEST = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+int
+mli_cpu_get_amx(void)
+{
+    unsigned a, b, c, d;
+
+    if (!mli_cpu_has_avx512() || (saved_state() & 0x60000u) != 0x60000u) /* TILECFG, TILEDATA */
+        return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !BIT(d, 22) || !BIT(d, 24)) /* BF16, TILE */
+        return 0;
+    return tiles_granted();
+}
+
 #else
 
 int
@@ -49,6 +88,18 @@ mli_cpu_has_avx2(void)
 
 int
 mli_cpu_has_avx512(void)
+{
+    return 0;
+}
+
+int
+mli_cpu_has_avx512bf16(void)
+{
+    return 0;
+}
+
+int
+mli_cpu_get_amx(void)
 {
     return 0;
 }

@@ -10,9 +10,32 @@ typedef struct {
     molae_activation kind;
     double alpha, limit;
 } mli_act;
+/* How the second matrix of a product lies: nt (columns of the result, k), nn (k, columns). */
+enum { MLI_NT = 0, MLI_NN = 1 };
+
+/* Streaming products, for few rows N of X: the cost is the reading of W, once for 16 rows of X.
+ *   nt: Y (N,r) [+]= X (N,k) W (r,k)^T      nn: Y (N,c) [+]= X (N,k) W (k,c)
+ * ldy, ldx, ldw: distances of rows in elements, at least the row's length; a range of columns of
+ * W (k,c) is a pointer to its first and the whole's ldw. No alignment is asked for. accumulate 0:
+ * Y is overwritten and not read. Y overlaps nothing. Sums are f32 (f64: double); bf16 values are
+ * widened exactly. Each element's sum has an order that depends on k and the table alone, so the
+ * same rows give the same bits in any batch and any split of rows or columns over calls; but
+ * stream_nt_bf16 of the table amx has one order for N <= 4 and another for more.
+ * Error of an element: (k + 2) u (sum |x||w| + |y|), u = 2^-24 (2^-53). For N > 4 stream_nt_bf16 of
+ * amx cuts x into three bf16 numbers, which is exact, but takes subnormal values for zeros: its
+ * bound is 1 + 2^-6 times that and 2^-126 (3 k + 2 sum |w| + sum |x|) besides, and an Inf may come
+ * out as NaN. It takes 250 KiB of stack. */
+typedef void (*mli_stream_f32)(float *Y, int64_t ldy, const float *X, int64_t ldx, const float *W,
+                               int64_t ldw, int64_t N, int64_t columns, int64_t k, int accumulate);
+typedef void (*mli_stream_bf16)(float *Y, int64_t ldy, const float *X, int64_t ldx,
+                                const uint16_t *W, int64_t ldw, int64_t N, int64_t columns,
+                                int64_t k, int accumulate);
+typedef void (*mli_stream_f64)(double *Y, int64_t ldy, const double *X, int64_t ldx,
+                               const double *W, int64_t ldw, int64_t N, int64_t columns, int64_t k,
+                               int accumulate);
 
 typedef struct {
-    const char *isa; /* "ref", "avx2", "avx512" */
+    const char *isa; /* "ref", "avx2", "avx512", "avx512bf16", "amx" */
     /* y[i] = x[i] widened; returns 1 if all n values are finite, else 0 (y is written anyway). */
     int (*bf16_to_f32)(float *y, const uint16_t *x, int64_t n);
     int (*f16_to_f32)(float *y, const uint16_t *x, int64_t n);
@@ -42,6 +65,22 @@ typedef struct {
     double (*act_grad_f64)(double *dgate, double *dup, double *hw, const double *dh,
                            const double *gate, const double *up, double w, int64_t n,
                            const mli_act *act);
+    mli_stream_f32 stream_nt_f32, stream_nn_f32;
+    mli_stream_bf16 stream_nt_bf16, stream_nn_bf16;
+    mli_stream_f64 stream_nt_f64, stream_nn_f64; /* plain C in every table */
+    /* C (m,n) f32 [+]= A (m,k) B, all of it bf16, with B (n,k) for MLI_NT and (k,n) for MLI_NN;
+     * leading dimensions, accumulate and alignment as above. One thread; ws: gemm_bf16_ws bytes,
+     * 64-byte aligned, which depends on its arguments alone (SIZE_MAX: overflow). Products are
+     * exact and sums f32, so the error of an element is (k + 2) u sum |a||b| [+ u |c|] as above,
+     * and where native, since AVX512_BF16 and AMX take subnormal values and results for zeros,
+     * 2^-126 (k + sum |a| + sum |b|) besides. The order of a sum depends on m, n, k alone.
+     * gemm_bf16_native: 0 where this is the portable version, and widening for a f32 product of
+     * BLAS is faster. */
+    size_t (*gemm_bf16_ws)(int layout, int64_t m, int64_t n, int64_t k);
+    void (*gemm_bf16)(int layout, float *C, int64_t ldc, const uint16_t *A, int64_t lda,
+                      const uint16_t *B, int64_t ldb, int64_t m, int64_t n, int64_t k,
+                      int accumulate, void *ws);
+    int gemm_bf16_native;
 } mli_kernels;
 
 /* Best table for this CPU less the ISAs named by mli_kernels_disable; chosen once. */
@@ -50,8 +89,9 @@ const mli_kernels *mli_kernels_get(void);
 /* For tests: the table named, or NULL if the build or the CPU lacks it. */
 const mli_kernels *mli_kernels_named(const char *isa);
 
-/* Comma-separated ISA names not to use ("avx512"), before the first mli_kernels_get. Called by
- * the glue with the text of MOLAE_DISABLE_ISA: kernels read no environment. */
+/* Comma-separated ISA names not to use ("avx512"), before the first mli_kernels_get; those that
+ * come after one in the order above are left out with it. Called by the glue with the text of
+ * MOLAE_DISABLE_ISA: kernels read no environment. */
 void mli_kernels_disable(const char *isas);
 
 #endif

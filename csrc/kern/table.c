@@ -5,9 +5,9 @@
 #include <stdatomic.h>
 #include <string.h>
 
-enum { REF, AVX2, AVX512, COUNT };
+enum { REF, AVX2, AVX512, AVX512BF16, AMX, COUNT };
 
-static const char *const names[COUNT] = {"ref", "avx2", "avx512"};
+static const char *const names[COUNT] = {"ref", "avx2", "avx512", "avx512bf16", "amx"};
 
 static mli_kernels tables[COUNT];
 static int usable[COUNT];    /* built, and the CPU has it */
@@ -24,11 +24,20 @@ prepare(void)
         return;
     if (atomic_compare_exchange_strong(&state, &empty, 1)) {
         mli_kernels_fill_ref(&tables[REF]);
+        mli_kernels_fill_ref_stream(&tables[REF]);
         usable[REF] = 1;
         tables[AVX2] = tables[REF];
-        usable[AVX2] = mli_kernels_add_avx2(&tables[AVX2]) && mli_cpu_has_avx2();
+        usable[AVX2] = mli_kernels_add_avx2(&tables[AVX2]) &&
+                       mli_kernels_add_avx2_stream(&tables[AVX2]) && mli_cpu_has_avx2();
         tables[AVX512] = tables[AVX2];
-        usable[AVX512] = mli_kernels_add_avx512(&tables[AVX512]) && mli_cpu_has_avx512();
+        usable[AVX512] = mli_kernels_add_avx512(&tables[AVX512]) &&
+                         mli_kernels_add_avx512_stream(&tables[AVX512]) && mli_cpu_has_avx512();
+        tables[AVX512BF16] = tables[AVX512];
+        usable[AVX512BF16] = usable[AVX512] && mli_kernels_add_avx512bf16(&tables[AVX512BF16]) &&
+                             mli_cpu_has_avx512bf16();
+        tables[AMX] = tables[AVX512];
+        usable[AMX] = usable[AVX512] && mli_kernels_add_amx(&tables[AMX]) &&
+                      mli_kernels_add_amx_stream(&tables[AMX]) && mli_cpu_get_amx();
         atomic_store(&state, 2);
     }
     while (atomic_load(&state) != 2) {
@@ -44,9 +53,10 @@ mli_kernels_get(void)
     if (best < 0) {
         unsigned off = atomic_load(&disabled);
         prepare();
-        best = COUNT - 1;
-        while (best > REF && (!usable[best] || ((off >> best) & 1u)))
-            best--;
+        best = REF;
+        for (int i = REF + 1; i < COUNT && !((off >> i) & 1u); i++)
+            if (usable[i])
+                best = i;
         atomic_store(&chosen, best); /* every thread finds the same */
     }
     return &tables[best];

@@ -6,8 +6,14 @@
 #include "kern.h"
 
 void mli_kernels_fill_ref(mli_kernels *t);
+void mli_kernels_fill_ref_stream(mli_kernels *t);
 int mli_kernels_add_avx2(mli_kernels *t);
+int mli_kernels_add_avx2_stream(mli_kernels *t);
 int mli_kernels_add_avx512(mli_kernels *t);
+int mli_kernels_add_avx512_stream(mli_kernels *t);
+int mli_kernels_add_avx512bf16(mli_kernels *t);
+int mli_kernels_add_amx(mli_kernels *t);
+int mli_kernels_add_amx_stream(mli_kernels *t);
 
 /* The portable kernels, for the tails of the others. */
 int mli_bf16_to_f32__ref(float *y, const uint16_t *x, int64_t n);
@@ -15,6 +21,16 @@ int mli_f16_to_f32__ref(float *y, const uint16_t *x, int64_t n);
 int mli_f32_check__ref(float *y, const float *x, int64_t n);
 void mli_f32_to_bf16__ref(uint16_t *y, const float *x, int64_t n);
 void mli_f32_to_f16__ref(uint16_t *y, const float *x, int64_t n);
+
+/* Asks for what stands `bytes` after p, into the cache of that level (3: the first). No pointer is
+ * formed, since it may lie past the end. */
+#define MLI_PREFETCH(p, bytes, level) \
+    __builtin_prefetch((const void *)((uintptr_t)(p) + (uintptr_t)(bytes)), 0, (level))
+
+/* For few rows AMX has nothing better. */
+void mli_stream_nt_bf16__avx512(float *Y, int64_t ldy, const float *X, int64_t ldx,
+                                const uint16_t *W, int64_t ldw, int64_t N, int64_t r, int64_t k,
+                                int accumulate);
 
 /* Adds the last n < 16 squares to the 16 partial sums and folds them in halves. */
 static inline double

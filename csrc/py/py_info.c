@@ -22,7 +22,7 @@
 #define COMPILER "unknown"
 #endif
 
-static const char *const isa_names[] = {"ref", "avx2", "avx512"};
+static const char *const isa_names[] = {"ref", "avx2", "avx512", "avx512bf16", "amx"};
 
 /* Names of the tables that the build has and this CPU runs. */
 static PyObject *

@@ -26,5 +26,6 @@ int mli_py_raise(mli_pystate *st, molae_status status, const molae_errinfo *err)
 extern PyMethodDef mli_py_info_methods[];
 extern PyMethodDef mli_py_fit_methods[];
 extern PyMethodDef mli_py_ops_methods[];
+extern PyMethodDef mli_py_kern_methods[];
 
 #endif

@@ -31,5 +31,6 @@ void test_eigen(void);
 void test_fit(void);
 void test_kern(void);
 void test_ops(void);
+void test_products(void);
 
 #endif

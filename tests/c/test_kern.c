@@ -7,7 +7,7 @@
 #include <string.h>
 
 static const int64_t sizes[] = {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 61, 257};
-static const char *const isas[] = {"ref", "avx2", "avx512"};
+static const char *const isas[] = {"ref", "avx2", "avx512", "avx512bf16", "amx"};
 
 static uint32_t
 bits(float x)

@@ -1,0 +1,84 @@
+/* Portable products: streaming ones, and the bf16 matrix product that is made of them. */
+#include "table.h"
+
+#include "../base/mem.h"
+
+#include <string.h>
+
+enum { LANES = 16 };
+
+static inline float
+widen(uint16_t h)
+{
+    uint32_t u = (uint32_t)h << 16;
+    float x;
+
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+#define REAL float
+#define W float
+#define WIDEN(w) (w)
+#define NAME(f) f##_f32
+#include "ref_stream.inc.h"
+#undef W
+#undef WIDEN
+#undef NAME
+
+#define W uint16_t
+#define WIDEN(w) widen(w)
+#define NAME(f) f##_bf16
+#include "ref_stream.inc.h"
+#undef REAL
+#undef W
+#undef WIDEN
+#undef NAME
+
+#define REAL double
+#define W double
+#define WIDEN(w) (w)
+#define NAME(f) f##_f64
+#include "ref_stream.inc.h"
+
+enum { GEMM_ROWS = 16 };
+
+static size_t
+gemm_bf16_ws(int layout, int64_t m, int64_t n, int64_t k)
+{
+    (void)layout;
+    (void)m;
+    (void)n;
+    return mli_carve_size(mli_size_mul(GEMM_ROWS, (size_t)k), sizeof(float));
+}
+
+static void
+gemm_bf16(int layout, float *C, int64_t ldc, const uint16_t *A, int64_t lda, const uint16_t *B,
+          int64_t ldb, int64_t m, int64_t n, int64_t k, int accumulate, void *ws)
+{
+    float *a = ws;
+
+    for (int64_t i = 0; i < m; i += GEMM_ROWS) {
+        const int64_t rows = m - i < GEMM_ROWS ? m - i : GEMM_ROWS;
+        for (int64_t j = 0; j < rows; j++)
+            mli_bf16_to_f32__ref(a + j * k, A + (i + j) * lda, k);
+        if (layout == MLI_NN)
+            nn_bf16(C + i * ldc, ldc, a, k, B, ldb, rows, n, k, accumulate);
+        else
+            nt_bf16(C + i * ldc, ldc, a, k, B, ldb, rows, n, k, accumulate);
+    }
+}
+
+void
+mli_kernels_fill_ref_stream(mli_kernels *t)
+{
+    t->stream_nt_f32 = nt_f32;
+    t->stream_nn_f32 = nn_f32;
+    t->stream_nt_bf16 = nt_bf16;
+    t->stream_nn_bf16 = nn_bf16;
+    t->stream_nt_f64 = nt_f64;
+    t->stream_nn_f64 = nn_f64;
+    t->gemm_bf16_ws = gemm_bf16_ws;
+    t->gemm_bf16 = gemm_bf16;
+    t->gemm_bf16_native = 0;
+}

@@ -1,0 +1,170 @@
+/* The products of every table against plain loops in double, on blocks of the exact size, so that
+ * AddressSanitizer and valgrind see a value read past the end. */
+#include "test.h"
+
+#include "../../csrc/base/mem.h"
+#include "../../csrc/kern/kern.h"
+
+#include <math.h>
+#include <string.h>
+
+static const char *const isas[] = {"ref", "avx2", "avx512", "avx512bf16", "amx"};
+static const int64_t shapes[][3] = {
+    /* rows, columns, k */
+    {0, 5, 3},   {3, 0, 2},    {2, 3, 0},    {1, 1, 1},    {1, 13, 300}, {2, 24, 31},
+    {3, 700, 9}, {4, 17, 257}, {5, 33, 16},  {6, 11, 65},  {7, 40, 33},  {16, 31, 129},
+    {17, 12, 8}, {33, 47, 63}, {40, 33, 64}, {65, 10, 10}, {9, 97, 400}, {32, 32, 32},
+};
+
+static float
+widen(uint16_t h)
+{
+    uint32_t u = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+/* Random matrices of one shape, with two elements between rows that are NaN. W is (columns,k) for
+ * nt and (k,columns) for nn; h has the values of x and w, which are bf16. */
+typedef struct {
+    int64_t m, n, k, ldx, ldw, ldy;
+    int nn;
+    float *x, *w, *y;
+    uint16_t *hx, *hw;
+    double *dx, *dw, *dy;
+} problem;
+
+static void
+fill(float *f, double *d, uint16_t *h, int64_t rows, int64_t cols, int64_t ld, uint64_t *seed)
+{
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < ld && i * ld + j < (rows - 1) * ld + cols; j++) {
+            const int64_t at = i * ld + j;
+            float v = j < cols ? (float)test_random(seed) : NAN;
+            uint32_t u;
+            memcpy(&u, &v, sizeof u);
+            h[at] = (uint16_t)(u >> 16);
+            f[at] = widen(h[at]);
+            d[at] = (double)f[at];
+        }
+}
+
+static size_t
+count(int64_t rows, int64_t cols, int64_t ld)
+{
+    return rows > 0 ? (size_t)((rows - 1) * ld + cols) : 0;
+}
+
+static problem
+make(int64_t m, int64_t n, int64_t k, int nn, uint64_t *seed)
+{
+    const int64_t rows = nn ? k : n, cols = nn ? n : k;
+    problem p = {.m = m, .n = n, .k = k, .ldx = k + 2, .ldw = cols + 2, .ldy = n + 2, .nn = nn};
+    const size_t nx = count(m, k, p.ldx), nw = count(rows, cols, p.ldw), ny = count(m, n, p.ldy);
+
+    p.x = mli_alloc(nx * sizeof *p.x);
+    p.hx = mli_alloc(nx * sizeof *p.hx);
+    p.dx = mli_alloc(nx * sizeof *p.dx);
+    p.w = mli_alloc(nw * sizeof *p.w);
+    p.hw = mli_alloc(nw * sizeof *p.hw);
+    p.dw = mli_alloc(nw * sizeof *p.dw);
+    p.y = mli_alloc(ny * sizeof *p.y);
+    p.dy = mli_alloc(ny * sizeof *p.dy);
+    fill(p.x, p.dx, p.hx, m, k, p.ldx, seed);
+    fill(p.w, p.dw, p.hw, rows, cols, p.ldw, seed);
+    return p;
+}
+
+static void
+drop(problem *p)
+{
+    void *all[] = {p->x, p->hx, p->dx, p->w, p->hw, p->dw, p->y, p->dy};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        mli_free(all[i]);
+}
+
+/* Outputs start as 2, or as NaN where they are to be overwritten; between rows stands 9. */
+static void
+start(problem *p, int accumulate)
+{
+    for (int64_t i = 0; i < p->m; i++)
+        for (int64_t j = 0; j < p->ldy && (i < p->m - 1 || j < p->n); j++) {
+            double v = j >= p->n ? 9.0 : accumulate ? 2.0 : (double)NAN;
+            p->y[i * p->ldy + j] = (float)v;
+            p->dy[i * p->ldy + j] = v;
+        }
+}
+
+/* (k + 2) u (sum |x||w| + |y|); both are at most 1 and 2 in size. */
+static void
+check(const problem *p, int accumulate, int in_double)
+{
+    const double u = in_double ? 0x1p-53 : 0x1p-24;
+    int wrong = 0;
+
+    for (int64_t i = 0; i < p->m; i++)
+        for (int64_t j = 0; j < p->ldy && (i < p->m - 1 || j < p->n); j++) {
+            double got = in_double ? p->dy[i * p->ldy + j] : (double)p->y[i * p->ldy + j];
+            double want = accumulate ? 2.0 : 0.0, size = want;
+            if (j >= p->n) {
+                wrong += got != 9.0;
+                continue;
+            }
+            for (int64_t q = 0; q < p->k; q++) {
+                double v = p->dx[i * p->ldx + q] * p->dw[p->nn ? q * p->ldw + j : j * p->ldw + q];
+                want += v;
+                size += fabs(v);
+            }
+            wrong += !(fabs(got - want) <= (double)(p->k + 2) * u * size);
+        }
+    CHECK(wrong == 0);
+}
+
+static void
+products(const mli_kernels *t, problem *p, int accumulate)
+{
+    const size_t bytes = t->gemm_bf16_ws(p->nn ? MLI_NN : MLI_NT, p->m, p->n, p->k);
+    void *ws = mli_alloc(bytes);
+
+    start(p, accumulate);
+    (p->nn ? t->stream_nn_f32 : t->stream_nt_f32)(p->y, p->ldy, p->x, p->ldx, p->w, p->ldw, p->m,
+                                                  p->n, p->k, accumulate);
+    check(p, accumulate, 0);
+    start(p, accumulate);
+    (p->nn ? t->stream_nn_bf16 : t->stream_nt_bf16)(p->y, p->ldy, p->x, p->ldx, p->hw, p->ldw, p->m,
+                                                    p->n, p->k, accumulate);
+    check(p, accumulate, 0);
+    start(p, accumulate);
+    (p->nn ? t->stream_nn_f64 : t->stream_nt_f64)(p->dy, p->ldy, p->dx, p->ldx, p->dw, p->ldw, p->m,
+                                                  p->n, p->k, accumulate);
+    check(p, accumulate, 1);
+    start(p, accumulate);
+    t->gemm_bf16(p->nn ? MLI_NN : MLI_NT, p->y, p->ldy, p->hx, p->ldx, p->hw, p->ldw, p->m, p->n,
+                 p->k, accumulate, ws);
+    check(p, accumulate, 0);
+    mli_free(ws);
+}
+
+void
+test_products(void)
+{
+    uint64_t seed = 5;
+    int found = 0;
+
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
+        const mli_kernels *t = mli_kernels_named(isas[i]);
+        if (t == NULL) /* not in this CPU, or, under valgrind, not known to it */
+            continue;
+        found++;
+        CHECK(t->gemm_bf16_native == (i >= 3));
+        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+            for (int which = 0; which < 4; which++) {
+                problem p = make(shapes[s][0], shapes[s][1], shapes[s][2], which % 2, &seed);
+                products(t, &p, which / 2);
+                drop(&p);
+            }
+    }
+    CHECK(found >= 1);
+    CHECK(mli_kernels_named("ref")->gemm_bf16_ws(MLI_NT, 1, 1, INT64_MAX) == SIZE_MAX);
+}
