@@ -1,6 +1,8 @@
-/* What experts.c and experts_backward.c share: how work is cut, and checks. */
+/* How the work of an expert layer is cut, and what is checked about it; see cut.c. */
 #ifndef MOLAE_OPS_EXPERTS_H
 #define MOLAE_OPS_EXPERTS_H
+
+#include <assert.h>
 
 #include "../base/par.h"
 #include "../kern/kern.h"
@@ -40,8 +42,8 @@ typedef struct {
 static inline void
 mli_pieces_add(mli_pieces *list, mli_piece piece)
 {
-    if (list->n < list->room) /* always: see mli_pieces_room */
-        list->at[list->n++] = piece;
+    assert(list->n < list->room); /* see mli_pieces_room */
+    list->at[list->n++] = piece;
 }
 
 /* Adds nr rows from r0 and nc columns from 0, cut in blocks of `rows` and `cols`. */

@@ -180,8 +180,8 @@ FN(combine)(const molae_ctx *ctx, FN(job) * q, int role, const REAL *src, REAL *
 
 /* ------------------------------------------------------------------- lift */
 
-/* Where group g's lifted rows for tokens t0 .. begin, and which latent rows they are: *lo .. *hi.
- * Returns numbers before them. */
+/* Which of the group's latent rows belong to the phase's tokens: *lo .. *hi-1. Returns how many
+ * numbers a lifted row has. */
 static int64_t
 FN(lift_rows)(const FN(phase) * ph, int64_t g, int64_t *lo, int64_t *hi)
 {
