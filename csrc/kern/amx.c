@@ -50,13 +50,15 @@ make_plan(int layout, int64_t m, int64_t n, int64_t k)
 }
 
 static size_t
-gemm_bf16_ws(int layout, int64_t m, int64_t n, int64_t k)
+gemm_bf16_ws(int64_t m, int64_t n, int64_t k)
 {
-    const plan s = make_plan(layout, m, n, k);
-    size_t total = mli_carve_size(s.q, 1);
+    const int64_t columns = (m > n ? m : n) + SIDE;
+    const size_t least = mli_panels_bytes(SIDE, k + 1), all = mli_panels_bytes(columns, k + 1);
+    const size_t block = least > BLOCK_BYTES ? least : BLOCK_BYTES;
+    size_t total = mli_carve_size(all < block ? all : block, 1);
 
-    total = mli_size_add(total, mli_carve_size(s.p, 1));
-    return mli_size_add(total, mli_carve_size(s.sums, 1));
+    total = mli_size_add(total, mli_carve_size(SIDE * (PIECE + SIDE), sizeof(uint16_t)));
+    return mli_size_add(total, mli_carve_size(mli_size_mul((size_t)columns, SIDE), sizeof(float)));
 }
 
 void

@@ -26,11 +26,13 @@ block_columns(int64_t n, int64_t k)
 }
 
 static size_t
-gemm_bf16_ws(int layout, int64_t m, int64_t n, int64_t k)
+gemm_bf16_ws(int64_t m, int64_t n, int64_t k)
 {
-    (void)layout;
+    const size_t least = mli_panels_bytes(PANELS * 16, k), all = mli_panels_bytes(n, k);
+    const size_t block = least > BLOCK_BYTES ? least : BLOCK_BYTES;
+
     (void)m;
-    return mli_carve_size(mli_panels_bytes(block_columns(n, k), k), 1);
+    return mli_carve_size(all < block ? all : block, 1);
 }
 
 /* C (rows,cols) [+]= A (rows,k) times panels of q, for cols in the last of `panels` panels. */

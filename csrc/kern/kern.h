@@ -69,14 +69,14 @@ typedef struct {
     mli_stream_bf16 stream_nt_bf16, stream_nn_bf16;
     mli_stream_f64 stream_nt_f64, stream_nn_f64; /* plain C in every table */
     /* C (m,n) f32 [+]= A (m,k) B, all of it bf16, with B (n,k) for MLI_NT and (k,n) for MLI_NN;
-     * leading dimensions, accumulate and alignment as above. One thread; ws: gemm_bf16_ws bytes,
-     * 64-byte aligned, which depends on its arguments alone (SIZE_MAX: overflow). Products are
+     * leading dimensions, accumulate and alignment as above. One thread; ws: gemm_bf16_ws bytes
+     * of these sizes or larger ones, 64-byte aligned (SIZE_MAX: overflow). Products are
      * exact and sums f32, so the error of an element is (k + 2) u sum |a||b| [+ u |c|] as above,
      * and where native, since AVX512_BF16 and AMX take subnormal values and results for zeros,
      * 2^-126 (k + sum |a| + sum |b|) besides. The order of a sum depends on m, n, k alone.
      * gemm_bf16_native: 0 where this is the portable version, and widening for a f32 product of
      * BLAS is faster. */
-    size_t (*gemm_bf16_ws)(int layout, int64_t m, int64_t n, int64_t k);
+    size_t (*gemm_bf16_ws)(int64_t m, int64_t n, int64_t k);
     void (*gemm_bf16)(int layout, float *C, int64_t ldc, const uint16_t *A, int64_t lda,
                       const uint16_t *B, int64_t ldb, int64_t m, int64_t n, int64_t k,
                       int accumulate, void *ws);

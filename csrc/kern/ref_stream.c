@@ -44,9 +44,8 @@ widen(uint16_t h)
 enum { GEMM_ROWS = 16 };
 
 static size_t
-gemm_bf16_ws(int layout, int64_t m, int64_t n, int64_t k)
+gemm_bf16_ws(int64_t m, int64_t n, int64_t k)
 {
-    (void)layout;
     (void)m;
     (void)n;
     return mli_carve_size(mli_size_mul(GEMM_ROWS, (size_t)k), sizeof(float));

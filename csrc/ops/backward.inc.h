@@ -60,8 +60,8 @@ FN(expert_back_task)(void *arg, int64_t index, int32_t worker)
 
     if (k > 0)
         X = FN(shared_side)(q, s, r, e, t->r0, t->nr, 0, k, q->dy, r->dz, &ldx);
-    MLI_TRY(
-        FN(mli_product_nn)(s->Y, t->nc, 0, X, ldx, W, q->F, p->dtype, t->nr, t->nc, k, s->tile));
+    MLI_TRY(FN(mli_product_nn)(s->Y, t->nc, 0, X, ldx, W, q->F, p->dtype, t->nr, t->nc, k,
+                               &s->product));
     for (int64_t i = 0; i < t->nr; i++) {
         const int64_t j = at + i * q->F;
         REAL *partial = q->partial + (row + i) * q->blocks + t->c0 / MLI_FINE;

@@ -17,7 +17,7 @@ FN(inner_rows)(const FN(job) * q, const FN(scratch) * s, int role, const mli_pie
         *x = NULL;
     if (R != 0 && *x == NULL)
         *x = FN(shared_side)(q, s, r, e, t->r0, t->nr, 0, k, q->x, r->z, ldx);
-    MLI_TRY(FN(mli_product_nt)(dst, ld, 0, *x, *ldx, W, k, p->dtype, t->nr, t->nc, k, s->tile));
+    MLI_TRY(FN(mli_product_nt)(dst, ld, 0, *x, *ldx, W, k, p->dtype, t->nr, t->nc, k, &s->product));
     if (R >= 0) /* latent rows are of no use to another role */
         *x = NULL;
     for (int64_t i = 0; bias != NULL && i < t->nr; i++)

@@ -15,10 +15,10 @@ typedef struct {
 
 /* What a worker has to itself. */
 typedef struct {
-    REAL *X;      /* (MLI_ROWS, D): gathered rows */
-    REAL *Y, *Z;  /* (MLI_ROWS, MLI_COARSE): products */
-    REAL *line;   /* (MLI_COARSE,): a piece of a bias */
-    REAL *tile;   /* of mli_product_* */
+    REAL *X;     /* (MLI_ROWS, D): gathered rows */
+    REAL *Y, *Z; /* (MLI_ROWS, MLI_COARSE): products */
+    REAL *line;  /* (MLI_COARSE,): a piece of a bias */
+    mli_product_scratch product;
     int64_t *row; /* (MLI_ROWS,): numbers of rows to gather */
 } FN(scratch);
 
@@ -57,6 +57,8 @@ FN(job_cut)(FN(job) * q, char **p, const molae_experts *l, int64_t N, int64_t K,
     const size_t wide = l->io == OWN ? 0 : mli_size_mul(tokens, D);
     const int64_t most = MLI_MAX(MLI_MAX(l->gate.G, l->up.G), l->down.G);
     const size_t lift = (size_t)(MLI_MIN(N, (int64_t)MLI_LIFT) * MLI_MIN(K, most));
+    const int bf16 =
+        l->gate.dtype == MOLAE_BF16 || l->up.dtype == MOLAE_BF16 || l->down.dtype == MOLAE_BF16;
     size_t n = 0;
 
     q->route_bytes = molae_route_groups_ws(most);
@@ -97,7 +99,8 @@ FN(job_cut)(FN(job) * q, char **p, const molae_experts *l, int64_t N, int64_t K,
         MLI_CUT(n, p, s->Y, MLI_ROWS * MLI_COARSE, sizeof(REAL));
         MLI_CUT(n, p, s->Z, MLI_ROWS * MLI_COARSE, sizeof(REAL));
         MLI_CUT(n, p, s->line, MLI_COARSE, sizeof(REAL));
-        MLI_CUT(n, p, s->tile, NARROW_STORAGE ? MLI_PRODUCT_TILE : 0, sizeof(REAL));
+        n = mli_size_add(n, mli_product_cut(&s->product, p, bf16, l->io == MOLAE_BF16,
+                                            MLI_MAX(l->D, l->F), MLI_MAX(l->D, l->F)));
         MLI_CUT(n, p, s->row, MLI_ROWS, sizeof(int64_t));
     }
     return n;

@@ -50,13 +50,13 @@ FN(project_task)(void *arg, int64_t index, int32_t worker)
         FN(gather_permuted)(s->X, rest, ph->src, D, token, t->nr, p->perm[g] + R, rest);
         return FN(mli_product_nt)(z, R, 1, s->X, rest,
                                   mli_weight_at(p->shared[g], p->dtype, rest, t->c0, 0), rest,
-                                  p->dtype, t->nr, t->nc, rest, s->tile);
+                                  p->dtype, t->nr, t->nc, rest, &s->product);
     } else {
         int64_t ldx;
         const REAL *X = FN(rows_of)(s->X, &ldx, ph->src, D, token, t->nr, 0, D);
         return FN(mli_product_nt)(z, R, 0, X, ldx,
                                   mli_weight_at(p->shared[g], p->dtype, D, t->c0, 0), D, p->dtype,
-                                  t->nr, t->nc, D, s->tile);
+                                  t->nr, t->nc, D, &s->product);
     }
 }
 
@@ -102,11 +102,11 @@ FN(combine_expert)(const FN(phase) * ph, const FN(scratch) * s, int64_t e, const
         const int64_t nr = MLI_MIN((int64_t)MLI_ROWS, hi - lo);
         const REAL *H = ph->src + lo * q->F;
         if (down)
-            MLI_TRY(
-                FN(mli_product_nt)(s->Y, nc, 0, H, q->F, W, q->F, p->dtype, nr, nc, k, s->tile));
+            MLI_TRY(FN(mli_product_nt)(s->Y, nc, 0, H, q->F, W, q->F, p->dtype, nr, nc, k,
+                                       &s->product));
         else
-            MLI_TRY(
-                FN(mli_product_nn)(s->Y, nc, 0, H, q->F, W, width, p->dtype, nr, nc, k, s->tile));
+            MLI_TRY(FN(mli_product_nn)(s->Y, nc, 0, H, q->F, W, width, p->dtype, nr, nc, k,
+                                       &s->product));
         for (int64_t i = 0; i < nr; i++) {
             const int64_t slot = q->rows[lo + i];
             const REAL w = down ? q->weight[slot] : 1, *y = s->Y + i * nc;
@@ -208,7 +208,7 @@ FN(lift_task)(void *arg, int64_t index, int32_t worker)
 
     return FN(mli_product_nn)(q->lifted + t->r0 + t->c0, width, 0, z, R,
                               mli_weight_at(p->shared[g], p->dtype, width, 0, t->c0), width,
-                              p->dtype, t->nr, t->nc, R, q->scratch[worker].tile);
+                              p->dtype, t->nr, t->nc, R, &q->scratch[worker].product);
 }
 
 /* Adds lifted rows, and the identity's part, to a few tokens of out, in the order of groups. */

@@ -1,28 +1,47 @@
-/* The products of ops: every use of a weight goes through these, so that kernels for few rows or
- * for narrow types have one place to be called from.
+/* The products of ops: every use of a weight goes through these, which choose how it is done.
  *
  *   nt   Y (n,r) (+)= X (n,k) W (r,k)^T
  *   nn   Y (n,c) (+)= X (n,k) W (k,c)
  *   tn   dW (r,k) += dY (n,r)^T X (n,k)
  *
- * Row-major with leading dimensions. W has its storage type: REAL, or BF16 for f32, which is
- * widened by tiles; `tile` is scratch of MLI_PRODUCT_TILE numbers, unused for REAL. With add == 0
- * Y is overwritten and never read. Any size may be 0 (W is then not read). */
+ * Row-major with leading dimensions; n is at most MLI_PRODUCT_ROWS for nt and nn. W has its storage
+ * type: REAL, or BF16 for f32. With add == 0 Y is overwritten and never read. Any size may be 0 (W
+ * is then not read).
+ *
+ *   up to MLI_STREAM_ROWS rows, f32   the table's streaming kernels, which read W once
+ *   bf16, and X may be rounded        the table's bf16 product, where it is native
+ *   bf16                              tiles of W widened, then BLAS
+ *   else                              BLAS
+ *
+ * Which one depends on shapes, types and the table alone. */
 #ifndef MOLAE_OPS_PRODUCT_H
 #define MOLAE_OPS_PRODUCT_H
 
 #include "../molae.h"
 
-/* A tile of W: this many rows by this many columns. */
-enum { MLI_TILE_ROWS = 256, MLI_TILE_COLS = 512, MLI_PRODUCT_TILE = MLI_TILE_ROWS * MLI_TILE_COLS };
+enum { MLI_STREAM_ROWS = 16, MLI_PRODUCT_ROWS = 512 };
+
+/* What a product with a bf16 weight needs. `narrow`: X may be rounded to bf16, as in a layer whose
+ * activations are. */
+typedef struct {
+    int narrow;
+    float *tile;    /* W, widened */
+    uint16_t *rows; /* X, rounded */
+    void *work;     /* of the bf16 product */
+} mli_product_scratch;
+
+/* Cuts the scratch for weights of at most r rows and k columns (or the other way round) from *p;
+ * with p == NULL it only adds up the size. bf16 == 0: nothing is needed. */
+size_t mli_product_cut(mli_product_scratch *s, char **p, int bf16, int narrow, int64_t r,
+                       int64_t k);
 
 #define MLI_PRODUCT_DECLARE(REAL, SFX)                                                           \
     molae_status mli_product_nt_##SFX(REAL *Y, int64_t ldy, int add, const REAL *X, int64_t ldx, \
                                       const void *W, int64_t ldw, molae_dtype dtype, int64_t n,  \
-                                      int64_t r, int64_t k, REAL *tile);                         \
+                                      int64_t r, int64_t k, const mli_product_scratch *s);       \
     molae_status mli_product_nn_##SFX(REAL *Y, int64_t ldy, int add, const REAL *X, int64_t ldx, \
                                       const void *W, int64_t ldw, molae_dtype dtype, int64_t n,  \
-                                      int64_t c, int64_t k, REAL *tile);                         \
+                                      int64_t c, int64_t k, const mli_product_scratch *s);       \
     molae_status mli_product_tn_##SFX(REAL *dW, int64_t ldw, const REAL *dY, int64_t ldy,        \
                                       const REAL *X, int64_t ldx, int64_t n, int64_t r,          \
                                       int64_t k);

@@ -114,7 +114,7 @@ py_gemm_bf16(PyObject *mod, PyObject *args)
     if (!PyArray_ISWRITEABLE((PyArrayObject *)oc) || c.rows != a.rows ||
         a.cols != (nn ? b.rows : b.cols) || c.cols != (nn ? b.cols : b.rows))
         return PyErr_Format(st->ShapeError, "C, A, B: shapes do not fit '%s'", name);
-    bytes = t->gemm_bf16_ws(nn ? MLI_NN : MLI_NT, c.rows, c.cols, a.cols);
+    bytes = t->gemm_bf16_ws(c.rows, c.cols, a.cols);
     ws = mli_alloc(bytes);
     if (ws == NULL)
         return PyErr_NoMemory();
