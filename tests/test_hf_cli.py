@@ -174,6 +174,8 @@ def test_eval_against(capsys, demo, text):
         (["eval", "{tmp}/none", "--text", "{text}"], "no checkpoint here"),
         (["eval", "{demo}", "--text", "{text}", "--against", "{tmp}"], "no checkpoint here"),
         (["eval", "{demo}", "--text", "{text}", "--window", "4096"], "window must be"),
+        (["eval", "{demo}", "--text", "{text}", "--dtype", "int8"], "dtype: expected 'auto'"),
+        (["eval", "{demo}", "--text", "{text}", "--device", "tape"], "device: "),
         (["generate", "{demo}", ""], "prompt: it is empty"),
         (["generate", "{demo}", "a", "--temperature", "-1"], "temperature: expected 0 or more"),
         (["generate", "{demo}", "a " * 2000], "the model takes 1 to 511"),

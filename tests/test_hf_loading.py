@@ -332,6 +332,17 @@ def test_a_permutation_of_another_type(broken):
     refused(broken(tensors=cast), name, "expected I32")
 
 
+def test_a_permutation_that_is_none(broken):
+    name = NAME.replace("private", "perm")
+
+    def repeat(own):
+        if name in own:
+            own[name] = np.zeros_like(own[name])
+            return True
+
+    refused(broken(tensors=repeat), name, "not a permutation of 0 to 15")
+
+
 def gate(quant):
     return quant["layers"]["1"]["gate_proj"]
 
@@ -393,7 +404,9 @@ def test_no_conversion_while_loading(tmp_path):
         )
 
 
-@pytest.mark.parametrize("plan", [{"tp_size": 2}, {"ep_size": 2, "tp_size": 2}, {"tp_plan": "auto"}])
+@pytest.mark.parametrize(
+    "plan", [{"tp_size": 2}, {"ep_size": 2, "tp_size": 2}, {"tp_plan": "auto"}]
+)
 def test_no_parallel_plans(plan, olmoe):
     from transformers.distributed import DistributedConfig
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -249,8 +250,16 @@ def _check_files(config: Mapping[str, Any], files: Iterable[str], prefix: str) -
 
 
 def _check_loaded(name: str, module: nn.Module) -> None:
-    """Refuse a module some of whose tensors no checkpoint gave; a state dict has no header."""
+    """Refuse a tensor that no checkpoint gave (a state dict has no header), and a bad index."""
     for key, tensor in module.state_dict(keep_vars=True).items():
-        offloaded = tensor.is_meta  # its file has it: `_check_files` looked
-        if not offloaded and not getattr(tensor, "_is_hf_initialized", False):
+        if tensor.is_meta:  # kept on the disk, where `_check_files` saw it
+            continue
+        if not getattr(tensor, "_is_hf_initialized", False):
             raise CheckpointError(f"{name}.{key}: absent from what was loaded")
+        if key.endswith(".perm"):
+            every = torch.arange(len(tensor), dtype=tensor.dtype, device=tensor.device)
+            if not torch.equal(tensor.sort().values, every):
+                raise CheckpointError(
+                    f"{name}.{key}: not a permutation of 0 to {len(tensor) - 1}; "
+                    "convert the original again"
+                )

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from molae.errors import CheckpointError
+from molae.errors import ArgumentError, CheckpointError
 from molae.io.hub import fetch, is_hub_id
 
 __all__ = ["open_model", "use_threads"]
@@ -33,6 +33,8 @@ def open_model(
 
     Raises
     ------
+    molae.errors.ArgumentError
+        No such type or device.
     molae.errors.CheckpointError
         No checkpoint or no tokenizer there, or one that leaves a weight of the model open.
     """
@@ -43,6 +45,7 @@ def open_model(
     folder = Path(path)
     if not folder.exists() and is_hub_id(os.fspath(path)):
         folder = fetch(os.fspath(path))
+    dtype, device = _checked(dtype, device)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{path}: no checkpoint here (no config.json)")
     # Without any of these Transformers makes an empty tokenizer up.
@@ -70,6 +73,18 @@ def open_model(
             "it would run with random numbers in their place"
         )
     return model.to(device), tokenizer
+
+
+def _checked(dtype: Any, device: Any) -> tuple[Any, Any]:
+    import torch
+
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ArgumentError(f"dtype: expected 'auto' or a type such as 'bfloat16', got {dtype!r}")
+    try:
+        return dtype, torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError(f"device: {_first_line(error)}") from error
 
 
 def use_threads(count: int | None) -> None:
