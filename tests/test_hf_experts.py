@@ -13,7 +13,9 @@ pytest.importorskip("transformers")
 import hf_models
 import torch
 
+import molae.hf.experts
 import molae.hf.forward
+import molae.hf.native
 from molae.errors import ArgumentError
 from molae.factored import Split, index_groups
 from molae.hf import LatentExperts
@@ -36,6 +38,14 @@ SPLITS = {
 }  # fmt: skip
 
 
+@pytest.fixture(params=["kernels", "plain torch"])
+def way(request, monkeypatch):
+    """Both ways that a layer is computed on the CPU."""
+    if request.param == "plain torch":
+        monkeypatch.setattr(molae.hf.experts, "native_takes", lambda *a: False)
+    return request.param
+
+
 def make(name, form="gauge", dtype=torch.float32, std=0.4):
     torch.manual_seed(0)
     experts = LatentExperts(E, D, F, form=form, dtype=dtype, **SPLITS[name])
@@ -54,7 +64,7 @@ def inputs(T=11, dtype=torch.float32, K=K):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["gauge", "plain"])
 @pytest.mark.parametrize("name", SPLITS)
-def test_a_layer_computes_what_its_factors_say(name, form, dtype):
+def test_a_layer_computes_what_its_factors_say(name, form, dtype, way):
     experts, (x, index, weights) = make(name, form, dtype), inputs(dtype=dtype)
     y = experts(x, index, weights)
     exact = hf_models.by_definition(experts, x, index, weights)
@@ -71,7 +81,7 @@ def test_a_layer_computes_what_its_factors_say(name, form, dtype):
     ).all()
 
 
-def test_inputs_are_left_alone_and_nobody_here_gives_zero():
+def test_inputs_are_left_alone_and_nobody_here_gives_zero(way):
     experts, given = make("mixed"), inputs()
     copies = [tensor.clone() for tensor in given]
     x, index, weights = given
@@ -82,7 +92,7 @@ def test_inputs_are_left_alone_and_nobody_here_gives_zero():
 
 
 @pytest.mark.parametrize("K", [1, 2, E])
-def test_one_choice_a_token_and_all(K):
+def test_one_choice_a_token_and_all(K, way):
     experts, (x, index, weights) = (
         make("mixed", dtype=torch.float64),
         inputs(dtype=torch.float64, K=K),
@@ -94,7 +104,7 @@ def test_one_choice_a_token_and_all(K):
 
 @pytest.mark.parametrize("form", ["gauge", "plain"])
 @pytest.mark.parametrize("name", ["one grouping", "mixed", "down alone, fused", "full rank"])
-def test_gradients_against_differences(name, form):
+def test_gradients_against_differences(name, form, way):
     experts, (x, index, weights) = make(name, form, torch.float64), inputs(4, torch.float64)
     names = [n for n, _ in experts.named_parameters()]
     values = [p.detach().requires_grad_() for p in experts.parameters()]
@@ -108,7 +118,7 @@ def test_gradients_against_differences(name, form):
     assert torch.autograd.gradcheck(layer, args, fast_mode=True)
 
 
-def test_an_idle_expert_has_a_gradient_of_zero():
+def test_an_idle_expert_has_a_gradient_of_zero(way):
     experts, (x, index, weights) = make("mixed"), inputs()
     experts(x, torch.zeros_like(index), weights).sum().backward()
     grads = {n: p.grad for n, p in experts.named_parameters()}
@@ -121,6 +131,7 @@ def test_an_idle_expert_has_a_gradient_of_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_grouped_product_and_the_loop_agree(dtype, monkeypatch):
+    monkeypatch.setattr(molae.hf.experts, "native_takes", lambda *a: False)
     rank = Split(index_groups(8, 4), (8, 16))
     torch.manual_seed(3)
     experts = LatentExperts(8, 32, 16, gate=rank, up=rank, down=None, dtype=dtype)
@@ -226,3 +237,88 @@ def test_examples(name):
     failed, tried = doctest.testmod(module)
     assert failed == 0
     assert tried > 0
+
+
+# ------------------------------------------------------------------------- the C kernels
+
+
+def gradients(experts, given, wanted):
+    """Output and gradients of inputs and of the parameters that `wanted` holds."""
+    x, index, weights = (t.clone() for t in given)
+    x.requires_grad_()
+    weights.requires_grad_()
+    for name, parameter in experts.named_parameters():
+        parameter.grad = None
+        parameter.requires_grad_(name in wanted)
+    y = experts(x, index, weights)
+    (y.double() ** 2).sum().backward()
+    grads = {n: p.grad for n, p in experts.named_parameters() if p.grad is not None}
+    assert set(grads) == set(wanted)
+    return {"y": y.detach(), "x": x.grad, "weights": weights.grad, **grads}
+
+
+@pytest.mark.parametrize("form", ["gauge", "plain"])
+@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("some", [False, True])
+def test_kernels_and_torch_agree(name, form, some, monkeypatch):
+    experts = make(name, form, torch.float64)
+    names = [n for n, p in experts.named_parameters() if p.numel()]
+    wanted = names[::2] if some else names
+    for parameter in experts.parameters():  # nothing to differentiate at R = D
+        parameter.requires_grad_(parameter.numel() > 0)
+    ours = gradients(experts, inputs(dtype=torch.float64), wanted)
+    monkeypatch.setattr(molae.hf.experts, "native_takes", lambda *a: False)
+    theirs = gradients(experts, inputs(dtype=torch.float64), wanted)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-13 * value.abs().max().item())
+
+
+@pytest.mark.parametrize("activation", sorted(molae.hf.native.NAMES))
+def test_every_activation_of_the_kernels(activation, monkeypatch):
+    torch.manual_seed(0)
+    experts = LatentExperts(
+        E, D, F, gate=SAME, up=SAME, down=SAME, activation=activation, dtype=torch.float64
+    )
+    given = inputs(dtype=torch.float64)
+    factors = experts.factors()
+    assert molae.hf.native.native_takes(experts, given[0], factors)
+    ours = experts(*given)
+    theirs = molae.hf.forward.forward_torch(experts, *given, factors)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13 * theirs.abs().max().item())
+
+
+def test_what_the_kernels_do_not_take_goes_to_torch():
+    experts = make("mixed")
+    x, factors = inputs()[0], experts.factors()
+    takes = molae.hf.native.native_takes
+    assert takes(experts, x, factors)
+    assert not takes(experts, x.half(), factors)
+    assert not takes(experts, x.bfloat16(), factors)  # weights in another type
+    assert not takes(experts, x.to("meta"), factors)
+    experts.act_fn = torch.nn.Tanh()
+    assert not takes(experts, x, factors)
+
+
+def test_results_do_not_depend_on_threads():
+    experts, given = make("mixed"), inputs(40)
+    found = []
+    for count in (1, 2, 3):
+        with molae.num_threads(count):
+            torch.set_num_threads(count)
+            found.append(gradients(experts, given, [n for n, _ in experts.named_parameters()]))
+    torch.set_num_threads(1)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][key], value) for key, value in other.items())
+
+
+def test_checkpointing_recomputes_what_backward_needs():
+    from torch.utils.checkpoint import checkpoint
+
+    experts, (x, index, weights) = make("mixed"), inputs()
+    x.requires_grad_()
+    y = checkpoint(experts, x, index, weights, use_reentrant=False)
+    y.sum().backward()
+    again = x.grad.clone()
+    x.grad = None
+    experts(x, index, weights).sum().backward()
+    assert torch.equal(again, x.grad)

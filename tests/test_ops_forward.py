@@ -24,7 +24,7 @@ def check_forward(layer, y):
     want = ref.forward(*layer.reference_args())
     eps = EPS[F64 if layer.x.dtype == F64 else F32]
     steps = 2 * layer.x.shape[1] + layer.F + layer.index.shape[1] + 32
-    bound = eps * steps * layer.bound() + 1e-300
+    bound = (eps * steps + layer.roundings()) * layer.bound() + 1e-300
     if layer.x.dtype == BF16:
         bound += 2.0**-8 * np.abs(want)
     assert y.dtype == layer.x.dtype

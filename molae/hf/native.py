@@ -152,7 +152,7 @@ class _Experts(torch.autograd.Function):
         weights: torch.Tensor,
         *tensors: Any,
     ) -> torch.Tensor:
-        E, F, _, _, factors = layer
+        _, F, _, _, factors = layer
         (N, _), K = x.shape, index.shape[1]
         y = torch.empty_like(x)
         kept: tuple[torch.Tensor, ...] = ()

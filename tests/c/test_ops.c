@@ -115,9 +115,10 @@ void
 test_ops(void)
 {
     routes();
-    products_f32(MOLAE_F32);
-    products_f32(MOLAE_BF16);
-    products_f64(MOLAE_F64);
+    products_f32(MOLAE_F32, 0);
+    products_f32(MOLAE_BF16, 0);
+    products_f32(MOLAE_BF16, 1);
+    products_f64(MOLAE_F64, 0);
     for (size_t i = 0; i < sizeof layers / sizeof *layers; i++)
         for (int form = MOLAE_FORM_PLAIN; form <= MOLAE_FORM_GAUGE; form++) {
             layer_f32(&layers[i], MOLAE_F32, (molae_form)form);
