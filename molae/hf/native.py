@@ -6,7 +6,7 @@ nothing else, so that frozen factors cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -39,7 +39,7 @@ _BY_TYPE = {type(ACT2FN[theirs]): ours for theirs, ours in NAMES.items()}
 Split = Sequence["Factors"]
 
 
-def native_takes(module: LatentExperts, x: torch.Tensor, factors: dict[str, Split]) -> bool:
+def native_takes(module: LatentExperts, x: torch.Tensor, factors: Mapping[str, Split]) -> bool:
     """Whether `forward_native` computes this layer for this input.
 
     On the CPU, for float32, float64 and bfloat16, weights in the type of `x`, and activations
@@ -62,7 +62,7 @@ def forward_native(
     x: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor,
-    factors: dict[str, Split],
+    factors: Mapping[str, Split],
 ) -> torch.Tensor:
     """The forward pass of `LatentExperts` through ``molae._core``, with its gradients.
 
@@ -97,7 +97,7 @@ def forward_native(
     return y
 
 
-def _tensors(factors: dict[str, Split]) -> Iterator[torch.Tensor]:
+def _tensors(factors: Mapping[str, Split]) -> Iterator[torch.Tensor]:
     """Every tensor that has a gradient, in the one order that this file uses."""
     for groups in factors.values():
         for group in groups:
