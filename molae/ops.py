@@ -47,6 +47,7 @@ __all__ = [
     "experts_forward",
     "latent_experts_backward",
     "latent_experts_forward",
+    "release_scratch",
     "route",
 ]
 
@@ -688,6 +689,20 @@ def latent_experts_backward(
         grads, _contiguous(np.asarray(dy)), saved._core(), call, get_num_threads()
     )
     return d
+
+
+def release_scratch() -> None:
+    """Give back the scratch memory that layers keep from one call to the next.
+
+    At most 512 MB are kept, since fresh memory costs time on each call. The next call takes
+    what it needs again.
+
+    Examples
+    --------
+    >>> import molae
+    >>> molae.ops.release_scratch()
+    """
+    _core.release_scratch()
 
 
 # ------------------------------------------------------------------ arguments

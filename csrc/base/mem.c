@@ -80,6 +80,68 @@ mli_free(void *p)
     free(p);
 }
 
+/* A lent block begins 64 bytes after this. */
+typedef struct {
+    size_t bytes;
+} lent;
+
+static _Atomic(lent *) kept;
+
+void *
+mli_lend(size_t bytes)
+{
+    lent *block = atomic_exchange(&kept, NULL);
+
+    if (block != NULL) {
+        atomic_fetch_add(&live, 1);
+        if (block->bytes < bytes) {
+            mli_free(block);
+            block = NULL;
+        } else if (must_fail()) {
+            mli_free(block);
+            return NULL;
+        }
+    }
+    if (block == NULL) {
+        block = mli_alloc(mli_size_add(bytes, ALIGN));
+        if (block == NULL)
+            return NULL;
+        block->bytes = bytes;
+    }
+#if defined(ASAN_UNPOISON_MEMORY_REGION)
+    ASAN_UNPOISON_MEMORY_REGION((char *)block + ALIGN, block->bytes);
+#endif
+#ifdef MLI_DEBUG
+    memset((char *)block + ALIGN, 0xFF, block->bytes);
+#endif
+    return (char *)block + ALIGN;
+}
+
+void
+mli_return(void *p)
+{
+    lent *block, *none = NULL;
+
+    if (p == NULL)
+        return;
+    block = (lent *)(void *)((char *)p - ALIGN);
+    if (block->bytes <= MLI_SCRATCH_KEPT && atomic_compare_exchange_strong(&kept, &none, block))
+        atomic_fetch_sub(&live, 1);
+    else
+        mli_free(block);
+}
+
+void
+mli_scratch_release(void)
+{
+    lent *block = atomic_exchange(&kept, NULL);
+
+    if (block != NULL) {
+        atomic_fetch_add(&live, 1);
+        mli_free(block);
+    }
+}
+
 int64_t
 mli_mem_live(void)
 {

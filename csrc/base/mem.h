@@ -11,7 +11,15 @@ void *mli_alloc(size_t bytes);
 /* Frees what mli_alloc returned; NULL is a no-op. */
 void mli_free(void *p);
 
-/* Blocks handed out by mli_alloc and not yet freed. */
+/* Scratch for one call, as mli_alloc and mli_free. The last block returned is kept for the next
+ * call, if it is of at most MLI_SCRATCH_KEPT bytes: fresh pages cost as much as a tenth of a
+ * layer's products. A kept block does not count as live; mli_scratch_release frees it. */
+#define MLI_SCRATCH_KEPT ((size_t)512 << 20)
+void *mli_lend(size_t bytes);
+void mli_return(void *p);
+void mli_scratch_release(void);
+
+/* Blocks handed out by mli_alloc or mli_lend and not yet taken back. */
 int64_t mli_mem_live(void);
 
 /* Test hook: the n-th mli_alloc from now fails (1 = the next one); 0 switches it off. */

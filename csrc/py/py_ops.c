@@ -111,7 +111,7 @@ py_experts_forward(PyObject *mod, PyObject *args)
         goto done;
     ws_bytes = c.work == MOLAE_F64 ? molae_experts_forward_ws_f64(&ctx, &c.l, c.N, c.K)
                                    : molae_experts_forward_ws_f32(&ctx, &c.l, c.N, c.K);
-    ws = mli_alloc(ws_bytes);
+    ws = mli_lend(ws_bytes);
     if (ws == NULL) {
         PyErr_NoMemory();
         goto done;
@@ -137,7 +137,7 @@ py_experts_forward(PyObject *mod, PyObject *args)
         goto done;
     ret = Py_NewRef(Py_None);
 done:
-    mli_free(ws);
+    mli_return(ws);
     mli_py_call_clear(&c);
     return ret;
 }
@@ -178,7 +178,7 @@ py_experts_backward(PyObject *mod, PyObject *args)
         goto done;
     ws_bytes = c.work == MOLAE_F64 ? molae_experts_backward_ws_f64(&ctx, &c.l, c.N, c.K)
                                    : molae_experts_backward_ws_f32(&ctx, &c.l, c.N, c.K);
-    ws = mli_alloc(ws_bytes);
+    ws = mli_lend(ws_bytes);
     if (ws == NULL) {
         PyErr_NoMemory();
         goto done;
@@ -214,14 +214,25 @@ py_experts_backward(PyObject *mod, PyObject *args)
         goto done;
     ret = Py_NewRef(Py_None);
 done:
-    mli_free(ws);
+    mli_return(ws);
     mli_py_call_clear(&c);
     return ret;
+}
+
+static PyObject *
+py_release_scratch(PyObject *mod, PyObject *unused)
+{
+    (void)mod;
+    (void)unused;
+    mli_scratch_release();
+    Py_RETURN_NONE;
 }
 
 PyMethodDef mli_py_ops_methods[] = {
     {"route", py_route, METH_VARARGS, route_doc},
     {"experts_forward", py_experts_forward, METH_VARARGS, experts_forward_doc},
     {"experts_backward", py_experts_backward, METH_VARARGS, experts_backward_doc},
+    {"release_scratch", py_release_scratch, METH_NOARGS,
+     "release_scratch($module, /)\n--\n\nSee molae.ops.release_scratch."},
     {NULL, NULL, 0, NULL},
 };

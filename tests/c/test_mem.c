@@ -87,6 +87,43 @@ carving(void)
     mli_free(block);
 }
 
+static void
+lending(void)
+{
+    const int64_t before = mli_mem_live();
+    char *p = mli_lend(1000), *q = mli_lend(10);
+
+    CHECK((uintptr_t)p % 64 == 0 && (uintptr_t)q % 64 == 0 && p != q);
+    CHECK(mli_mem_live() == before + 2);
+    memset(p, 1, 1000);
+    memset(q, 1, 10);
+    mli_return(p); /* kept */
+    mli_return(q); /* freed: there is one already */
+    mli_return(NULL);
+    CHECK(mli_mem_live() == before);
+    q = mli_lend(900);
+    CHECK(q == p);
+    memset(q, 1, 1000);
+    mli_return(q);
+    q = mli_lend(1001); /* too small */
+    CHECK(q != NULL && mli_mem_live() == before + 1);
+    memset(q, 1, 1001);
+    mli_return(q);
+    mli_mem_fail_after(1);
+    CHECK(mli_lend(5) == NULL && mli_mem_live() == before); /* reuse fails as well */
+    mli_mem_fail_after(1);
+    CHECK(mli_lend(5) == NULL && mli_mem_live() == before);
+    CHECK(mli_lend(SIZE_MAX) == NULL && mli_lend(SIZE_MAX - 70) == NULL);
+    q = mli_lend(MLI_SCRATCH_KEPT + 1);
+    CHECK(q != NULL);
+    mli_return(q); /* too large to keep */
+    q = mli_lend(8);
+    mli_return(q);
+    mli_scratch_release();
+    mli_scratch_release();
+    CHECK(mli_mem_live() == before);
+}
+
 void
 test_mem(void)
 {
@@ -94,4 +131,5 @@ test_mem(void)
     blocks();
     failing();
     carving();
+    lending();
 }
