@@ -206,14 +206,14 @@ FN(grad_pieces)(FN(job) * q, const FN(wants) * w)
         const FN(role) *r = &q->role[role];
         mli_piece t = {.role = role};
         for (int64_t e = 0; e < q->E; e++) {
-            const int64_t R = mli_rank(r->p, e);
-            if (q->expert_ptr[e] == q->expert_ptr[e + 1])
+            const int64_t R = mli_rank(r->p, e), rows = q->expert_ptr[e + 1] - q->expert_ptr[e];
+            if (rows == 0)
                 continue;
             t.unit = e;
             t.what = MLI_PRIVATE;
             t.nc = role != MLI_DOWN ? q->F : (R < 0 ? q->D : R);
             if (R != 0 && d->private_ != NULL && d->private_[e] != NULL)
-                mli_pieces_cut(&q->pieces, (t.nr = 1, t), 1, MLI_FINE);
+                mli_pieces_cut(&q->pieces, (t.nr = 1, t), 1, FN(cols)(rows));
             t.what = MLI_BIAS;
             if (d->bias != NULL)
                 mli_pieces_add(&q->pieces, t);
@@ -224,7 +224,7 @@ FN(grad_pieces)(FN(job) * q, const FN(wants) * w)
                 t.unit = g;
                 t.nr = 1;
                 t.nc = r->p->rank[g];
-                mli_pieces_cut(&q->pieces, t, 1, MLI_FINE);
+                mli_pieces_cut(&q->pieces, t, 1, FN(cols)(r->ptr[g + 1] - r->ptr[g]));
             }
     }
 }

@@ -11,13 +11,13 @@
 
 /* Units of work: fixed by shape, never by the thread count. */
 enum {
-    MLI_ROWS = 256,   /* rows multiplied at once */
-    MLI_FEW = 64,     /* up to so many rows, columns are cut finely */
-    MLI_FINE = 256,   /* columns of a task with few rows, and rows of a weight's gradient */
-    MLI_COARSE = 512, /* columns of a task with many rows */
-    MLI_SPAN = 1024,  /* tokens of a task that adds experts up */
-    MLI_LIFT = 512,   /* tokens lifted at once */
-    MLI_SCATTER = 32, /* tokens of a task that adds lifted rows */
+    MLI_ROWS = 256,    /* rows multiplied at once */
+    MLI_FEW = 64,      /* up to so many rows, columns are cut finely */
+    MLI_FINE = 256,    /* columns (or rows of a weight's gradient) of a task with few rows */
+    MLI_COARSE = 1024, /* the same with many rows: each task gathers and packs them again */
+    MLI_SPAN = 1024,   /* tokens of a task that adds experts up */
+    MLI_LIFT = 512,    /* tokens lifted at once */
+    MLI_SCATTER = 32,  /* tokens of a task that adds lifted rows */
 };
 
 /* Kinds of gradient. */

@@ -163,6 +163,7 @@ FN(combine)(const molae_ctx *ctx, FN(job) * q, int role, const REAL *src, REAL *
     const FN(role) *r = &q->role[role];
     FN(phase) ph = {.q = q, .src = src, .out = out, .role = role};
     int dense = role == MLI_DOWN;
+    const int64_t cols = FN(cols)(q->N * q->K / q->E);
 
     ph.z[role] = z;
     q->pieces.n = 0;
@@ -171,10 +172,9 @@ FN(combine)(const molae_ctx *ctx, FN(job) * q, int role, const REAL *src, REAL *
             dense = 1;
         else if (r->width > 0 && r->p->rank[g] > 0 && r->ptr[g] < r->ptr[g + 1] && z != NULL)
             mli_pieces_cut(&q->pieces, (mli_piece){.unit = g, .nr = q->N, .nc = r->p->rank[g]},
-                           MLI_SPAN, MLI_FINE);
+                           MLI_SPAN, cols);
     if (dense && out != NULL)
-        mli_pieces_cut(&q->pieces, (mli_piece){.unit = -1, .nr = q->N, .nc = q->D}, MLI_SPAN,
-                       MLI_FINE);
+        mli_pieces_cut(&q->pieces, (mli_piece){.unit = -1, .nr = q->N, .nc = q->D}, MLI_SPAN, cols);
     return mli_parallel_for(ctx, q->pieces.n, FN(combine_task), &ph);
 }
 
