@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import doctest
+import gc
 import importlib
 
 import pytest
@@ -42,7 +45,7 @@ SPLITS = {
 def way(request, monkeypatch):
     """Both ways that a layer is computed on the CPU."""
     if request.param == "plain torch":
-        monkeypatch.setattr(molae.hf.experts, "native_takes", lambda *a: False)
+        monkeypatch.setattr(molae.hf.experts, "forward_native", lambda *a: None)
     return request.param
 
 
@@ -131,7 +134,7 @@ def test_an_idle_expert_has_a_gradient_of_zero(way):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_grouped_product_and_the_loop_agree(dtype, monkeypatch):
-    monkeypatch.setattr(molae.hf.experts, "native_takes", lambda *a: False)
+    monkeypatch.setattr(molae.hf.experts, "forward_native", lambda *a: None)
     rank = Split(index_groups(8, 4), (8, 16))
     torch.manual_seed(3)
     experts = LatentExperts(8, 32, 16, gate=rank, up=rank, down=None, dtype=dtype)
@@ -267,7 +270,7 @@ def test_kernels_and_torch_agree(name, form, some, monkeypatch):
     for parameter in experts.parameters():  # nothing to differentiate at R = D
         parameter.requires_grad_(parameter.numel() > 0)
     ours = gradients(experts, inputs(dtype=torch.float64), wanted)
-    monkeypatch.setattr(molae.hf.experts, "native_takes", lambda *a: False)
+    monkeypatch.setattr(molae.hf.experts, "forward_native", lambda *a: None)
     theirs = gradients(experts, inputs(dtype=torch.float64), wanted)
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-13 * value.abs().max().item())
@@ -280,23 +283,91 @@ def test_every_activation_of_the_kernels(activation, monkeypatch):
         E, D, F, gate=SAME, up=SAME, down=SAME, activation=activation, dtype=torch.float64
     )
     given = inputs(dtype=torch.float64)
-    factors = experts.factors()
-    assert molae.hf.native.native_takes(experts, given[0], factors)
-    ours = experts(*given)
-    theirs = molae.hf.forward.forward_torch(experts, *given, factors)
+    ours = molae.hf.native.forward_native(experts, *given)
+    theirs = molae.hf.forward.forward_torch(experts, *given, experts.factors())
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13 * theirs.abs().max().item())
 
 
-def test_what_the_kernels_do_not_take_goes_to_torch():
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_the_kernels_do_not_take_goes_to_torch(grad):
+    experts, (x, index, weights) = make("mixed"), inputs()
+    native = molae.hf.native.forward_native
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):  # also once it is ready
+            assert native(experts, x, index, weights) is not None
+            assert native(experts, x.half(), index, weights) is None
+            assert native(experts, x.bfloat16(), index, weights) is None  # weights of another type
+            assert native(experts, x.to("meta"), index, weights) is None
+        assert native(experts, x, index, weights) is not None
+        experts.act_fn = torch.nn.Tanh()
+        assert native(experts, x, index, weights) is None
+
+
+def changed_in_place(experts):
+    experts.gate_proj[0].private.data.mul_(2)
+
+
+def given_other_memory(experts):
+    experts.gate_proj[0].private.data = experts.gate_proj[0].private.data * 2
+
+
+def given_another_parameter(experts):
+    experts.gate_proj[0].private = torch.nn.Parameter(experts.gate_proj[0].private.detach() * 2)
+
+
+def given_another_permutation(experts):
+    experts.gate_proj[0].perm = experts.gate_proj[0].perm.flip(0)
+
+
+def given_another_group(experts):
+    experts.gate_proj[0] = copy.deepcopy(experts.gate_proj[0])
+    changed_in_place(experts)
+
+
+def hooked(experts):
+    experts.gate_proj[0].register_forward_hook(
+        lambda module, args, made: made._replace(private=made.private * 2)
+    )
+
+
+def dense_changed(experts):
+    experts.down_proj.data = experts.down_proj.data * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [changed_in_place, given_other_memory, given_another_parameter, given_another_permutation,
+     given_another_group, hooked, dense_changed],
+)  # fmt: skip
+def test_what_is_ready_follows_the_module(change, monkeypatch):
+    experts = make("gate alone", dtype=torch.float64)
+    given = inputs(dtype=torch.float64)
+    with torch.no_grad():
+        before = experts(*given)
+        assert torch.equal(experts(*given), before)
+        change(experts)
+        after = experts(*given)
+        exact = molae.hf.forward.forward_torch(experts, *given, experts.factors())
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, exact, rtol=0, atol=1e-13 * exact.abs().max().item())
+
+
+def test_what_is_ready_goes_with_its_module():
     experts = make("mixed")
-    x, factors = inputs()[0], experts.factors()
-    takes = molae.hf.native.native_takes
-    assert takes(experts, x, factors)
-    assert not takes(experts, x.half(), factors)
-    assert not takes(experts, x.bfloat16(), factors)  # weights in another type
-    assert not takes(experts, x.to("meta"), factors)
-    experts.act_fn = torch.nn.Tanh()
-    assert not takes(experts, x, factors)
+    with torch.no_grad():
+        experts(*inputs())
+        assert experts in molae.hf.native._ready
+        experts.half()
+        with contextlib.suppress(RuntimeError):
+            experts(*inputs(dtype=torch.float16))
+    assert experts not in molae.hf.native._ready
+    experts.float()
+    with torch.no_grad():
+        experts(*inputs())
+    kept = len(molae.hf.native._ready)
+    del experts
+    gc.collect()
+    assert len(molae.hf.native._ready) == kept - 1
 
 
 def test_results_do_not_depend_on_threads():

@@ -14,7 +14,7 @@ from molae.config import TYPES
 from molae.errors import ArgumentError
 from molae.factored import FORMS, Form, Split, group_tensors
 from molae.hf.forward import forward_torch
-from molae.hf.native import forward_native, native_takes
+from molae.hf.native import forward_native
 
 __all__ = ["Factors", "Group", "LatentExperts"]
 
@@ -162,6 +162,9 @@ class LatentExperts(nn.Module):
     torch.Size([5, 8])
     """
 
+    #: What holds a group's factors as long as no adapter has wrapped it.
+    group_type = Group
+
     def __init__(
         self,
         num_experts: int,
@@ -227,10 +230,10 @@ class LatentExperts(nn.Module):
         (T, D) tensor of the type of `hidden_states`
         """
         # The one place that chooses how the layer is computed.
-        factors = self.factors()
-        if native_takes(self, hidden_states, factors):
-            return forward_native(self, hidden_states, top_k_index, top_k_weights, factors)
-        return forward_torch(self, hidden_states, top_k_index, top_k_weights, factors)
+        y = forward_native(self, hidden_states, top_k_index, top_k_weights)
+        if y is None:
+            y = forward_torch(self, hidden_states, top_k_index, top_k_weights, self.factors())
+        return y
 
     def factors(self) -> dict[str, tuple[Factors, ...]]:
         """The tensors of each matrix type, group by group, as they are now."""

@@ -6,6 +6,7 @@ nothing else, so that frozen factors cost nothing.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from molae.threads import get_num_threads
 if TYPE_CHECKING:
     from molae.hf.experts import Factors, LatentExperts
 
-__all__ = ["forward_native", "native_takes"]
+__all__ = ["forward_native"]
 
 #: Transformers' names of the activations that csrc/ops has.
 NAMES = {
@@ -39,12 +40,61 @@ _BY_TYPE = {type(ACT2FN[theirs]): ours for theirs, ours in NAMES.items()}
 Split = Sequence["Factors"]
 
 
-def native_takes(module: LatentExperts, x: torch.Tensor, factors: Mapping[str, Split]) -> bool:
-    """Whether `forward_native` computes this layer for this input.
+# Sizes depend on the routing and the kernels are not torch's: torch.compile calls it as it is.
+@torch.compiler.disable
+def forward_native(
+    module: LatentExperts, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor | None:
+    """The forward pass of `LatentExperts` through ``molae._core``, with its gradients.
 
-    On the CPU, for float32, float64 and bfloat16, weights in the type of `x`, and activations
-    that `molae.ops` has.
+    Parameters
+    ----------
+    module : LatentExperts
+    x : (T, D) tensor
+    index : (T, K) tensor of integers
+        Expert numbers; E and above for "not here".
+    weights : (T, K) tensor
+
+    Returns
+    -------
+    (T, D) tensor of the type of `x`, or None
+        None where the kernels do not compute this: outside the CPU, for other types than float32,
+        float64 and bfloat16, weights in another type than `x`, or an activation that `molae.ops`
+        does not have.
+
+    Notes
+    -----
+    Threads: the fewer of molae's and torch's. Results do not depend on them.
     """
+    learns = torch.is_grad_enabled()
+    ready = None if learns else _ready.get(module)
+    if ready is None or not ready.holds():
+        _ready.pop(module, None)
+        factors = module.factors()
+        if not _takes(module, x, factors):
+            return None
+        if not learns:
+            ready = _remember(module, factors)
+    elif x.dtype != ready.dtype or x.device.type != "cpu" or type(module.act_fn) not in _BY_TYPE:
+        del _ready[module]  # it holds on to weights that the module may have left
+        return None
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    index = index.clamp(max=module.num_experts).to(torch.int64).contiguous()
+    x, weights = x.contiguous(), weights.to(work).contiguous()
+    layer = (module.num_experts, module.intermediate_dim, _BY_TYPE[type(module.act_fn)])
+    if learns:
+        y: torch.Tensor = _Experts.apply(
+            (*layer, module.form, factors), index, x, weights, *_tensors(factors)
+        )
+        return y
+    y = torch.empty_like(x)
+    projections = ready.projections if ready else _projections(factors, module)
+    _core.experts_forward(_array(y), None, _call(layer, index, x, weights, projections), _threads())
+    return y
+
+
+def _takes(module: LatentExperts, x: torch.Tensor, factors: Mapping[str, Split]) -> bool:
+    """Whether the kernels compute this layer for this input."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return False
     return type(module.act_fn) in _BY_TYPE and all(
@@ -55,46 +105,62 @@ def native_takes(module: LatentExperts, x: torch.Tensor, factors: Mapping[str, S
     )
 
 
-# Sizes depend on the routing and the kernels are not torch's: torch.compile calls it as it is.
-@torch.compiler.disable
-def forward_native(
-    module: LatentExperts,
-    x: torch.Tensor,
-    index: torch.Tensor,
-    weights: torch.Tensor,
-    factors: Mapping[str, Split],
-) -> torch.Tensor:
-    """The forward pass of `LatentExperts` through ``molae._core``, with its gradients.
+# ------------------------------------------------------------- what a module has ready
 
-    Parameters
-    ----------
-    module : LatentExperts
-    x : (T, D) tensor
-    index : (T, K) tensor of integers
-        Expert numbers; E and above for "not here".
-    weights : (T, K) tensor
-    factors : dict of sequences of Factors
-        What ``module.factors()`` gave.
 
-    Returns
-    -------
-    (T, D) tensor of the type of `x`
+class _Ready:
+    """A module's weights as _core takes them, and how to see that it still has the same.
 
-    Notes
-    -----
-    Threads: the fewer of molae's and torch's. Results do not depend on them.
+    Preparing them takes as long as a small layer's products, so that decoding would feel it.
     """
-    E = module.num_experts
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    layer = (E, module.intermediate_dim, _BY_TYPE[type(module.act_fn)], module.form, factors)
-    y: torch.Tensor = _Experts.apply(
-        layer,
-        index.clamp(max=E).to(torch.int64).contiguous(),
-        x.contiguous(),
-        weights.to(work).contiguous(),
-        *_tensors(factors),
-    )
-    return y
+
+    def __init__(
+        self, entries: list[tuple[dict[str, Any], str, Any]], groups: list[Any], projections: Any
+    ) -> None:
+        self._entries, self._groups = entries, groups
+        self._addresses = [(t, t.data_ptr()) for _, _, t in entries if isinstance(t, torch.Tensor)]
+        self.dtype = next((t.dtype for t, _ in self._addresses if t.is_floating_point()), None)
+        self.projections = projections
+
+    def holds(self) -> bool:
+        return (
+            all(held.get(name) is value for held, name, value in self._entries)
+            and all(tensor.data_ptr() == address for tensor, address in self._addresses)
+            and not any(_is_wrapped(group) for group in self._groups)
+        )
+
+
+# Weak: what is ready goes with its module.
+_ready: weakref.WeakKeyDictionary[LatentExperts, _Ready] = weakref.WeakKeyDictionary()
+
+
+def _is_wrapped(group: Any) -> bool:
+    """Whether hooks may change what a group gives from call to call."""
+    return bool(group._forward_hooks or group._forward_pre_hooks or "forward" in group.__dict__)
+
+
+def _remember(module: LatentExperts, factors: Mapping[str, Split]) -> _Ready | None:
+    """Keeps what is prepared, where the module's own tensors are all there is to it."""
+    entries: list[tuple[dict[str, Any], str, Any]] = []
+    groups = []
+    for name, child in module._modules.items():
+        if name not in factors:
+            continue
+        entries.append((module._modules, name, child))
+        for place, group in child._modules.items():  # type: ignore[union-attr]
+            if type(group) is not module.group_type or _is_wrapped(group):
+                return None
+            groups.append(group)
+            entries.append((child._modules, place, group))  # type: ignore[union-attr]
+            entries += [(group._parameters, role, t) for role, t in group._parameters.items()]
+            entries += [(group._buffers, role, t) for role, t in group._buffers.items()]
+    entries += [(module._parameters, name, t) for name, t in module._parameters.items()]
+    ready = _Ready(entries, groups, _projections(factors, module))
+    _ready[module] = ready
+    return ready
+
+
+# ------------------------------------------------------------------- tensors as arrays
 
 
 def _tensors(factors: Mapping[str, Split]) -> Iterator[torch.Tensor]:
@@ -142,6 +208,30 @@ def _projection(
     return private, group_of, rank, shared, perm, form == "gauge"
 
 
+def _projections(factors: Mapping[str, Split], module: LatentExperts) -> list[tuple[Any, ...]]:
+    arrays = iter([_stack(tensor) for tensor in _tensors(factors)])
+    E, form = module.num_experts, module.form
+    return [_projection(groups, E, form, arrays) for groups in factors.values()]
+
+
+def _call(
+    layer: Any, index: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, projections: Any
+) -> tuple[Any, ...]:
+    """The layer and its inputs as _core takes them."""
+    E, F, activation = layer
+    like = _array(x)
+    number = ACTIVATIONS.index(activation)
+    each = ((*projection, like, None) for projection in projections)
+    return (like, index.numpy(), _array(weights), *each, E, F, number, 0.0, 0.0)
+
+
+def _threads() -> int:
+    return min(get_num_threads(), torch.get_num_threads())
+
+
+# ---------------------------------------------------------------------------- gradients
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -163,12 +253,21 @@ class _Experts(torch.autograd.Function):
             ]
             shapes = [(N * K, F), (N * K, F), *((N, width) for width in widths)]
             kept = tuple(weights.new_empty(shape) for shape in shapes)
-        call = _call(layer, index, x, weights, tensors)
+        call = _Experts.call(layer, index, x, weights, tensors)
         saved = tuple(_array(t) for t in kept) or None
         _core.experts_forward(_array(y), saved, call, _threads())
         ctx.layer = layer
         ctx.save_for_backward(index, x, weights, *kept, *tensors)
         return y
+
+    @staticmethod
+    def call(
+        layer: Any, index: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, tensors: Any
+    ) -> tuple[Any, ...]:
+        E, F, activation, form, factors = layer
+        arrays = iter([_stack(tensor) for tensor in tensors])
+        projections = [_projection(groups, E, form, arrays) for groups in factors.values()]
+        return _call((E, F, activation), index, x, weights, projections)
 
     @staticmethod
     @once_differentiable
@@ -191,7 +290,7 @@ class _Experts(torch.autograd.Function):
             (*(None if g is None else _array(g) for g in grads[:2]), *to),
             _array(dy.contiguous()),
             tuple(_array(t) for t in kept),
-            _call(ctx.layer, index, x, weights, tensors),
+            _Experts.call(ctx.layer, index, x, weights, tensors),
             _threads(),
         )
         found = [
@@ -199,21 +298,3 @@ class _Experts(torch.autograd.Function):
             for g, t in zip(grads, (x, weights, *tensors), strict=True)
         ]
         return None, None, *found
-
-
-def _threads() -> int:
-    return min(get_num_threads(), torch.get_num_threads())
-
-
-def _call(
-    layer: Any, index: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, tensors: Sequence[Any]
-) -> tuple[Any, ...]:
-    """The layer and its inputs as _core takes them."""
-    E, F, activation, form, factors = layer
-    like = _array(x)
-    arrays = iter([_stack(tensor) for tensor in tensors])
-    projections = (
-        (*_projection(groups, E, form, arrays), like, None) for groups in factors.values()
-    )
-    number = ACTIVATIONS.index(activation)
-    return (like, index.numpy(), _array(weights), *projections, E, F, number, 0.0, 0.0)
