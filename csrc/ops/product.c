@@ -10,6 +10,9 @@
 /* A tile of W: this many rows by this many columns. */
 enum { TILE_ROWS = 256, TILE_COLS = 512 };
 
+/* Rows from which a narrow nn product beats streaming, whose sums then fill the registers. */
+enum { NARROW_FROM = 8 };
+
 size_t
 mli_product_cut(mli_product_scratch *s, char **p, int bf16, int narrow, int64_t r, int64_t k)
 {

@@ -8,7 +8,8 @@
  * type: REAL, or BF16 for f32. With add == 0 Y is overwritten and never read. Any size may be 0 (W
  * is then not read).
  *
- *   up to MLI_STREAM_ROWS rows, f32   the table's streaming kernels, which read W once
+ *   up to MLI_STREAM_ROWS rows, f32   the table's streaming kernels, which read W once (nn that may
+ *                                     be rounded: up to 8)
  *   bf16, and X may be rounded        the table's bf16 product, where it is native
  *   bf16                              tiles of W widened, then BLAS
  *   else                              BLAS

@@ -75,7 +75,7 @@ FN(mli_product_nn)(REAL *Y, int64_t ldy, int add, const REAL *X, int64_t ldx, co
         return MOLAE_OK;
     }
 #if NARROW_STORAGE
-    if (n <= STREAM_UP_TO) {
+    if (n <= (s->narrow ? NARROW_FROM : STREAM_UP_TO)) {
         kern->stream_nn_bf16(Y, ldy, X, ldx, W, ldw, n, c, k, add);
         return MOLAE_OK;
     }
