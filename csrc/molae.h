@@ -99,9 +99,9 @@ typedef struct {
  * of the groups over calls and any thread count give the same bits.
  * ws: molae_factor_ws_<real>() bytes, 64-byte aligned. Use _f64 for f64 stacks, _f32 for others.
  * Flops for a group: k F D^2 (Gram) + 5/3 D^3 + 3 D^2 c (c eigenvectors) + 2 k F D R (private),
- * c = R; in gauge form with R > D/2 c = D-R and 4 k F R (D-R) [+ at most 2 k F D R (residual)]. Errors: NONFINITE with the expert's
- * index, LAPACK, SHAPE, ARG. Source: MoLAE, arXiv 2503.23100 (joint factorization); gauge form
- * docs/theory.md. */
+ * c = R; in gauge form with R > D/2 c = D-R and 4 k F R (D-R) [+ at most 2 k F D R (residual)].
+ * Errors: NONFINITE with the expert's index, LAPACK, SHAPE, ARG. Source: MoLAE, arXiv 2503.23100
+ * (joint factorization); gauge form docs/theory.md. */
 size_t molae_factor_ws_f32(const molae_ctx *ctx, const molae_stack *s, const int64_t *rank);
 size_t molae_factor_ws_f64(const molae_ctx *ctx, const molae_stack *s, const int64_t *rank);
 molae_status molae_factor_shared_f32(const molae_ctx *ctx, const molae_factors *out,
