@@ -174,7 +174,7 @@ class BuildExt(build_ext):
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("int mli_probe;\n", encoding="utf-8")
         try:
-            self.compiler.compile([str(probe)], extra_postargs=flags)
+            self.compiler.compile([str(probe)], output_dir=self.build_temp, extra_postargs=flags)
         except CompileError:
             print(f"molae: the compiler does not know {' '.join(flags)}: built without")
             return False

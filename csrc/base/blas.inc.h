@@ -28,7 +28,7 @@ void LAPACK(stedc)(const char *compz, const blasint *n, REAL *d, REAL *e, REAL *
                    const blasint *liwork, blasint *info, size_t compz_len);
 void LAPACK(laed2)(blasint *k, const blasint *n, const blasint *n1, REAL *d, REAL *q,
                    const blasint *ldq, blasint *indxq, REAL *rho, REAL *z, REAL *dlamda, REAL *w,
-                   REAL *q2, blasint *indx, blasint *indxc, blasint *indxp, blasint *coltyp,
+                   REAL *q2, blasint *places, blasint *indxc, blasint *indxp, blasint *coltyp,
                    blasint *info);
 void LAPACK(laed4)(const blasint *n, const blasint *i, const REAL *d, const REAL *z, REAL *delta,
                    const REAL *rho, REAL *dlam, blasint *info);
@@ -277,7 +277,7 @@ FN(mli_laed2)(int64_t n, int64_t n1, REAL *d, REAL *Z, REAL *rho, REAL *z, REAL 
               int64_t *n23, void *work, size_t work_bytes, int64_t *info)
 {
     blasint bn = (blasint)n, bn1 = (blasint)n1, bk = 0, binfo = 0;
-    blasint *sorted, *indx, *indxp, *kinds;
+    blasint *sorted, *places, *indxp, *kinds;
     char *p = work;
 
     *info = 0;
@@ -286,13 +286,13 @@ FN(mli_laed2)(int64_t n, int64_t n1, REAL *d, REAL *Z, REAL *rho, REAL *z, REAL 
     if (n1 < 1 || n1 > n / 2 || work_bytes < FN(mli_laed2_work)(n))
         return MOLAE_E_ARG;
     sorted = mli_carve(&p, 4 * ((size_t)n + 4), sizeof(blasint));
-    indx = sorted + n;
-    indxp = indx + n;
+    places = sorted + n;
+    indxp = places + n;
     kinds = indxp + n;
     for (int64_t i = 0; i < n; i++)
         sorted[i] = (blasint)(i < n1 ? i + 1 : i - n1 + 1);
-    LAPACK(laed2)(&bk, &bn, &bn1, d, Z, &bn, sorted, rho, z, poles, weights, Q2, indx, order, indxp,
-                  kinds, &binfo);
+    LAPACK(laed2)(&bk, &bn, &bn1, d, Z, &bn, sorted, rho, z, poles, weights, Q2, places, order,
+                  indxp, kinds, &binfo);
     *info = binfo;
     *k = bk;
     for (int64_t i = 0; i < bk; i++)

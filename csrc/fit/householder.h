@@ -10,7 +10,7 @@ enum { MLI_PANEL = 32, MLI_REFLECTORS = 64 };
 /* Q^T A Q = T for the row-major upper triangle of A (n,n): d (n) and e (n-1) the diagonals of T.
  * Row j of A keeps vector j from column j+1 on, where it is 1, and tau[j] (n-1) its factor: Q = H_0
  * H_1 .., H_j = I - tau_j v_j v_j^T. W (MLI_PANEL,n) is scratch. Half of the 4/3 n^3 flops are
- * products of the matrix with one vector, bound by memory: the passes go to and fro. */
+ * products of the matrix with one vector, bound by memory: the passes go back and forth. */
 molae_status mli_tridiagonalize_f32(int64_t n, float *A, float *d, float *e, float *tau, float *W);
 molae_status mli_tridiagonalize_f64(int64_t n, double *A, double *d, double *e, double *tau,
                                     double *W);
