@@ -13,20 +13,25 @@ from typing import Any
 
 import molae
 from benchmarks import RESULTS, tables
-from benchmarks.cases import CASES, Settings
+from benchmarks.cases import CASES, FILES, NEED_HF, Settings
 from benchmarks.contestants import limit_threads
 from benchmarks.header import header, usable_cpus
 from benchmarks.peak import peaks
+from benchmarks.settings import SHAPES, Shape
 
 FORMAT = 1
 
 #: Shapes that take seconds: to see that everything works, not to measure anything.
-QUICK = {"E": 16, "F": 64, "D": 128, "V": 256, "layers": 2, "repeats": 2, "pause": 0.0}
+QUICK: dict[str, Any] = {
+    "E": 16, "F": 64, "D": 128, "V": 256, "layers": 2, "repeats": 2, "pause": 0.0,
+    "shapes": (Shape("tiny", E=16, K=4, D=128, F=64),), "tokens": (1, 16, 64), "many": 64,
+    "stream_bytes": 2**20, "prompt": 64, "new_tokens": 8,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    chosen = args.cases or list(CASES)
+    chosen = args.cases or _possible()
     settings = _settings(args)
     molae.set_num_threads(settings.threads)
     limit_threads(settings.threads)
@@ -60,16 +65,39 @@ def _settings(args: argparse.Namespace) -> Settings:
         given |= QUICK
     if args.repeats:
         given["repeats"] = args.repeats
+    if args.shapes:
+        given["shapes"] = tuple(shape for shape in SHAPES if shape.name in args.shapes)
     return Settings(**given)
 
 
+def _possible() -> list[str]:
+    """All cases that what is installed allows."""
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing:
+        _say(f"left out: {', '.join(NEED_HF)}, which need {' and '.join(missing)}")
+    return [name for name in CASES if not (missing and name in NEED_HF)]
+
+
 def _keep(args: argparse.Namespace, chosen: list[str], result: dict[str, Any]) -> None:
-    out = args.json
-    if out is None:
-        if args.quick or chosen != list(CASES):
-            _say("not kept: only a full run goes to benchmarks/results unless --json names a file")
-            return
-        out = RESULTS / "benchmarks.json"
+    """Write the figures: all to the file that was asked for, or each file's cases to it."""
+    if args.json is not None:
+        _write(args.json, result)
+        return
+    whole = {} if args.quick or args.shapes else FILES
+    kept = {file: cases for file, cases in whole.items() if set(cases) <= set(chosen)}
+    for file, cases in kept.items():
+        others = set(CASES) - set(cases)
+        part = {key: value for key, value in result.items() if key not in others}
+        _write(RESULTS / file, part)
+    if left := [case for case in chosen if not any(case in cases for cases in kept.values())]:
+        sets = " or ".join(" ".join(cases) for cases in FILES.values())
+        _say(
+            f"not kept: {', '.join(left)}; only a full run of {sets} goes to benchmarks/results "
+            "unless --json names a file"
+        )
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     _say(f"kept in {out}; python -m benchmarks.readme writes the README's tables")
@@ -90,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that all works")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: all")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=[shape.name for shape in SHAPES],
+        help="of the case 'layers'; default: all",
+    )
     parser.add_argument("--repeats", type=_count, help="rounds; default 5")
     parser.add_argument(
         "--threads", type=_count, default=usable_cpus(), help="for every contestant; default: CPUs"

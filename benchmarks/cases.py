@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,11 +15,12 @@ from benchmarks.check import Truth, check_approximation, check_factors
 from benchmarks.contestants import SVDS, gram_numpy
 from benchmarks.conversion import conversion
 from benchmarks.memory import Peak
-from benchmarks.timing import PAUSE, alternate, ratio, seconds, summary
-from benchmarks.weights import OLMOE, experts
-from molae.fit import SharedFactors, factor_shared, reduce_rank, spectrum, stored_numbers
+from benchmarks.settings import SIZE, Settings, largest_rank
+from benchmarks.timing import alternate, ratio, seconds, summary
+from benchmarks.weights import experts
+from molae.fit import SharedFactors, factor_shared, reduce_rank, spectrum
 
-__all__ = ["CASES", "GOALS", "Settings", "largest_rank"]
+__all__ = ["CASES", "FILES", "GOALS", "NEED_HF", "Settings", "largest_rank"]
 
 Array = npt.NDArray[Any]
 Row = dict[str, Any]
@@ -29,51 +29,8 @@ Work = Callable[[], Any]
 #: Times that molae must be faster than the better SVD, by group size.
 GOALS = {8: 4.0, 4: 3.0}
 
-#: Share of the dense numbers that the factors store, in gauge form.
-SIZE = 0.75
-
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 UNIT = {"float32": FLOAT32_EPS / 2, "bfloat16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps) / 2}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Sizes and how often each contestant runs.
-
-    Attributes
-    ----------
-    E, F, D, V : int
-        Experts, widths and vocabulary, as in the model that is imitated.
-    timed_groups : int
-        Groups that all contestants factor; an SVD of all would take minutes.
-    layers : int
-        Of the checkpoint that is converted.
-    repeats : int
-    threads : int
-    pause : float
-        Seconds of rest before each run.
-    """
-
-    E: int = OLMOE["E"]
-    F: int = OLMOE["F"]
-    D: int = OLMOE["D"]
-    V: int = OLMOE["V"]
-    timed_groups: int = 2
-    layers: int = 4
-    repeats: int = 5
-    threads: int = 1
-    pause: float = PAUSE
-
-    @property
-    def rank_alone(self) -> int:
-        """Rank of the case 'reduce': half of what an expert can have."""
-        return min(self.F, self.D) // 2
-
-
-def largest_rank(k: int, F: int, D: int, size: float = SIZE) -> int:
-    """The largest rank whose gauge form stores at most `size` of k F D numbers."""
-    ranks = range(1, min(k * F, D) + 1)
-    return max(R for R in ranks if stored_numbers(R, k, F, D) <= size * k * F * D)
 
 
 # ------------------------------------------------------------- joint factorization
@@ -359,9 +316,37 @@ def convert(s: Settings, peak: float) -> dict[str, Any]:
     return {"rows": [row]}
 
 
+# ----------------------------------------------------------- what needs molae.hf
+
+
+def layers(s: Settings, peak: float) -> dict[str, Any]:
+    """Layers of experts, forward and backward, against torch and Transformers."""
+    from benchmarks.layers import layers
+
+    return layers(s, peak)
+
+
+def models(s: Settings, peak: float) -> dict[str, Any]:
+    """Tokens a second of whole models, original and converted."""
+    from benchmarks.models import models
+
+    return models(s)
+
+
 CASES: dict[str, Callable[[Settings, float], dict[str, Any]]] = {
     "factor": factor,
     "bf16": bf16,
     "reduce": reduce,
     "convert": convert,
+    "layers": layers,
+    "models": models,
+}
+
+#: Cases that need torch and transformers.
+NEED_HF = ("layers", "models")
+
+#: Files in benchmarks/results, and the cases of each.
+FILES = {
+    "benchmarks.json": ("factor", "bf16", "reduce", "convert"),
+    "layers.json": ("layers", "models"),
 }

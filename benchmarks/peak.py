@@ -1,4 +1,4 @@
-"""What the machine can do, measured in the same run: a big sgemm and a big copy."""
+"""What the machine can do, measured in the same run: a big sgemm, a big copy, a big read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.timing import PAUSE, seconds
 from molae import _core
 
-__all__ = ["peaks"]
+__all__ = ["Stream", "peaks"]
 
 
 def peaks(threads: int, *, quick: bool = False) -> dict[str, Any]:
@@ -49,6 +49,44 @@ def peaks(threads: int, *, quick: bool = False) -> dict[str, Any]:
         "best_gflops": round(max(found.values()), 1),
         "copy_gbs": round(copied, 1),
     }
+
+
+class Stream:
+    """Reads a buffer from end to end, by the fastest of several ways that NumPy and torch have.
+
+    Attributes
+    ----------
+    name : str
+        The way.
+    gbs : float
+        Most GB/s that it reached.
+    found : dict
+        The same of each way.
+    """
+
+    def __init__(self, threads: int, nbytes: int, repeats: int = 5) -> None:
+        import torch
+
+        length = nbytes // 8 // threads * threads
+        whole = np.ones(length, np.int64)
+        floats = torch.from_numpy(whole.view(np.float32)).fill_(1.0)
+        parts = np.split(whole, threads)
+        pool = ThreadPoolExecutor(threads)
+        ways: dict[str, Callable[[], object]] = {
+            "torch.sum": floats.sum,
+            "torch.dot": lambda: torch.dot(floats, floats),
+            "numpy.sum": _on_all(pool, threads, lambda i: parts[i].sum()),
+            "numpy.max": _on_all(pool, threads, lambda i: parts[i].max()),
+        }
+        best = {name: _best(way, repeats, 0.0) for name, way in ways.items()}
+        self.found = {name: round(whole.nbytes / t / 1e9, 1) for name, t in best.items()}
+        self.name = min(best, key=lambda name: best[name])
+        self.gbs = whole.nbytes / best[self.name] / 1e9
+        self._way = ways[self.name]
+
+    def read(self) -> None:
+        """Once, so that nothing else is left in the caches."""
+        self._way()
 
 
 def _on_all(

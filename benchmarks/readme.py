@@ -18,6 +18,7 @@ __all__ = ["SECTIONS", "update"]
 SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "demo": ("demo.json", tables.demo),
     "benchmarks": ("benchmarks.json", tables.benchmarks),
+    "layers": ("layers.json", tables.benchmarks),
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks import layer_tables
+
 __all__ = ["benchmarks", "demo"]
 
 Result = Mapping[str, Any]
@@ -22,6 +24,10 @@ def benchmarks(result: Result) -> str:
         parts += [_reduce(row) for row in result["reduce"]["rows"]]
     if "convert" in result:
         parts += [_convert(row) for row in result["convert"]["rows"]]
+    if "layers" in result:
+        parts += layer_tables.layers(result["layers"], table)
+    if "models" in result:
+        parts += layer_tables.models(result["models"], table)
     return "\n\n".join(parts)
 
 
