@@ -40,6 +40,7 @@ def act(
     limit: float,
     /,
 ) -> Any: ...
+
 # For tests, in place; rows may lie apart. name: nt or nn, _f32 _bf16 _f64; bf16 as uint16.
 # Y (N,r) [+]= X (N,k) W (r,k)^T or W (k,r); C (m,n) [+]= A (m,k) B (n,k)^T or B (k,n).
 def stream(
