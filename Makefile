@@ -1,7 +1,7 @@
 # make demo     convert the checkpoint that comes with molae, and show what it cost
 # make test     the whole test suite
 # Each makes .venv on first use and installs what it needs. Further targets: lint, check-c (asan and
-# valgrind), package, bench, clean.
+# valgrind), package, bench, docs (the pages of docs/api), clean.
 #
 # PYTHON=python3.12       the interpreter that .venv is made with
 # TORCH_INDEX=URL         another package index to look for torch in besides the usual one, such as
@@ -15,7 +15,7 @@ EXTRAS := hf,plot,test,notebooks
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint asan valgrind check-c package bench clean
+.PHONY: demo test lint asan valgrind check-c package bench docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/molae demo
@@ -26,6 +26,9 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/installed
+	$(BIN)/python -P docs/make_api.py
 
 # ------------------------------------------------------------------ the environment
 

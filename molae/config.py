@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import cleandoc
 from typing import Any
 
 from molae.errors import ArgumentError
@@ -32,12 +33,13 @@ def field_help(config: type, name: str) -> str:
 
 
 def _document(config: type) -> type:
-    """Append the fields and their help texts to the class's docstring."""
-    lines = [(config.__doc__ or "").rstrip(), "", "    Parameters", "    ----------"]
+    """Put the fields and their help texts into the class's docstring, before the examples."""
+    text, examples, rest = cleandoc(config.__doc__ or "").partition("Examples\n")
+    lines = [text.rstrip(), "", "Parameters", "----------"]
     for entry in dataclasses.fields(config):
-        lines += [f"    {entry.name} : {entry.type}, default {entry.default!r}"]
-        lines += [f"        {entry.metadata['help']}"]
-    config.__doc__ = "\n".join(lines) + "\n"
+        lines += [f"{entry.name} : {entry.type}, default {entry.default!r}"]
+        lines += [f"    {entry.metadata['help']}"]
+    config.__doc__ = "\n".join([*lines, "", examples + rest])
     return config
 
 
@@ -48,7 +50,14 @@ def _is_int(value: object) -> bool:
 @_document
 @dataclass(frozen=True)
 class ConvertConfig:
-    """How a checkpoint is converted. A wrong value is refused with the value shown."""
+    """How a checkpoint is converted. A wrong value is refused with the value shown.
+
+    Examples
+    --------
+    >>> import molae
+    >>> molae.ConvertConfig(size=0.5, group_size={"down": 4}).group_size
+    {'down_proj': 4}
+    """
 
     method: str = field(
         default="latent",

@@ -40,7 +40,14 @@ _count = _start()
 
 
 def get_num_threads() -> int:
-    """Number of threads that the next computation uses."""
+    """Number of threads that the next computation uses.
+
+    Examples
+    --------
+    >>> import molae
+    >>> molae.get_num_threads() >= 1
+    True
+    """
     return _count
 
 

@@ -332,6 +332,52 @@ def test_the_launcher_says_what_it_does_not_find(capsys):
     assert "PROGRAM" in capsys.readouterr().out
 
 
+TASK = """
+task: molae_text
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list:
+  - metric: bits_per_byte
+"""
+
+
+def test_the_launcher_with_lm_eval(demo, tmp_path, monkeypatch):
+    """Its number for a text is the model's own; with random experts it would be far off."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    documents = HELDOUT.read_text("utf-8")[:4000].split("\n\n")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "text.yaml").write_text(TASK.format(file=tmp_path / "text.jsonl"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    command = [sys.executable, "-P", "-m", "molae.hf", "lm_eval", "--model", "hf"]
+    command += ["--device", "cpu", "--model_args", f"pretrained={demo},dtype=float32"]
+    command += ["--tasks", "molae_text"]
+    command += ["--include_path", str(tmp_path / "task"), "--output_path", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "out").rglob("results*.json")
+    found = json.loads(written.read_text())["results"]["molae_text"]["bits_per_byte,none"]
+
+    model, tokenizer = open_model(demo)
+    total = 0.0
+    for text in documents:
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]])
+        assert ids.shape[1] <= 512  # one window, or the two would cut it differently
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1].double()
+        total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+    own = total / math.log(2) / sum(len(text.encode()) for text in documents)
+    assert found == pytest.approx(own, rel=1e-4)
+
+
 # ------------------------------------------------------------------ memory
 
 

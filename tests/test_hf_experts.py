@@ -234,9 +234,9 @@ def test_compile_takes_the_layer_as_it_is():
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("name", ["experts", "build"])
+@pytest.mark.parametrize("name", ["molae.hf", "molae.hf.experts", "molae.hf.build"])
 def test_examples(name):
-    module = importlib.import_module(f"molae.hf.{name}")
+    module = importlib.import_module(name)
     failed, tried = doctest.testmod(module)
     assert failed == 0
     assert tried > 0

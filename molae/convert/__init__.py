@@ -108,7 +108,27 @@ def convert(
 def plan(src: Source, config: ConvertConfig | None = None, *, family: Family | None = None) -> Plan:
     """What `convert` would do, without writing anything.
 
-    Parameters, errors: as `convert`.
+    Parameters
+    ----------
+    src, config, family
+        As in `convert`.
+
+    Returns
+    -------
+    Plan
+        Sizes, groups and ranks, memory, disk, and an estimate of the time.
+
+    Raises
+    ------
+    CheckpointError, UnknownFamilyError, ArgumentError, NonFiniteError
+        As in `convert`.
+
+    Examples
+    --------
+    >>> import molae, molae.demo
+    >>> plan = molae.plan(molae.demo.CHECKPOINT, molae.ConvertConfig(size=0.6))
+    >>> plan.size_reached <= 0.6, plan.after.expert_bytes < plan.before.expert_bytes
+    (True, True)
     """
     with open_checkpoint(src) as checkpoint:
         conversion = Conversion(os.fspath(src), checkpoint, config or ConvertConfig(), family)
@@ -126,7 +146,39 @@ def materialize(
     """Multiply the factors of a converted checkpoint out to an ordinary one.
 
     The result has the original's full size, names and layout; stock Transformers, vLLM and
-    llama.cpp load it. Parameters and errors as in `convert`; it resumes in the same way.
+    llama.cpp load it.
+
+    Parameters
+    ----------
+    src : str or path
+        Folder that `convert` wrote, or a hub id of such a one.
+    dst, family, overwrite, watcher
+        As in `convert`.
+
+    Returns
+    -------
+    Report
+        Also written to ``dst/molae-report.json``.
+
+    Raises
+    ------
+    CheckpointError, UnknownFamilyError, ArgumentError, DestinationError
+        As in `convert`.
+
+    Notes
+    -----
+    Resumes as `convert` does, and its memory is bounded in the same way.
+
+    Examples
+    --------
+    >>> import tempfile, molae, molae.demo
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     small, whole = f"{folder}/small", f"{folder}/whole"
+    ...     _ = molae.convert(molae.demo.CHECKPOINT, small, molae.ConvertConfig(size=0.6))
+    ...     _ = molae.materialize(small, whole)
+    ...     was, now = (molae.inspect(path) for path in (molae.demo.CHECKPOINT, whole))
+    >>> now.total_parameters == was.total_parameters
+    True
     """
     with open_checkpoint(src) as checkpoint:
         check_apart(checkpoint.path, Path(dst))

@@ -69,9 +69,22 @@ def inspect(src: str | os.PathLike[str], *, family: Family | None = None) -> Ins
     family : Family, optional
         As in `molae.convert`.
 
+    Returns
+    -------
+    Inspection
+        Family, layout, shapes and sizes.
+
     Raises
     ------
     CheckpointError, UnknownFamilyError
+        As in `molae.convert`.
+
+    Examples
+    --------
+    >>> import molae, molae.demo
+    >>> found = molae.inspect(molae.demo.CHECKPOINT)
+    >>> found.family, found.active_parameters < found.total_parameters
+    ('olmoe', True)
     """
     with open_checkpoint(src) as checkpoint:
         model = describe(checkpoint, family=family, converted=True)

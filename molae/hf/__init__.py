@@ -25,7 +25,13 @@ __all__ = ["LatentExperts", "MolaeConfig", "MolaeQuantizer", "hide_progress", "l
 
 
 def hide_progress() -> None:
-    """Keep transformers from drawing its own progress bars, for the whole process."""
+    """Keep transformers from drawing its own progress bars, for the whole process.
+
+    Examples
+    --------
+    >>> import molae.hf
+    >>> molae.hf.hide_progress()
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
