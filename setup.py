@@ -46,6 +46,7 @@ ISA_FLAGS = {
     "csrc/kern/avx2.c": AVX2,
     "csrc/kern/avx2_stream.c": AVX2,
     "csrc/kern/avx512.c": AVX512,
+    "csrc/kern/avx512_rows.c": AVX512,
     "csrc/kern/avx512_stream.c": AVX512,
     "csrc/kern/avx512_pack.c": AVX512,
     "csrc/kern/avx512bf16.c": [*AVX512, "-mavx512bf16"],

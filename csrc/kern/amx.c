@@ -147,7 +147,7 @@ write_out_transposed(float *C, int64_t ldc, const float *sums, int64_t rows, int
     for (int64_t i = 0; i < rows; i += 16)
         for (int64_t j = 0; j < cols; j += 16)
             mli_store_transposed__avx512(C + j * ldc + i, ldc, sums + (i / 16 * 2 + j / 16) * TILE,
-                                         rows - i < 16 ? rows - i : 16,
+                                         16, rows - i < 16 ? rows - i : 16,
                                          cols - j < 16 ? cols - j : 16, accumulate);
 }
 

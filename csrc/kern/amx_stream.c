@@ -117,7 +117,7 @@ write_out(float *Y, int64_t ldy, float *sums, int64_t rows, int64_t n, int accum
     for (int v = 0; v < TILE; v += 16)
         _mm512_store_ps(sums + v,
                         _mm512_add_ps(_mm512_load_ps(sums + v), _mm512_load_ps(sums + TILE + v)));
-    mli_store_transposed__avx512(Y, ldy, sums, rows, n, accumulate);
+    mli_store_transposed__avx512(Y, ldy, sums, 16, rows, n, accumulate);
 }
 
 static void

@@ -1,4 +1,4 @@
-/* Packing and transposing for the bf16 products. */
+/* Packing and transposing for the products. */
 #include "pack.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
@@ -77,14 +77,31 @@ mli_pack_nn__avx512(uint32_t *q, const uint16_t *B, int64_t ldb, int64_t n, int6
 }
 
 void
-mli_store_transposed__avx512(float *C, int64_t ldc, const float *T, int64_t m, int64_t n,
-                             int accumulate)
+mli_pack_f32__avx512(float *q, const float *B, int64_t ldb, int64_t n, int64_t k)
+{
+    for (int64_t j = 0; j < n; j += 16)
+        for (int64_t i = 0; i < k; i += 16, q += 256) {
+            const __mmask16 cols = (__mmask16)(k - i < 16 ? (1u << (k - i)) - 1u : 0xFFFFu);
+            const float *b = B + j * ldb + i;
+            __m512i r[16];
+            for (int64_t p = 0; p < 16; p++)
+                r[p] = j + p < n ? _mm512_maskz_loadu_epi32(cols, b + p * ldb)
+                                 : _mm512_setzero_si512();
+            transpose(r);
+            for (int64_t p = 0; p < 16; p++)
+                _mm512_store_si512(q + 16 * p, r[p]);
+        }
+}
+
+void
+mli_store_transposed__avx512(float *C, int64_t ldc, const float *T, int64_t ldt, int64_t m,
+                             int64_t n, int accumulate)
 {
     const __mmask16 cols = (__mmask16)((1u << m) - 1u);
     __m512i r[16];
 
     for (int i = 0; i < 16; i++)
-        r[i] = _mm512_load_si512(T + 16 * i);
+        r[i] = _mm512_load_si512(T + ldt * i);
     transpose(r);
     for (int64_t i = 0; i < n; i++) {
         __m512 t = _mm512_castsi512_ps(r[i]);

@@ -27,9 +27,12 @@ void mli_pack_nt__avx512(uint32_t *q, const uint16_t *B, int64_t ldb, int64_t n,
 /* From B (k,n). */
 void mli_pack_nn__avx512(uint32_t *q, const uint16_t *B, int64_t ldb, int64_t n, int64_t k);
 
-/* C (n,m) [+]= T (m,n)^T for one tile of m, n <= 16; T's rows lie 16 apart. */
-void mli_store_transposed__avx512(float *C, int64_t ldc, const float *T, int64_t m, int64_t n,
-                                  int accumulate);
+/* For the f32 product, from B (n,k): q[panel][k][16], k and columns filled to multiples of 16. */
+void mli_pack_f32__avx512(float *q, const float *B, int64_t ldb, int64_t n, int64_t k);
+
+/* C (n,m) [+]= T (m,n)^T for one tile of m, n <= 16; 16 aligned rows of T, ldt apart, are read. */
+void mli_store_transposed__avx512(float *C, int64_t ldc, const float *T, int64_t ldt, int64_t m,
+                                  int64_t n, int accumulate);
 
 /* Gives the calling thread AMX tiles of 16 rows of 64 bytes, and takes them back. */
 void mli_tiles_begin__amx(void);

@@ -31,7 +31,8 @@ prepare(void)
                        mli_kernels_add_avx2_stream(&tables[AVX2]) && mli_cpu_has_avx2();
         tables[AVX512] = tables[AVX2];
         usable[AVX512] = mli_kernels_add_avx512(&tables[AVX512]) &&
-                         mli_kernels_add_avx512_stream(&tables[AVX512]) && mli_cpu_has_avx512();
+                         mli_kernels_add_avx512_stream(&tables[AVX512]) &&
+                         mli_kernels_add_avx512_rows(&tables[AVX512]) && mli_cpu_has_avx512();
         tables[AVX512BF16] = tables[AVX512];
         usable[AVX512BF16] = usable[AVX512] && mli_kernels_add_avx512bf16(&tables[AVX512BF16]) &&
                              mli_cpu_has_avx512bf16();

@@ -11,6 +11,7 @@ int mli_kernels_add_avx2(mli_kernels *t);
 int mli_kernels_add_avx2_stream(mli_kernels *t);
 int mli_kernels_add_avx512(mli_kernels *t);
 int mli_kernels_add_avx512_stream(mli_kernels *t);
+int mli_kernels_add_avx512_rows(mli_kernels *t);
 int mli_kernels_add_avx512bf16(mli_kernels *t);
 int mli_kernels_add_amx(mli_kernels *t);
 int mli_kernels_add_amx_stream(mli_kernels *t);

@@ -59,6 +59,8 @@ FN(job_cut)(FN(job) * q, char **p, const molae_experts *l, int64_t N, int64_t K,
     const size_t lift = (size_t)(MLI_MIN(N, (int64_t)MLI_LIFT) * MLI_MIN(K, most));
     const int bf16 =
         l->gate.dtype == MOLAE_BF16 || l->up.dtype == MOLAE_BF16 || l->down.dtype == MOLAE_BF16;
+    const int f32 =
+        l->gate.dtype == MOLAE_F32 || l->up.dtype == MOLAE_F32 || l->down.dtype == MOLAE_F32;
     size_t n = 0;
 
     q->route_bytes = molae_route_groups_ws(most);
@@ -99,7 +101,7 @@ FN(job_cut)(FN(job) * q, char **p, const molae_experts *l, int64_t N, int64_t K,
         MLI_CUT(n, p, s->Y, MLI_ROWS * MLI_COARSE, sizeof(REAL));
         MLI_CUT(n, p, s->Z, MLI_ROWS * MLI_COARSE, sizeof(REAL));
         MLI_CUT(n, p, s->line, MLI_COARSE, sizeof(REAL));
-        n = mli_size_add(n, mli_product_cut(&s->product, p, bf16, l->io == MOLAE_BF16,
+        n = mli_size_add(n, mli_product_cut(&s->product, p, f32, bf16, l->io == MOLAE_BF16,
                                             MLI_MAX(l->D, l->F), MLI_MAX(l->D, l->F)));
         MLI_CUT(n, p, s->row, MLI_ROWS, sizeof(int64_t));
     }

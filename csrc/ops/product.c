@@ -14,13 +14,16 @@ enum { TILE_ROWS = 256, TILE_COLS = 512 };
 enum { NARROW_FROM = 8 };
 
 size_t
-mli_product_cut(mli_product_scratch *s, char **p, int bf16, int narrow, int64_t r, int64_t k)
+mli_product_cut(mli_product_scratch *s, char **p, int f32, int bf16, int narrow, int64_t r,
+                int64_t k)
 {
     const mli_kernels *kern = mli_kernels_get();
     const int64_t most = MLI_MAX(r, k);
     size_t n = 0;
 
     s->narrow = narrow && kern->gemm_bf16_native;
+    if (f32 && kern->rows_nt_f32_native)
+        MLI_CUT(n, p, s->many, kern->rows_nt_f32_ws(MLI_MANY_ROWS, most), 1);
     if (bf16)
         MLI_CUT(n, p, s->tile, TILE_ROWS * TILE_COLS, sizeof(float));
     if (bf16 && s->narrow) {

@@ -10,6 +10,7 @@
  *
  *   up to MLI_STREAM_ROWS rows, f32   the table's streaming kernels, which read W once (nn that may
  *                                     be rounded: up to 8)
+ *   up to MLI_MANY_ROWS, f32, nt      the table's product for such, where it is native
  *   bf16, and X may be rounded        the table's bf16 product, where it is native
  *   bf16                              tiles of W widened, then BLAS
  *   else                              BLAS
@@ -20,20 +21,21 @@
 
 #include "../molae.h"
 
-enum { MLI_STREAM_ROWS = 16, MLI_PRODUCT_ROWS = 512 };
+enum { MLI_STREAM_ROWS = 16, MLI_MANY_ROWS = 256, MLI_PRODUCT_ROWS = 512 };
 
-/* What a product with a bf16 weight needs. `narrow`: X may be rounded to bf16, as in a layer whose
+/* What a product needs. `narrow`: X may be rounded to bf16, as in a layer whose
  * activations are. */
 typedef struct {
     int narrow;
     float *tile;    /* W, widened */
     uint16_t *rows; /* X, rounded */
     void *work;     /* of the bf16 product */
+    void *many;     /* of the f32 product */
 } mli_product_scratch;
 
 /* Cuts the scratch for weights of at most r rows and k columns (or the other way round) from *p;
- * with p == NULL it only adds up the size. bf16 == 0: nothing is needed. */
-size_t mli_product_cut(mli_product_scratch *s, char **p, int bf16, int narrow, int64_t r,
+ * with p == NULL it only adds up the size. f32, bf16: weights so stored are met in f32. */
+size_t mli_product_cut(mli_product_scratch *s, char **p, int f32, int bf16, int narrow, int64_t r,
                        int64_t k);
 
 #define MLI_PRODUCT_DECLARE(REAL, SFX)                                                           \

@@ -23,6 +23,12 @@ FN(mli_product_nt)(REAL *Y, int64_t ldy, int add, const REAL *X, int64_t ldx, co
     if (n == 0 || r == 0)
         return MOLAE_OK;
     if (dtype == OWN) {
+#if NARROW_STORAGE
+        if (n > STREAM_UP_TO && n <= MLI_MANY_ROWS && kern->rows_nt_f32_native) {
+            kern->rows_nt_f32(Y, ldy, X, ldx, W, ldw, n, r, k, add, s->many);
+            return MOLAE_OK;
+        }
+#endif
         if (n > STREAM_UP_TO)
             return FN(mli_gemm)(0, 1, n, r, k, 1, X, ldx, W, ldw, add ? 1 : 0, Y, ldy);
         kern->STREAM_NT(Y, ldy, X, ldx, W, ldw, n, r, k, add);

@@ -38,9 +38,10 @@ FN(products)(molae_dtype dtype, int narrow)
             uint64_t seed = 5;
             REAL *X = FN(numbers)(n * in, OWN, &seed, x);
             void *W = FN(numbers)(form == 2 ? n * k : r * k, form == 2 ? OWN : dtype, &seed, w);
-            const size_t bytes = mli_product_cut(&s, NULL, dtype == MOLAE_BF16, narrow, r, k);
+            const size_t bytes =
+                mli_product_cut(&s, NULL, dtype == MOLAE_F32, dtype == MOLAE_BF16, narrow, r, k);
             char *work = guarded(bytes), *cut = work;
-            (void)mli_product_cut(&s, &cut, dtype == MOLAE_BF16, narrow, r, k);
+            (void)mli_product_cut(&s, &cut, dtype == MOLAE_F32, dtype == MOLAE_BF16, narrow, r, k);
             for (int add = form == 2; add < 2; add++) {
                 REAL *Y = guarded((size_t)(rows * cols) * sizeof(REAL));
                 for (int64_t i = 0; add && i < rows * cols; i++)

@@ -11,9 +11,10 @@
 static const char *const isas[] = {"ref", "avx2", "avx512", "avx512bf16", "amx"};
 static const int64_t shapes[][3] = {
     /* rows, columns, k */
-    {0, 5, 3},   {3, 0, 2},    {2, 3, 0},    {1, 1, 1},    {1, 13, 300}, {2, 24, 31},
-    {3, 700, 9}, {4, 17, 257}, {5, 33, 16},  {6, 11, 65},  {7, 40, 33},  {16, 31, 129},
-    {17, 12, 8}, {33, 47, 63}, {40, 33, 64}, {65, 10, 10}, {9, 97, 400}, {32, 32, 32},
+    {0, 5, 3},    {3, 0, 2},     {2, 3, 0},    {1, 1, 1},     {1, 13, 300},
+    {2, 24, 31},  {3, 700, 9},   {4, 17, 257}, {5, 33, 16},   {6, 11, 65},
+    {7, 40, 33},  {16, 31, 129}, {17, 12, 8},  {33, 47, 63},  {40, 33, 64},
+    {65, 10, 10}, {9, 97, 400},  {32, 32, 32}, {49, 53, 273}, {80, 49, 17},
 };
 
 static float
@@ -127,6 +128,14 @@ products(const mli_kernels *t, problem *p, int accumulate)
     const size_t bytes = t->gemm_bf16_ws(p->m, p->n, p->k);
     void *ws = mli_alloc(bytes);
 
+    if (!p->nn) {
+        void *rows = mli_alloc(t->rows_nt_f32_ws(p->m, p->k));
+        start(p, accumulate);
+        t->rows_nt_f32(p->y, p->ldy, p->x, p->ldx, p->w, p->ldw, p->m, p->n, p->k, accumulate,
+                       rows);
+        check(p, accumulate, 0);
+        mli_free(rows);
+    }
     start(p, accumulate);
     (p->nn ? t->stream_nn_f32 : t->stream_nt_f32)(p->y, p->ldy, p->x, p->ldx, p->w, p->ldw, p->m,
                                                   p->n, p->k, accumulate);
@@ -158,6 +167,7 @@ test_products(void)
             continue;
         found++;
         CHECK(t->gemm_bf16_native == (i >= 3));
+        CHECK(t->rows_nt_f32_native == (i >= 2));
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
             for (int which = 0; which < 4; which++) {
                 problem p = make(shapes[s][0], shapes[s][1], shapes[s][2], which % 2, &seed);
@@ -167,4 +177,6 @@ test_products(void)
     }
     CHECK(found >= 1);
     CHECK(mli_kernels_named("ref")->gemm_bf16_ws(1, 1, INT64_MAX) == SIZE_MAX);
+    if (mli_kernels_named("avx512") != NULL)
+        CHECK(mli_kernels_named("avx512")->rows_nt_f32_ws(1, INT64_MAX) == SIZE_MAX);
 }
