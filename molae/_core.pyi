@@ -62,6 +62,15 @@ def gemm_bf16(
     /,
 ) -> None: ...
 def gemm_bf16_native(isa: str, /) -> bool: ...
+def rows_nt_f32(
+    isa: str,
+    Y: npt.NDArray[np.float32],
+    X: npt.NDArray[np.float32],
+    W: npt.NDArray[np.float32],
+    accumulate: bool,
+    /,
+) -> None: ...
+def rows_nt_f32_native(isa: str, /) -> bool: ...
 
 # status (n) -> the loop's status, (n) the worker that ran each task (-1: none).
 def parallel_probe(

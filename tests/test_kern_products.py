@@ -45,6 +45,12 @@ GEMM_LONG = (
     (3, 1400, 40),
 )
 
+# Tiles are 16, 32 or 48 rows of X, 1, 4, 8 or 12 of W and 48 at a time, 16 and 256 of k.
+ROWS_N = (0, 1, 15, 16, 17, 31, 33, 48, 49, 65, 81)
+ROWS_R = (0, 1, 3, 4, 11, 16, 23, 47, 48, 49)
+ROWS_K = (0, 1, 15, 16, 17, 65)
+ROWS_LONG = ((17, 97, 257), (64, 50, 513), (113, 150, 1031), (256, 20, 621), (33, 9, 2049))
+
 
 def unit(dtype: np.dtype) -> float:
     return float(np.finfo(dtype).eps) / 2
@@ -269,6 +275,35 @@ def test_native_gemms_are_not_the_portable_one():
         assert c[0, 0] == (0.0 if isa in NATIVE else np.float32(2.0**-133))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_rows(isa, accumulate):
+    rng = np.random.default_rng(11)
+    start = 2.0 if accumulate else np.nan
+    for n, r, k in (*itertools.product(ROWS_N, ROWS_R, ROWS_K), *ROWS_LONG):
+        x, w = draw(rng, "f32", n, k, 3), draw(rng, "f32", r, k, 5)
+        y = Output(np.float32, n, r, start)
+        _core.rows_nt_f32(isa, y.view, x, w, accumulate)
+        y.check(*expected(x, w, "nt", 2.0 if accumulate else 0.0, unit(np.float32)))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_do_not_change_each_other(isa):
+    rng = np.random.default_rng(12)
+    x, w = draw(rng, "f32", 130, 601, 1), draw(rng, "f32", 131, 601)
+    whole = np.empty((130, 131), np.float32)
+    _core.rows_nt_f32(isa, whole, x, w, False)
+    for n0, n1, r0, r1 in ((0, 17, 0, 131), (40, 90, 50, 131), (129, 130, 7, 8)):
+        part = np.empty((n1 - n0, r1 - r0), np.float32)
+        _core.rows_nt_f32(isa, part, x[n0:n1], w[r0:r1], False)
+        assert (part == whole[n0:n1, r0:r1]).all()
+
+
+def test_which_rows_are_native():
+    for isa in ISAS:
+        assert _core.rows_nt_f32_native(isa) == (isa not in ("ref", "avx2"))
+
+
 def test_refusals():
     x = np.zeros((2, 3), np.float32)
     h = np.zeros((4, 3), np.uint16)
@@ -283,6 +318,8 @@ def test_refusals():
         _core.stream("nn_bf16", "ref", y, x, h, False)
     with pytest.raises(ArgumentError, match="X: expected contiguous rows"):
         _core.stream("nt_bf16", "ref", y, np.zeros((2, 6), np.float32)[:, ::2], h, False)
+    with pytest.raises(ShapeError, match="do not fit 'nt'"):
+        _core.rows_nt_f32("ref", y, x, x, False)
     with pytest.raises(ArgumentError, match="layout: expected 'nt' or 'nn', got 'tt'"):
         _core.gemm_bf16("tt", "ref", y, h, h, False)
     with pytest.raises(ShapeError, match="do not fit 'nt'"):
