@@ -83,8 +83,9 @@ def _keep(args: argparse.Namespace, chosen: list[str], result: dict[str, Any]) -
     if args.json is not None:
         _write(args.json, result)
         return
-    whole = {} if args.quick or args.shapes else FILES
-    kept = {file: cases for file, cases in whole.items() if set(cases) <= set(chosen)}
+    partial = set(CASES) if args.quick else {"layers"} if args.shapes else set()
+    whole = set(chosen) - partial
+    kept = {file: cases for file, cases in FILES.items() if set(cases) <= whole}
     for file, cases in kept.items():
         others = set(CASES) - set(cases)
         part = {key: value for key, value in result.items() if key not in others}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -280,11 +281,16 @@ class _Padded:
         return found
 
 
+@cache
+def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """One compilation for all layers of a type: the sizes stay open."""
+    return torch.compile(function, dynamic=True)
+
+
 class _Compiled:
     """Each (token, expert) pair on its own, the matrices read where they lie: for few tokens.
 
-    torch.compile turns a product with gathered matrices into a loop that gathers nothing. The
-    sizes stay open, so that one compilation does for all of them.
+    torch.compile turns a product with gathered matrices into a loop that gathers nothing.
     """
 
     def __init__(self, shape: Shape, stacks: dict[str, Any]) -> None:
@@ -299,14 +305,13 @@ class _Compiled:
         rows = x.repeat_interleave(index.shape[1], 0)
         placed = rows.gather(1, self._gate[group]), rows.gather(1, self._up[group])
         A_gate, M_gate, A_up, M_up, A_down, M_down = self._factors
-        u = _pairs_in(
+        u = compiled(_pairs_in)(
             *placed, group, expert, weights.reshape(-1), A_gate, M_gate, A_up, M_up, A_down
         )
-        lifted = _pairs_out(u, group, M_down).gather(1, self._inverse[group])
+        lifted = compiled(_pairs_out)(u, group, M_down).gather(1, self._inverse[group])
         return lifted.view(*index.shape, -1).sum(1)
 
 
-@torch.compile(dynamic=True)
 def _pairs_in(
     x_gate: torch.Tensor,
     x_up: torch.Tensor,
@@ -329,7 +334,6 @@ def _pairs_in(
     return (A_down[expert] * hidden[:, None, :]).sum(-1)
 
 
-@torch.compile(dynamic=True)
 def _pairs_out(u: torch.Tensor, group: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
     """(pairs, D): lifted, in the order of the pivots."""
     return torch.cat([u, torch.bmm(u[:, None, :], M[group])[:, 0]], 1)

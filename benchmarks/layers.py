@@ -92,7 +92,7 @@ def _compiling() -> Iterator[str]:
 def _hindrance() -> str:
     try:
         torch.compile(lambda x: x + x.sum())(torch.ones(100))
-    except Exception as error:  # noqa: BLE001 (whatever it is, the result names it)
+    except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""
 

@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 import getpass
-import importlib
-import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_modules import ROOT, load
 
 from molae.convert import allocation
 from molae.fit import factor_shared, reduce_rank
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def _load(name: str):
-    """A module of the folder benchmarks, which is not installed."""
-    if "benchmarks" not in sys.modules:
-        folder = ROOT / "benchmarks"
-        spec = importlib.util.spec_from_file_location(
-            "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["benchmarks"])
-    return importlib.import_module(f"benchmarks.{name}")
-
-
-cases = _load("cases")
-check = _load("check")
-contestants = _load("contestants")
-header = _load("header")
-memory = _load("memory")
-readme = _load("readme")
-tables = _load("tables")
-timing = _load("timing")
-weights = _load("weights")
+cases = load("cases")
+check = load("check")
+contestants = load("contestants")
+header = load("header")
+main = load("__main__")
+memory = load("memory")
+readme = load("readme")
+tables = load("tables")
+timing = load("timing")
+weights = load("weights")
 
 EPS = float(np.finfo(np.float32).eps)
 TINY = cases.Settings(
@@ -171,6 +157,18 @@ def test_header_names_versions_but_no_machine():
         assert len(private) < 2 or private not in text
 
 
+def test_what_comes_before_a_run_is_not_timed():
+    calls = []
+    times = timing.alternate(
+        {"a": lambda: calls.append("a")},
+        2,
+        pause=0,
+        before=lambda name: (calls.append(f"before {name}"), time.sleep(0.02)),
+    )
+    assert calls == ["before a", "a"] * 2
+    assert max(times["a"]) < 0.02
+
+
 def test_ranks_are_those_of_a_conversion():
     for k, F, D in ((8, 24, 32), (4, 24, 32), (1, 64, 128)):
         expected = allocation.largest_rank(
@@ -195,15 +193,15 @@ def test_weights_are_seeded_and_differ_in_kind():
 
 @pytest.fixture(scope="module")
 def measured():
-    """All cases on tiny shapes, as one result."""
+    """The cases of benchmarks.json on tiny shapes, as one result."""
     result = {
         "molae_benchmarks": 1,
         "quick": True,
         "header": header.header(1),
         "peaks": {"gflops": {"molae": 10.0}, "best_gflops": 10.0, "copy_gbs": 1.0},
     }
-    for name, case in cases.CASES.items():
-        result[name] = case(TINY, 10.0)
+    for name in cases.FILES["benchmarks.json"]:
+        result[name] = cases.CASES[name](TINY, 10.0)
     return json.loads(json.dumps(result))
 
 
@@ -260,6 +258,35 @@ def test_the_command(tmp_path):
     assert tables.benchmarks(result) == done.stdout.rstrip("\n")
 
 
+def _kept(tmp_path, monkeypatch, *words):
+    """Files that a run of the command keeps, with the cases in each."""
+    monkeypatch.setattr(main, "RESULTS", tmp_path / "results")
+    args = main._parser().parse_args(words)
+    chosen = args.cases or list(cases.CASES)
+    main._keep(args, chosen, {"header": {}, **{name: {"rows": []} for name in chosen}})
+    return {
+        path.name: [key for key in json.loads(path.read_text()) if key != "header"]
+        for path in tmp_path.rglob("*.json")
+    }
+
+
+def test_whole_runs_go_to_the_file_of_their_cases(tmp_path, monkeypatch):
+    layers = {"layers.json": ["layers", "models"]}
+    assert _kept(tmp_path / "a", monkeypatch, "--cases", "layers", "models") == layers
+    assert _kept(tmp_path / "b", monkeypatch) == {
+        "benchmarks.json": ["factor", "bf16", "reduce", "convert"], **layers
+    }  # fmt: skip
+    assert _kept(tmp_path / "c", monkeypatch, "--cases", "layers") == {}
+    assert _kept(tmp_path / "d", monkeypatch, "--quick") == {}
+    assert _kept(tmp_path / "e", monkeypatch, "--shapes", "OLMoE-1B-7B") == {
+        "benchmarks.json": ["factor", "bf16", "reduce", "convert"]
+    }
+    out = str(tmp_path / "f" / "x.json")
+    assert _kept(tmp_path / "f", monkeypatch, "--cases", "reduce", "--json", out) == {
+        "x.json": ["reduce"]
+    }
+
+
 # ------------------------------------------------------------------------ the README
 
 DEMO = {
@@ -284,6 +311,9 @@ between
 <!-- benchmarks:start -->
 old
 <!-- benchmarks:end -->
+
+<!-- layers:start -->
+<!-- layers:end -->
 """
 
 
