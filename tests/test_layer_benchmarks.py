@@ -135,8 +135,8 @@ def test_one_wrong_token_is_refused(dtype):
 def test_a_case_refuses_one_wrong_expert(monkeypatch, dtype):
     right = molae.hf.experts.forward_native
 
-    def off(module, x, index, weights, factors):
-        return right(module, x, (index + (index == 2)) % module.num_experts, weights, factors)
+    def off(module, x, index, weights):
+        return right(module, x, (index + (index == 2)) % module.num_experts, weights)
 
     monkeypatch.setattr(molae.hf.experts, "forward_native", off)
     shape = dataclasses.replace(SHAPE, dtypes=(dtype,), E=8)
@@ -230,7 +230,7 @@ def test_a_model_with_a_wrong_layer_is_refused(monkeypatch):
 
 
 def test_a_model_not_run_by_the_kernels_is_refused(monkeypatch):
-    monkeypatch.setattr(molae.hf.experts, "native_takes", lambda *given: False)
+    monkeypatch.setattr(molae.hf.experts, "forward_native", lambda *given: None)
     with pytest.raises(RuntimeError, match="not by the kernels"):
         models.models(TINY)
 

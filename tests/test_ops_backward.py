@@ -300,9 +300,9 @@ import hashlib, numpy as np, molae
 from molae import ops
 rng = np.random.default_rng(0)
 shapes = ((40, 24), (3, 70, 24), (3, 70, 24))
-x, gate, up = (rng.standard_normal(s, dtype=np.float32) for s in shapes)
-down, index = rng.standard_normal((3, 24, 70), dtype=np.float32), rng.integers(0, 3, (40, 2))
-w = rng.random((40, 2), dtype=np.float32)
+x, gate, up = (rng.standard_normal(s) for s in shapes)
+down, index = rng.standard_normal((3, 24, 70)), rng.integers(0, 3, (40, 2))
+w = rng.random((40, 2))
 args = x, index, w, gate, up, down
 digest = hashlib.sha256()
 for activation in ops.ACTIVATIONS:
@@ -315,7 +315,8 @@ print(molae.show_config("dict")["kernels"]["isa"], digest.hexdigest())
 
 
 def test_every_instruction_set_gives_the_same_layer(python):
-    """molae's own kernels give the same bits; OpenBLAS's core does not follow the variable."""
+    """In float64, whose products are OpenBLAS's: its core does not follow the variable. Products
+    of float32 have orders of their own (tests/test_kern_products.py)."""
     runs = {}
     for disabled in ("", "avx512", "avx512,avx2"):
         isa, digest = python(WHOLE_LAYER, MOLAE_DISABLE_ISA=disabled).split()
