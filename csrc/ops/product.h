@@ -21,7 +21,7 @@
 
 #include "../molae.h"
 
-enum { MLI_STREAM_ROWS = 16, MLI_MANY_ROWS = 256, MLI_PRODUCT_ROWS = 512 };
+enum { MLI_STREAM_ROWS = 16, MLI_MANY_ROWS = 192, MLI_PRODUCT_ROWS = 512 };
 
 /* What a product needs. `narrow`: X may be rounded to bf16, as in a layer whose
  * activations are. */
