@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     if result["header"]["busy"]:
         load = result["header"]["load_at_start"]
-        _say(f"the machine is busy (load average {load}): read ratios, not seconds")
+        _say(f"the machine is busy (others take {load:.0%}): read ratios, not seconds")
     _say("peaks")
     result["peaks"] = peaks(settings.threads, quick=args.quick)
     start = time.perf_counter()

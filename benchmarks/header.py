@@ -20,18 +20,19 @@ __all__ = ["BUSY", "header", "usable_cpus"]
 #: Features that decide which kernels a BLAS takes.
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
-#: Load average, over the CPUs in use, from which the machine counts as busy.
-BUSY = 0.25
+#: Share of the CPUs' time taken by others from which the machine counts as busy, and the seconds
+#: for which it is watched.
+BUSY, WATCHED = 0.1, 2.0
 
 
 def header(threads: int) -> dict[str, Any]:
     """Facts about this run, without names of the machine, its user or its folders."""
-    load = os.getloadavg()[0]
+    load = _load(WATCHED)
     return {
         "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "threads": threads,
-        "load_at_start": round(load, 2),
-        "busy": load > BUSY * usable_cpus(),
+        "load_at_start": round(load, 3),
+        "busy": load > BUSY,
         "commit": _commit(),
         "cpu": _cpu(),
         "versions": _versions(),
@@ -43,6 +44,20 @@ def header(threads: int) -> dict[str, Any]:
 def usable_cpus() -> int:
     """CPUs that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def _load(seconds: float) -> float:
+    """Share of all CPUs' time that others take while this process waits; stolen time is theirs."""
+    before = _cpu_times()
+    time.sleep(seconds)
+    spent = [after - start for start, after in zip(before, _cpu_times(), strict=True)]
+    idle = spent[3] + spent[4]  # idle, and waiting for a disk
+    return 1 - idle / max(sum(spent), 1)
+
+
+def _cpu_times() -> list[int]:
+    """user, nice, system, idle, iowait, irq, softirq, steal; guests are in user already."""
+    return [int(ticks) for ticks in _read("/proc/stat").split("\n", 1)[0].split()[1:9]]
 
 
 def _cpu() -> dict[str, Any]:

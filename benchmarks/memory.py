@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+import molae
+
 __all__ = ["Peak", "anonymous_bytes"]
 
 
@@ -30,12 +32,14 @@ class Peak:
 
     Notes
     -----
-    A sample every `interval` seconds: what comes and goes between two is not seen.
+    A sample every `interval` seconds: what comes and goes between two is not seen. Memory that
+    molae keeps for its next call is given back first, so that it counts where it is used.
     """
 
     def __init__(self, pid: int | str = "self", interval: float = 0.002) -> None:
         self._pid, self._interval = pid, interval
         self._stop = threading.Event()
+        molae.ops.release_scratch()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.start = self.peak = anonymous_bytes(pid)
 

@@ -692,10 +692,10 @@ def latent_experts_backward(
 
 
 def release_scratch() -> None:
-    """Give back the scratch memory that layers keep from one call to the next.
+    """Give back the memory that layers and factorizations keep from one call to the next.
 
-    At most 512 MB are kept, since fresh memory costs time on each call. The next call takes
-    what it needs again.
+    At most 512 MB are kept, scratch and large results that are gone, since fresh memory costs
+    time on each call. The next call takes what it needs again.
 
     Examples
     --------

@@ -157,6 +157,15 @@ def test_header_names_versions_but_no_machine():
         assert len(private) < 2 or private not in text
 
 
+def test_load_is_what_others_take(monkeypatch):
+    """user, nice, system, idle, iowait, irq, softirq, steal."""
+    counts = iter([[5, 0, 5, 100, 0, 0, 0, 0], [15, 0, 10, 170, 10, 0, 0, 5]])
+    monkeypatch.setattr(header, "_cpu_times", lambda: next(counts))
+    assert header._load(0) == pytest.approx(0.2)
+    monkeypatch.undo()
+    assert 0 <= header._load(0.1) <= 1
+
+
 def test_what_comes_before_a_run_is_not_timed():
     calls = []
     times = timing.alternate(

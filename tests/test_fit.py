@@ -494,6 +494,27 @@ def test_the_extension_checks_what_the_face_checked():
         _core.factor_shared(W, [0, 1], [0, 2], [1], 0, False, True, True, 0)
 
 
+def test_memory_of_a_large_result_is_used_again_once_it_is_gone():
+    W = experts(3, 2, 1024, 1032).astype(F32)
+    live = _core.mem_live()
+    first = fit.factor_shared(W, 1000).private[0]  # 8 MB
+    assert first.nbytes > 4 << 20
+    assert _core.mem_live() == live + 1
+    kept, part = first.copy(), first[1:]
+    del first
+    second = fit.factor_shared(W[::-1], 1000).private[0]
+    assert not np.shares_memory(part, second)
+    assert np.array_equal(part, kept[1:])  # a view holds the memory
+    assert second.flags.writeable and second.flags.c_contiguous
+    address = second.ctypes.data
+    del second
+    third = fit.factor_shared(W, 1000).private[0]
+    assert third.ctypes.data == address
+    assert np.array_equal(third, kept)
+    del third, part
+    assert _core.mem_live() == live
+
+
 def test_every_failed_allocation_is_an_error_without_a_leak():
     W = list(experts(19, 3, 9, 7))
     live = _core.mem_live()

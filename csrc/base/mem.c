@@ -85,24 +85,80 @@ typedef struct {
     size_t bytes;
 } lent;
 
-static _Atomic(lent *) kept;
+/* Blocks kept, the one returned last at the end. Nobody waits for the flag, which another thread
+ * may have held when this process was forked: without it a block is not kept, or not found. */
+enum { KEPT = 8 };
+static atomic_flag keeping = ATOMIC_FLAG_INIT;
+static lent *kept[KEPT];
+static int kept_blocks;
+static size_t kept_bytes;
+
+/* Takes kept block i out; the flag is held. */
+static lent *
+take_out(int i)
+{
+    lent *block = kept[i];
+
+    kept_blocks--;
+    kept_bytes -= block->bytes;
+    memmove(kept + i, kept + i + 1, (size_t)(kept_blocks - i) * sizeof *kept);
+    return block;
+}
+
+/* The smallest kept block that serves, or NULL; one of more than twice the size would be wasted. */
+static lent *
+take_fitting(size_t bytes)
+{
+    lent *block = NULL;
+    int best = -1;
+
+    if (atomic_flag_test_and_set(&keeping))
+        return NULL;
+    for (int i = 0; i < kept_blocks; i++)
+        if (kept[i]->bytes >= bytes && kept[i]->bytes / 2 <= bytes &&
+            (best < 0 || kept[i]->bytes < kept[best]->bytes))
+            best = i;
+    if (best >= 0)
+        block = take_out(best);
+    atomic_flag_clear(&keeping);
+    return block;
+}
+
+/* Keeps the block, or none (NULL), and frees the oldest ones beyond `most` bytes. */
+static void
+keep(lent *block, size_t most)
+{
+    lent *old[KEPT];
+    int n = 0;
+
+    if (atomic_flag_test_and_set(&keeping)) {
+        free(block);
+        return;
+    }
+    while (kept_blocks > 0 &&
+           (kept_bytes > most - (block ? block->bytes : 0) || kept_blocks == KEPT))
+        old[n++] = take_out(0);
+    if (block != NULL) {
+        kept_bytes += block->bytes;
+        kept[kept_blocks++] = block;
+    }
+    atomic_flag_clear(&keeping);
+    while (n > 0)
+        free(old[--n]);
+}
 
 void *
 mli_lend(size_t bytes)
 {
-    lent *block = atomic_exchange(&kept, NULL);
+    lent *block = take_fitting(bytes);
 
     if (block != NULL) {
         atomic_fetch_add(&live, 1);
-        if (block->bytes < bytes) {
-            mli_free(block);
-            block = NULL;
-        } else if (must_fail()) {
+        if (must_fail()) {
             mli_free(block);
             return NULL;
         }
-    }
-    if (block == NULL) {
+    } else {
         block = mli_alloc(mli_size_add(bytes, ALIGN));
         if (block == NULL)
             return NULL;
@@ -120,26 +176,23 @@ mli_lend(size_t bytes)
 void
 mli_return(void *p)
 {
-    lent *block, *none = NULL;
+    lent *block;
 
     if (p == NULL)
         return;
     block = (lent *)(void *)((char *)p - ALIGN);
-    if (block->bytes <= MLI_SCRATCH_KEPT && atomic_compare_exchange_strong(&kept, &none, block))
-        atomic_fetch_sub(&live, 1);
-    else
+    if (block->bytes > MLI_KEPT) {
         mli_free(block);
+        return;
+    }
+    atomic_fetch_sub(&live, 1);
+    keep(block, MLI_KEPT);
 }
 
 void
-mli_scratch_release(void)
+mli_kept_release(void)
 {
-    lent *block = atomic_exchange(&kept, NULL);
-
-    if (block != NULL) {
-        atomic_fetch_add(&live, 1);
-        mli_free(block);
-    }
+    keep(NULL, 0);
 }
 
 int64_t

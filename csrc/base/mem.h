@@ -11,13 +11,13 @@ void *mli_alloc(size_t bytes);
 /* Frees what mli_alloc returned; NULL is a no-op. */
 void mli_free(void *p);
 
-/* Scratch for one call, as mli_alloc and mli_free. The last block returned is kept for the next
- * call, if it is of at most MLI_SCRATCH_KEPT bytes: fresh pages cost as much as a tenth of a
- * layer's products. A kept block does not count as live; mli_scratch_release frees it. */
-#define MLI_SCRATCH_KEPT ((size_t)512 << 20)
+/* As mli_alloc and mli_free, for what a call needs once and large results. Blocks given back are
+ * kept for the next call, up to MLI_KEPT bytes in all: fresh pages cost as much as a tenth of the
+ * products that fill them. Kept blocks do not count as live; mli_kept_release frees them. */
+#define MLI_KEPT ((size_t)512 << 20)
 void *mli_lend(size_t bytes);
 void mli_return(void *p);
-void mli_scratch_release(void);
+void mli_kept_release(void);
 
 /* Blocks handed out by mli_alloc or mli_lend and not yet taken back. */
 int64_t mli_mem_live(void);

@@ -110,13 +110,47 @@ typedef struct {
     int32_t **perm_p;
 } factor_lists;
 
+/* Arrays from so many bytes on live in lent memory. */
+enum { LARGE = 4 << 20 };
+
+static void
+return_block(PyObject *capsule)
+{
+    mli_return(PyCapsule_GetPointer(capsule, NULL));
+}
+
+/* An array in lent memory, which goes back with the last view of it. Takes `descr` over. */
+static PyArrayObject *
+large_empty(int ndim, npy_intp *dims, PyArray_Descr *descr, size_t bytes)
+{
+    void *data = mli_lend(bytes);
+    PyObject *owner = data ? PyCapsule_New(data, NULL, return_block) : PyErr_NoMemory();
+    PyObject *a;
+
+    if (owner == NULL) {
+        mli_return(data);
+        Py_DECREF((PyObject *)descr);
+        return NULL;
+    }
+    a = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, NULL, data, NPY_ARRAY_CARRAY, NULL);
+    if (a == NULL)
+        Py_DECREF(owner);
+    else if (PyArray_SetBaseObject((PyArrayObject *)a, owner) < 0) /* takes it over */
+        Py_CLEAR(a);
+    return (PyArrayObject *)a;
+}
+
 static PyArrayObject *
 append_empty(PyObject *list, int ndim, npy_intp *dims, PyArray_Descr *descr)
 {
+    size_t bytes = (size_t)PyDataType_ELSIZE(descr);
     PyArrayObject *a;
 
-    Py_INCREF((PyObject *)descr); /* PyArray_Empty steals it */
-    a = (PyArrayObject *)PyArray_Empty(ndim, dims, descr, 0);
+    for (int i = 0; i < ndim; i++)
+        bytes = mli_size_mul(bytes, (size_t)dims[i]);
+    Py_INCREF((PyObject *)descr); /* both steal it */
+    a = bytes < LARGE ? (PyArrayObject *)PyArray_Empty(ndim, dims, descr, 0)
+                      : large_empty(ndim, dims, descr, bytes);
     if (a == NULL || PyList_Append(list, (PyObject *)a) < 0) {
         Py_XDECREF((PyObject *)a);
         return NULL;
@@ -243,7 +277,7 @@ py_factor_shared(PyObject *mod, PyObject *args)
         goto done;
     if (ranks != NULL && ws_bytes > 0 && factor_lists_new(&l, &k, ranks, gauge) < 0)
         goto done;
-    ws = mli_alloc(ws_bytes);
+    ws = mli_lend(ws_bytes);
     if (ws == NULL) {
         PyErr_NoMemory();
         goto done;
@@ -278,7 +312,7 @@ py_factor_shared(PyObject *mod, PyObject *args)
         ret = Py_BuildValue("OOOOOOO", l.shared, l.perm, l.private_, spectrum, energy,
                             errors ? (PyObject *)residual : Py_None, used_svd);
 done:
-    mli_free(ws);
+    mli_return(ws);
     factor_lists_clear(&l);
     stack_clear(&k);
     Py_XDECREF((PyObject *)ids);
@@ -327,7 +361,7 @@ py_reduce_rank(PyObject *mod, PyObject *args)
         goto done;
     ws_bytes = k.s.dtype == MOLAE_F64 ? molae_reduce_rank_ws_f64(&ctx, &k.s)
                                       : molae_reduce_rank_ws_f32(&ctx, &k.s);
-    ws = mli_alloc(ws_bytes);
+    ws = mli_lend(ws_bytes);
     if (ws == NULL) {
         PyErr_NoMemory();
         goto done;
@@ -347,7 +381,7 @@ py_reduce_rank(PyObject *mod, PyObject *args)
         goto done;
     ret = Py_BuildValue("OO", out, used_svd);
 done:
-    mli_free(ws);
+    mli_return(ws);
     stack_clear(&k);
     Py_XDECREF((PyObject *)out);
     Py_XDECREF((PyObject *)used_svd);
@@ -391,7 +425,7 @@ py_gauge(PyObject *mod, PyObject *args)
     if (M == NULL || perm == NULL)
         goto done;
     ws_bytes = dtype == MOLAE_F64 ? molae_gauge_ws_f64(dims[0], D) : molae_gauge_ws_f32(dims[0], D);
-    ws = mli_alloc(ws_bytes);
+    ws = mli_lend(ws_bytes);
     if (ws == NULL) {
         PyErr_NoMemory();
         goto done;
@@ -410,7 +444,7 @@ py_gauge(PyObject *mod, PyObject *args)
         goto done;
     ret = Py_BuildValue("OO", M, perm);
 done:
-    mli_free(ws);
+    mli_return(ws);
     Py_XDECREF((PyObject *)M);
     Py_XDECREF((PyObject *)perm);
     return ret;

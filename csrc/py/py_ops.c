@@ -224,7 +224,7 @@ py_release_scratch(PyObject *mod, PyObject *unused)
 {
     (void)mod;
     (void)unused;
-    mli_scratch_release();
+    mli_kept_release();
     Py_RETURN_NONE;
 }
 

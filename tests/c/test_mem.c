@@ -97,30 +97,35 @@ lending(void)
     CHECK(mli_mem_live() == before + 2);
     memset(p, 1, 1000);
     memset(q, 1, 10);
-    mli_return(p); /* kept */
-    mli_return(q); /* freed: there is one already */
+    mli_return(p); /* both are kept */
+    mli_return(q);
     mli_return(NULL);
     CHECK(mli_mem_live() == before);
     q = mli_lend(900);
-    CHECK(q == p);
+    CHECK(q == p && mli_mem_live() == before + 1);
     memset(q, 1, 1000);
     mli_return(q);
     q = mli_lend(1001); /* too small */
-    CHECK(q != NULL && mli_mem_live() == before + 1);
+    CHECK(q != NULL && q != p);
     memset(q, 1, 1001);
     mli_return(q);
+    CHECK((q = mli_lend(950)) == p); /* the smaller of two that serve */
+    mli_return(q);
+    q = mli_lend(499); /* both would be wasted */
+    CHECK(q != NULL && q != p);
+    mli_return(q);
     mli_mem_fail_after(1);
-    CHECK(mli_lend(5) == NULL && mli_mem_live() == before); /* reuse fails as well */
+    CHECK(mli_lend(1000) == NULL && mli_mem_live() == before); /* reuse fails as well */
     mli_mem_fail_after(1);
-    CHECK(mli_lend(5) == NULL && mli_mem_live() == before);
+    CHECK(mli_lend(5000) == NULL && mli_mem_live() == before);
     CHECK(mli_lend(SIZE_MAX) == NULL && mli_lend(SIZE_MAX - 70) == NULL);
-    q = mli_lend(MLI_SCRATCH_KEPT + 1);
+    q = mli_lend(MLI_KEPT + 1);
     CHECK(q != NULL);
     mli_return(q); /* too large to keep */
-    q = mli_lend(8);
-    mli_return(q);
-    mli_scratch_release();
-    mli_scratch_release();
+    for (size_t i = 0; i < 20; i++) /* more than are kept, in number and in bytes */
+        mli_return(mli_lend(MLI_KEPT / 4 + (i << 28)));
+    mli_kept_release();
+    mli_kept_release();
     CHECK(mli_mem_live() == before);
 }
 
