@@ -93,7 +93,7 @@ def _header(result: Result) -> str:
     ]
     if head["busy"]:
         lines.append(
-            f"**The machine was busy** (others took {head['load_at_start']:.0%} of it at the start): "
+            f"**The machine was busy** (others took {head['load_at_start']:.0%} at the start): "
             "read ratios, not seconds."
         )
     if result["quick"]:

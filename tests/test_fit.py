@@ -505,7 +505,8 @@ def test_memory_of_a_large_result_is_used_again_once_it_is_gone():
     second = fit.factor_shared(W[::-1], 1000).private[0]
     assert not np.shares_memory(part, second)
     assert np.array_equal(part, kept[1:])  # a view holds the memory
-    assert second.flags.writeable and second.flags.c_contiguous
+    assert second.flags.writeable
+    assert second.flags.c_contiguous
     address = second.ctypes.data
     del second
     third = fit.factor_shared(W, 1000).private[0]
