@@ -254,16 +254,18 @@ typedef struct {
     float *dx;      /* (N,D) */
     float *dweight; /* (N,K); slots with index E get nothing */
     molae_projection_grads_f32 gate, up, down;
+    int overwrite; /* set all of them, which spares reading; else add to them */
 } molae_experts_grads_f32;
 typedef struct {
     double *dx, *dweight;
     molae_projection_grads_f64 gate, up, down;
+    int overwrite;
 } molae_experts_grads_f64;
 
-/* The gradients of sum(dy * y) with respect to all inputs, ADDED to what d points to; NULL saves
- * its cost. dy: (N,D) of type io. saved, x, index, weight, l: as forward had and left them.
- * Each gradient has one owner and a fixed order of additions.
- * Flops: at most twice forward's. ws about chunk K (3 F + D / 4) numbers. */
+/* The gradients of sum(dy * y) with respect to all inputs, ADDED to what d points to unless
+ * d->overwrite is set; NULL saves its cost. dy: (N,D) of type io. saved, x, index, weight, l: as
+ * forward had and left them. Each gradient has one owner and a fixed order of additions. Flops: at
+ * most twice forward's. ws about chunk K (3 F + D / 4) numbers. */
 size_t molae_experts_backward_ws_f32(const molae_ctx *ctx, const molae_experts *l, int64_t N,
                                      int64_t K);
 size_t molae_experts_backward_ws_f64(const molae_ctx *ctx, const molae_experts *l, int64_t N,

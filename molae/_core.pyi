@@ -62,7 +62,8 @@ def gemm_bf16(
     /,
 ) -> None: ...
 def gemm_bf16_native(isa: str, /) -> bool: ...
-def rows_nt_f32(
+def rows_f32(
+    layout: str,
     isa: str,
     Y: npt.NDArray[np.float32],
     X: npt.NDArray[np.float32],
@@ -70,7 +71,7 @@ def rows_nt_f32(
     accumulate: bool,
     /,
 ) -> None: ...
-def rows_nt_f32_native(isa: str, /) -> bool: ...
+def rows_f32_native(isa: str, /) -> bool: ...
 
 # status (n) -> the loop's status, (n) the worker that ran each task (-1: none).
 def parallel_probe(
@@ -125,13 +126,17 @@ def experts_forward(
 ) -> None: ...
 
 # grads: (dx (N,D), dweights (N,K), gate, up, down), the last three (private: E arrays, shared: G
-# arrays, bias), everything None where not wanted, else added to.
+# arrays, bias), everything None where not wanted, else set (overwrite) or added to.
 def experts_backward(
     grads: tuple[Any, ...],
+    overwrite: bool,
     dy: npt.NDArray[Any],
     saved: tuple[Any, ...],
     call: tuple[Any, ...],
     num_threads: int,
     /,
 ) -> None: ...
+def empty(
+    shape: int | tuple[int, ...], dtype: npt.DTypeLike, /
+) -> npt.NDArray[Any]: ...  # as np.empty; large arrays in memory that is kept
 def release_scratch() -> None: ...

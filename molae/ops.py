@@ -518,9 +518,9 @@ def latent_experts_forward(
         work, N = _work(x), len(x)
         widths = (_width(W, K) for W in (gate, up, down))
         saved = Saved(
-            np.empty((N * K, F), work),
-            np.empty((N * K, F), work),
-            *(np.empty((N, width), work) for width in widths),
+            _core.empty((N * K, F), work),
+            _core.empty((N * K, F), work),
+            *(_core.empty((N, width), work) for width in widths),
         )
     y = np.empty(x.shape, x.dtype) if out is None else out
     _core.experts_forward(y, saved._core() if saved else None, call, get_num_threads())
@@ -673,7 +673,7 @@ def latent_experts_backward(
     call, _ = _call(x, top_k_index, top_k_weights, weights, biases, (activation, alpha, limit))
     if out is not None and wanted is not None:
         raise ArgumentError("wanted: what is not None in out is computed; give one of the two")
-    d = _zeros(call, weights, biases, wanted) if out is None else out
+    d = _unset(call, weights, biases, wanted) if out is None else out
     for role in ROLES:
         if getattr(d, f"{role}_bias") is not None and biases[role] is None:
             raise ArgumentError(f"d{role}_bias: there is no {role}_bias")
@@ -686,7 +686,7 @@ def latent_experts_backward(
         ),
     )
     _core.experts_backward(
-        grads, _contiguous(np.asarray(dy)), saved._core(), call, get_num_threads()
+        grads, out is None, _contiguous(np.asarray(dy)), saved._core(), call, get_num_threads()
     )
     return d
 
@@ -694,8 +694,8 @@ def latent_experts_backward(
 def release_scratch() -> None:
     """Give back the memory that layers and factorizations keep from one call to the next.
 
-    At most 512 MB are kept, scratch and large results that are gone, since fresh memory costs
-    time on each call. The next call takes what it needs again.
+    Scratch and large results that are gone are kept, up to an eighth of the machine's memory and
+    4 GiB, since fresh memory costs time on each call. The next call takes what it needs again.
 
     Examples
     --------
@@ -805,13 +805,13 @@ def _call(
     return call, (F, index.shape[1])
 
 
-def _zeros(
+def _unset(
     call: tuple[Any, ...],
     weights: dict[str, Weights],
     biases: dict[str, Array | None],
     wanted: Sequence[str] | None,
 ) -> Gradients:
-    """Gradients of zeros for what is wanted."""
+    """Arrays for the gradients that are wanted."""
     names = [f.name for f in fields(Gradients)]
     if wanted is None:
         wanted = [n for n in names if not n.endswith("_bias") or biases[n[:-5]] is not None]
@@ -820,8 +820,8 @@ def _zeros(
             raise ArgumentError(f"wanted: expected among {', '.join(names)}, got {name!r}")
     work = _work(call[0])
 
-    def zeros(a: Array | None) -> Array | None:
-        return None if a is None else np.zeros(a.shape, work)
+    def empty(a: Array | None) -> Array | None:
+        return None if a is None else _core.empty(a.shape, work)
 
     made: dict[str, Any] = {}
     for name in wanted:
@@ -829,16 +829,16 @@ def _zeros(
             W = weights[name]
             made[name] = (
                 ProjectionGradients(
-                    private=tuple(zeros(a) for a in W.private),
-                    shared=tuple(zeros(a) for a in W.shared),
+                    private=tuple(empty(a) for a in W.private),
+                    shared=tuple(empty(a) for a in W.shared),
                 )
                 if isinstance(W, Projection)
-                else zeros(W)
+                else empty(W)
             )
         elif name.endswith("_bias"):
-            made[name] = zeros(biases[name[:-5]])
+            made[name] = empty(biases[name[:-5]])
         else:
-            made[name] = zeros(call[0] if name == "x" else call[2])
+            made[name] = empty(call[0] if name == "x" else call[2])
     return Gradients(**made)
 
 

@@ -84,3 +84,9 @@ def one_thread() -> Iterator[None]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if _core.mem_live() != 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture
+def unset_is_nan(monkeypatch):
+    """New arrays for results hold NaN, so that nobody adds to what was never set."""
+    monkeypatch.setattr(_core, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))

@@ -23,7 +23,7 @@ from molae.errors import ArgumentError
 from molae.factored import Split, index_groups
 from molae.hf import LatentExperts
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "unset_is_nan")
 
 E, D, F, K = 6, 16, 12, 3
 SAME = Split(index_groups(E, 3), (5, 8))

@@ -49,7 +49,10 @@ GEMM_LONG = (
 ROWS_N = (0, 1, 15, 16, 17, 31, 33, 48, 49, 65, 81)
 ROWS_R = (0, 1, 3, 4, 11, 16, 23, 47, 48, 49)
 ROWS_K = (0, 1, 15, 16, 17, 65)
-ROWS_LONG = ((17, 97, 257), (64, 50, 513), (113, 150, 1031), (256, 20, 621), (33, 9, 2049))
+ROWS_LONG = (
+    *((17, 97, 257), (64, 50, 513), (113, 150, 1031), (256, 20, 621), (33, 9, 2049)),
+    *((20, 433, 131), (150, 800, 300), (9, 385, 129)),
+)
 
 
 def unit(dtype: np.dtype) -> float:
@@ -277,31 +280,34 @@ def test_native_gemms_are_not_the_portable_one():
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_rows(isa, accumulate):
+@pytest.mark.parametrize("layout", ["nt", "nn"])
+def test_rows(isa, layout, accumulate):
     rng = np.random.default_rng(11)
     start = 2.0 if accumulate else np.nan
     for n, r, k in (*itertools.product(ROWS_N, ROWS_R, ROWS_K), *ROWS_LONG):
-        x, w = draw(rng, "f32", n, k, 3), draw(rng, "f32", r, k, 5)
+        x, w = draw(rng, "f32", n, k, 3), draw(rng, "f32", *second(layout, r, k), 5)
         y = Output(np.float32, n, r, start)
-        _core.rows_nt_f32(isa, y.view, x, w, accumulate)
-        y.check(*expected(x, w, "nt", 2.0 if accumulate else 0.0, unit(np.float32)))
+        _core.rows_f32(layout, isa, y.view, x, w, accumulate)
+        y.check(*expected(x, w, layout, 2.0 if accumulate else 0.0, unit(np.float32)))
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_rows_do_not_change_each_other(isa):
+@pytest.mark.parametrize("layout", ["nt", "nn"])
+def test_rows_do_not_change_each_other(isa, layout):
     rng = np.random.default_rng(12)
-    x, w = draw(rng, "f32", 130, 601, 1), draw(rng, "f32", 131, 601)
+    x, w = draw(rng, "f32", 130, 601, 1), draw(rng, "f32", *second(layout, 131, 601))
     whole = np.empty((130, 131), np.float32)
-    _core.rows_nt_f32(isa, whole, x, w, False)
+    _core.rows_f32(layout, isa, whole, x, w, False)
     for n0, n1, r0, r1 in ((0, 17, 0, 131), (40, 90, 50, 131), (129, 130, 7, 8)):
         part = np.empty((n1 - n0, r1 - r0), np.float32)
-        _core.rows_nt_f32(isa, part, x[n0:n1], w[r0:r1], False)
+        piece = w[r0:r1] if layout == "nt" else w[:, r0:r1]
+        _core.rows_f32(layout, isa, part, x[n0:n1], piece, False)
         assert (part == whole[n0:n1, r0:r1]).all()
 
 
 def test_which_rows_are_native():
     for isa in ISAS:
-        assert _core.rows_nt_f32_native(isa) == (isa not in ("ref", "avx2"))
+        assert _core.rows_f32_native(isa) == (isa not in ("ref", "avx2"))
 
 
 def test_refusals():
@@ -319,7 +325,7 @@ def test_refusals():
     with pytest.raises(ArgumentError, match="X: expected contiguous rows"):
         _core.stream("nt_bf16", "ref", y, np.zeros((2, 6), np.float32)[:, ::2], h, False)
     with pytest.raises(ShapeError, match="do not fit 'nt'"):
-        _core.rows_nt_f32("ref", y, x, x, False)
+        _core.rows_f32("nt", "ref", y, x, x, False)
     with pytest.raises(ArgumentError, match="layout: expected 'nt' or 'nn', got 'tt'"):
         _core.gemm_bf16("tt", "ref", y, h, h, False)
     with pytest.raises(ShapeError, match="do not fit 'nt'"):

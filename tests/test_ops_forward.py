@@ -14,6 +14,8 @@ import molae
 from molae import fit, ops
 from molae.ops import ACTIVATIONS, Projection
 
+pytestmark = pytest.mark.usefixtures("unset_is_nan")
+
 F32, F64, BF16 = np.float32, np.float64, ml_dtypes.bfloat16
 EPS = {F32: 2.0**-24, F64: 2.0**-53}
 

@@ -1,4 +1,4 @@
-#define _DEFAULT_SOURCE /* madvise */
+#define _DEFAULT_SOURCE /* madvise, sysconf */
 
 #include "mem.h"
 
@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define ALIGN ((size_t)64)
 
@@ -87,7 +88,8 @@ typedef struct {
 
 /* Blocks kept, the one returned last at the end. Nobody waits for the flag, which another thread
  * may have held when this process was forked: without it a block is not kept, or not found. */
-enum { KEPT = 8 };
+enum { KEPT = 128 };
+#define KEPT_MOST ((size_t)4 << 30)
 static atomic_flag keeping = ATOMIC_FLAG_INIT;
 static lent *kept[KEPT];
 static int kept_blocks;
@@ -181,12 +183,21 @@ mli_return(void *p)
     if (p == NULL)
         return;
     block = (lent *)(void *)((char *)p - ALIGN);
-    if (block->bytes > MLI_KEPT) {
+    if (block->bytes > mli_kept_limit()) {
         mli_free(block);
         return;
     }
     atomic_fetch_sub(&live, 1);
-    keep(block, MLI_KEPT);
+    keep(block, mli_kept_limit());
+}
+
+size_t
+mli_kept_limit(void)
+{
+    const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    const size_t bytes = pages > 0 && page > 0 ? mli_size_mul((size_t)pages, (size_t)page) / 8 : 0;
+
+    return bytes < KEPT_MOST ? bytes : KEPT_MOST;
 }
 
 void

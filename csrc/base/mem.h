@@ -11,12 +11,13 @@ void *mli_alloc(size_t bytes);
 /* Frees what mli_alloc returned; NULL is a no-op. */
 void mli_free(void *p);
 
-/* As mli_alloc and mli_free, for what a call needs once and large results. Blocks given back are
- * kept for the next call, up to MLI_KEPT bytes in all: fresh pages cost as much as a tenth of the
- * products that fill them. Kept blocks do not count as live; mli_kept_release frees them. */
-#define MLI_KEPT ((size_t)512 << 20)
+/* As mli_alloc and mli_free, for what a call needs once and for large results. Blocks given back
+ * are kept for the next call, up to mli_kept_limit() bytes in all: fresh pages cost as much as a
+ * tenth of the products that fill them. Kept blocks do not count as live; mli_kept_release frees
+ * them. */
 void *mli_lend(size_t bytes);
 void mli_return(void *p);
+size_t mli_kept_limit(void); /* an eighth of the machine's memory, at most 4 GiB */
 void mli_kept_release(void);
 
 /* Blocks handed out by mli_alloc or mli_lend and not yet taken back. */

@@ -68,14 +68,14 @@ typedef struct {
     mli_stream_f32 stream_nt_f32, stream_nn_f32;
     mli_stream_bf16 stream_nt_bf16, stream_nn_bf16;
     mli_stream_f64 stream_nt_f64, stream_nn_f64; /* plain C in every table */
-    /* stream_nt_f32 for some tens or hundreds of rows of X, which ws takes in another order:
-     * rows_nt_f32_ws bytes of these sizes or larger ones, 64-byte aligned (SIZE_MAX: overflow).
-     * W is read where it lies, once from memory. Rows of X do not change each other's sums.
-     * rows_nt_f32_native: 0 where this is the portable version, and BLAS is faster. */
-    size_t (*rows_nt_f32_ws)(int64_t N, int64_t k);
-    void (*rows_nt_f32)(float *Y, int64_t ldy, const float *X, int64_t ldx, const float *W,
-                        int64_t ldw, int64_t N, int64_t r, int64_t k, int accumulate, void *ws);
-    int rows_nt_f32_native;
+    /* The streaming product of that layout for some tens or hundreds of rows of X. ws takes X or
+     * pieces of W in another order: rows_f32_ws bytes of these sizes or larger ones, 64-byte
+     * aligned (SIZE_MAX: overflow). W is read once from memory. Rows of X do not change each
+     * other's sums. rows_f32_native: 0 where this is the portable version, and BLAS is faster. */
+    size_t (*rows_f32_ws)(int64_t N, int64_t k);
+    void (*rows_f32)(int layout, float *Y, int64_t ldy, const float *X, int64_t ldx, const float *W,
+                     int64_t ldw, int64_t N, int64_t cols, int64_t k, int accumulate, void *ws);
+    int rows_f32_native;
     /* C (m,n) f32 [+]= A (m,k) B, all of it bf16, with B (n,k) for MLI_NT and (k,n) for MLI_NN;
      * leading dimensions, accumulate and alignment as above. One thread; ws: gemm_bf16_ws bytes
      * of these sizes or larger ones, 64-byte aligned (SIZE_MAX: overflow). Products are

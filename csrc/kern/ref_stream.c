@@ -42,7 +42,7 @@ widen(uint16_t h)
 #include "ref_stream.inc.h"
 
 static size_t
-rows_nt_f32_ws(int64_t N, int64_t k)
+rows_f32_ws(int64_t N, int64_t k)
 {
     (void)N;
     (void)k;
@@ -50,11 +50,11 @@ rows_nt_f32_ws(int64_t N, int64_t k)
 }
 
 static void
-rows_nt_f32(float *Y, int64_t ldy, const float *X, int64_t ldx, const float *Wt, int64_t ldw,
-            int64_t N, int64_t r, int64_t k, int accumulate, void *ws)
+rows_f32(int layout, float *Y, int64_t ldy, const float *X, int64_t ldx, const float *Wt,
+         int64_t ldw, int64_t N, int64_t cols, int64_t k, int accumulate, void *ws)
 {
     (void)ws;
-    nt_f32(Y, ldy, X, ldx, Wt, ldw, N, r, k, accumulate);
+    (layout == MLI_NN ? nn_f32 : nt_f32)(Y, ldy, X, ldx, Wt, ldw, N, cols, k, accumulate);
 }
 
 enum { GEMM_ROWS = 16 };
@@ -93,9 +93,9 @@ mli_kernels_fill_ref_stream(mli_kernels *t)
     t->stream_nn_bf16 = nn_bf16;
     t->stream_nt_f64 = nt_f64;
     t->stream_nn_f64 = nn_f64;
-    t->rows_nt_f32_ws = rows_nt_f32_ws;
-    t->rows_nt_f32 = rows_nt_f32;
-    t->rows_nt_f32_native = 0;
+    t->rows_f32_ws = rows_f32_ws;
+    t->rows_f32 = rows_f32;
+    t->rows_f32_native = 0;
     t->gemm_bf16_ws = gemm_bf16_ws;
     t->gemm_bf16 = gemm_bf16;
     t->gemm_bf16_native = 0;

@@ -28,6 +28,11 @@ void mli_f32_to_f16__ref(uint16_t *y, const float *x, int64_t n);
 #define MLI_PREFETCH(p, bytes, level) \
     __builtin_prefetch((const void *)((uintptr_t)(p) + (uintptr_t)(bytes)), 0, (level))
 
+/* The nn half of rows_f32. */
+size_t mli_rows_nn_ws__avx512(void);
+void mli_rows_nn__avx512(float *Y, int64_t ldy, const float *X, int64_t ldx, const float *W,
+                         int64_t ldw, int64_t n, int64_t c, int64_t k, int accumulate, void *ws);
+
 /* For few rows AMX has nothing better. */
 void mli_stream_nt_bf16__avx512(float *Y, int64_t ldy, const float *X, int64_t ldx,
                                 const uint16_t *W, int64_t ldw, int64_t N, int64_t r, int64_t k,

@@ -4,7 +4,8 @@
 typedef struct {
     const FN(molae_experts_grads) * d;
     int private_[MLI_ROLES], shared[MLI_ROLES];
-    int dh; /* the cotangent of h */
+    int dh;  /* the cotangent of h */
+    int add; /* to the gradients of weights, or set them */
 } FN(wants);
 
 static const FN(molae_projection_grads) * FN(grads_of)(const FN(molae_experts_grads) * d, int role)
@@ -23,7 +24,7 @@ FN(any)(REAL *const *list, int64_t n)
 
 static FN(wants) FN(wants_of)(const molae_experts *l, const FN(molae_experts_grads) * d)
 {
-    FN(wants) w = {.d = d, .dh = d->dx != NULL || d->dweight != NULL};
+    FN(wants) w = {.d = d, .dh = d->dx != NULL || d->dweight != NULL, .add = !d->overwrite};
 
     for (int role = 0; role < MLI_ROLES; role++) {
         const FN(molae_projection_grads) *g = FN(grads_of)(d, role);
@@ -116,18 +117,19 @@ FN(private_grad)(const FN(back) * b, const FN(scratch) * s, const mli_piece *t)
     REAL *dW = FN(grads_of)(b->w->d, t->role)->private_[e];
     molae_status rc = MOLAE_OK;
 
-    for (int64_t r0 = 0; r0 < rows; r0 += MLI_ROWS) {
+    for (int64_t r0 = 0; r0 == 0 || r0 < rows; r0 += MLI_ROWS) {
         const int64_t nr = MLI_MIN((int64_t)MLI_ROWS, rows - r0);
+        const int add = b->w->add || r0 > 0;
         const int64_t at = (q->expert_ptr[e] + r0) * F;
         int64_t ldx;
         const REAL *X;
         if (t->role == MLI_DOWN) {
             X = FN(shared_side)(q, s, r, e, r0, nr, t->c0, t->nc, q->dy, r->dz, &ldx);
-            MLI_TRY(FN(mli_product_tn)(dW + t->c0 * F, F, X, ldx, q->h + at, F, nr, t->nc, F));
+            MLI_TRY(FN(mli_product_tn)(dW + t->c0 * F, F, add, X, ldx, q->h + at, F, nr, t->nc, F));
         } else {
             const REAL *dinner = (t->role == MLI_GATE ? q->dgate : q->dup) + at + t->c0;
             X = FN(shared_side)(q, s, r, e, r0, nr, 0, k, q->x, r->z, &ldx);
-            MLI_TRY(FN(mli_product_tn)(dW + t->c0 * k, k, dinner, F, X, ldx, nr, t->nc, k));
+            MLI_TRY(FN(mli_product_tn)(dW + t->c0 * k, k, add, dinner, F, X, ldx, nr, t->nc, k));
         }
     }
 done:
@@ -149,7 +151,7 @@ FN(shared_grad)(const FN(back) * b, const FN(scratch) * s, const mli_piece *t)
     REAL *dB = FN(grads_of)(b->w->d, t->role)->shared[g] + t->c0 * width;
     molae_status rc = MOLAE_OK;
 
-    for (int64_t r0 = 0; r0 < rows; r0 += MLI_ROWS) {
+    for (int64_t r0 = 0; r0 == 0 || r0 < rows; r0 += MLI_ROWS) {
         const int64_t nr = MLI_MIN((int64_t)MLI_ROWS, rows - r0);
         const int64_t *token = r->tokens + r->ptr[g] + r0;
         const REAL *X = s->X;
@@ -158,7 +160,8 @@ FN(shared_grad)(const FN(back) * b, const FN(scratch) * s, const mli_piece *t)
             FN(gather_permuted)(s->X, width, src, q->D, token, nr, p->perm[g] + R, width);
         else
             X = FN(rows_of)(s->X, &ldx, src, q->D, token, nr, 0, q->D);
-        MLI_TRY(FN(mli_product_tn)(dB, width, z + r0 * R, R, X, ldx, nr, t->nc, width));
+        MLI_TRY(FN(mli_product_tn)(dB, width, b->w->add || r0 > 0, z + r0 * R, R, X, ldx, nr, t->nc,
+                                   width));
     }
 done:
     return rc;
@@ -172,6 +175,8 @@ FN(bias_grad)(const FN(back) * b, const mli_piece *t)
     const int64_t e = t->unit, cols = down ? q->D : q->F;
     REAL *db = FN(grads_of)(b->w->d, t->role)->bias + e * cols;
 
+    if (!b->w->add)
+        memset(db, 0, (size_t)cols * sizeof(REAL));
     for (int64_t i = q->expert_ptr[e]; i < q->expert_ptr[e + 1]; i++) {
         const int64_t slot = q->rows[i];
         const REAL w = down ? q->weight[slot] : 1;
@@ -207,7 +212,7 @@ FN(grad_pieces)(FN(job) * q, const FN(wants) * w)
         mli_piece t = {.role = role};
         for (int64_t e = 0; e < q->E; e++) {
             const int64_t R = mli_rank(r->p, e), rows = q->expert_ptr[e + 1] - q->expert_ptr[e];
-            if (rows == 0)
+            if (rows == 0 && w->add)
                 continue;
             t.unit = e;
             t.what = MLI_PRIVATE;
@@ -220,7 +225,8 @@ FN(grad_pieces)(FN(job) * q, const FN(wants) * w)
         }
         t.what = MLI_SHARED;
         for (int64_t g = 0; w->shared[role] && g < r->p->G; g++)
-            if (r->p->rank[g] > 0 && d->shared[g] != NULL && r->ptr[g] < r->ptr[g + 1]) {
+            if (r->p->rank[g] > 0 && d->shared[g] != NULL &&
+                (!w->add || r->ptr[g] < r->ptr[g + 1])) {
                 t.unit = g;
                 t.nr = 1;
                 t.nc = r->p->rank[g];
@@ -280,11 +286,16 @@ FN(molae_experts_backward)(const molae_ctx *ctx, const FN(molae_experts_grads) *
 
     if (rc < 0)
         return rc;
-    for (int64_t n0 = 0; n0 < N; n0 += MOLAE_EXPERTS_CHUNK) {
+    for (int64_t n0 = 0; n0 == 0 || n0 < N; n0 += MOLAE_EXPERTS_CHUNK) { /* N = 0 may set zeros */
         const int64_t n = MLI_MIN((int64_t)MOLAE_EXPERTS_CHUNK, N - n0);
         FN(molae_experts_grads) here = *d;
         here.dweight = d->dweight ? d->dweight + n0 * K : NULL;
         w = FN(wants_of)(l, &here);
+        w.add |= n0 > 0;
+        if (d->overwrite && d->dx != NULL)
+            memset(d->dx + n0 * l->D, 0, (size_t)(n * l->D) * sizeof(REAL));
+        if (d->overwrite && d->dweight != NULL) /* slots without an expert */
+            memset(here.dweight, 0, (size_t)(n * K) * sizeof(REAL));
         MLI_TRY(FN(job_route)(&q, index, weight, n, n0, err));
         q.x = FN(widened)(&q, x, n0 * l->D, n * l->D, q.x_wide);
         q.dy = FN(widened)(&q, dy, n0 * l->D, n * l->D, q.y_wide);

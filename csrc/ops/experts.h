@@ -11,7 +11,7 @@
 
 /* Units of work: fixed by shape, never by the thread count. */
 enum {
-    MLI_ROWS = 256,    /* rows multiplied at once */
+    MLI_ROWS = 384,    /* rows multiplied at once */
     MLI_FEW = 64,      /* up to so many rows, columns are cut finely */
     MLI_FINE = 256,    /* columns (or rows of a weight's gradient) of a task with few rows */
     MLI_COARSE = 1024, /* the same with many rows: each task gathers and packs them again */
@@ -46,7 +46,12 @@ mli_pieces_add(mli_pieces *list, mli_piece piece)
     list->at[list->n++] = piece;
 }
 
-/* Adds nr rows from r0 and nc columns from 0, cut in blocks of `rows` and `cols`. */
+/* Step in which n is cut into the fewest parts of at most `most`, all but the last equal; a
+ * multiple of `grain`, which divides `most`. */
+int64_t mli_even_step(int64_t n, int64_t most, int64_t grain);
+
+/* Adds nr rows from r0 and nc columns from 0, cut in blocks of at most `rows` and `cols`; columns
+ * begin at multiples of MLI_FINE. */
 void mli_pieces_cut(mli_pieces *list, mli_piece piece, int64_t rows, int64_t cols);
 
 /* Room for the pieces of any phase over a chunk of N tokens. */

@@ -230,7 +230,7 @@ FN(rows_of)(REAL *X, int64_t *ldx, const REAL *src, int64_t ld, const int64_t *r
         i++;
     if (i >= nr) {
         *ldx = ld;
-        return src + row[0] * ld + c0;
+        return src + (nr > 0 ? row[0] : 0) * ld + c0;
     }
     *ldx = nc;
     for (i = 0; i < nr; i++)

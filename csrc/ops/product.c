@@ -22,8 +22,8 @@ mli_product_cut(mli_product_scratch *s, char **p, int f32, int bf16, int narrow,
     size_t n = 0;
 
     s->narrow = narrow && kern->gemm_bf16_native;
-    if (f32 && kern->rows_nt_f32_native)
-        MLI_CUT(n, p, s->many, kern->rows_nt_f32_ws(MLI_MANY_ROWS, most), 1);
+    if (f32 && kern->rows_f32_native)
+        MLI_CUT(n, p, s->many, kern->rows_f32_ws(MLI_MANY_ROWS_NT, most), 1);
     if (bf16)
         MLI_CUT(n, p, s->tile, TILE_ROWS * TILE_COLS, sizeof(float));
     if (bf16 && s->narrow) {

@@ -2,7 +2,7 @@
  *
  *   nt   Y (n,r) (+)= X (n,k) W (r,k)^T
  *   nn   Y (n,c) (+)= X (n,k) W (k,c)
- *   tn   dW (r,k) += dY (n,r)^T X (n,k)
+ *   tn   dW (r,k) (+)= dY (n,r)^T X (n,k)
  *
  * Row-major with leading dimensions; n is at most MLI_PRODUCT_ROWS for nt and nn. W has its storage
  * type: REAL, or BF16 for f32. With add == 0 Y is overwritten and never read. Any size may be 0 (W
@@ -10,7 +10,7 @@
  *
  *   up to MLI_STREAM_ROWS rows, f32   the table's streaming kernels, which read W once (nn that may
  *                                     be rounded: up to 8)
- *   up to MLI_MANY_ROWS, f32, nt      the table's product for such, where it is native
+ *   up to MLI_MANY_ROWS_*, f32        the table's product for such, where it is native
  *   bf16, and X may be rounded        the table's bf16 product, where it is native
  *   bf16                              tiles of W widened, then BLAS
  *   else                              BLAS
@@ -21,7 +21,12 @@
 
 #include "../molae.h"
 
-enum { MLI_STREAM_ROWS = 16, MLI_MANY_ROWS = 192, MLI_PRODUCT_ROWS = 512 };
+enum {
+    MLI_STREAM_ROWS = 16,
+    MLI_MANY_ROWS_NT = 384,
+    MLI_MANY_ROWS_NN = 192,
+    MLI_PRODUCT_ROWS = 512
+};
 
 /* What a product needs. `narrow`: X may be rounded to bf16, as in a layer whose
  * activations are. */
@@ -38,15 +43,15 @@ typedef struct {
 size_t mli_product_cut(mli_product_scratch *s, char **p, int f32, int bf16, int narrow, int64_t r,
                        int64_t k);
 
-#define MLI_PRODUCT_DECLARE(REAL, SFX)                                                           \
-    molae_status mli_product_nt_##SFX(REAL *Y, int64_t ldy, int add, const REAL *X, int64_t ldx, \
-                                      const void *W, int64_t ldw, molae_dtype dtype, int64_t n,  \
-                                      int64_t r, int64_t k, const mli_product_scratch *s);       \
-    molae_status mli_product_nn_##SFX(REAL *Y, int64_t ldy, int add, const REAL *X, int64_t ldx, \
-                                      const void *W, int64_t ldw, molae_dtype dtype, int64_t n,  \
-                                      int64_t c, int64_t k, const mli_product_scratch *s);       \
-    molae_status mli_product_tn_##SFX(REAL *dW, int64_t ldw, const REAL *dY, int64_t ldy,        \
-                                      const REAL *X, int64_t ldx, int64_t n, int64_t r,          \
+#define MLI_PRODUCT_DECLARE(REAL, SFX)                                                             \
+    molae_status mli_product_nt_##SFX(REAL *Y, int64_t ldy, int add, const REAL *X, int64_t ldx,   \
+                                      const void *W, int64_t ldw, molae_dtype dtype, int64_t n,    \
+                                      int64_t r, int64_t k, const mli_product_scratch *s);         \
+    molae_status mli_product_nn_##SFX(REAL *Y, int64_t ldy, int add, const REAL *X, int64_t ldx,   \
+                                      const void *W, int64_t ldw, molae_dtype dtype, int64_t n,    \
+                                      int64_t c, int64_t k, const mli_product_scratch *s);         \
+    molae_status mli_product_tn_##SFX(REAL *dW, int64_t ldw, int add, const REAL *dY, int64_t ldy, \
+                                      const REAL *X, int64_t ldx, int64_t n, int64_t r,            \
                                       int64_t k);
 
 MLI_PRODUCT_DECLARE(float, f32)

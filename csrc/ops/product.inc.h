@@ -24,8 +24,8 @@ FN(mli_product_nt)(REAL *Y, int64_t ldy, int add, const REAL *X, int64_t ldx, co
         return MOLAE_OK;
     if (dtype == OWN) {
 #if NARROW_STORAGE
-        if (n > STREAM_UP_TO && n <= MLI_MANY_ROWS && kern->rows_nt_f32_native) {
-            kern->rows_nt_f32(Y, ldy, X, ldx, W, ldw, n, r, k, add, s->many);
+        if (n > STREAM_UP_TO && n <= MLI_MANY_ROWS_NT && kern->rows_f32_native) {
+            kern->rows_f32(MLI_NT, Y, ldy, X, ldx, W, ldw, n, r, k, add, s->many);
             return MOLAE_OK;
         }
 #endif
@@ -75,6 +75,12 @@ FN(mli_product_nn)(REAL *Y, int64_t ldy, int add, const REAL *X, int64_t ldx, co
     if (n == 0 || c == 0)
         return MOLAE_OK;
     if (dtype == OWN) {
+#if NARROW_STORAGE
+        if (n > STREAM_UP_TO && n <= MLI_MANY_ROWS_NN && kern->rows_f32_native) {
+            kern->rows_f32(MLI_NN, Y, ldy, X, ldx, W, ldw, n, c, k, add, s->many);
+            return MOLAE_OK;
+        }
+#endif
         if (n > STREAM_UP_TO)
             return FN(mli_gemm)(0, 0, n, c, k, 1, X, ldx, W, ldw, add ? 1 : 0, Y, ldy);
         kern->STREAM_NN(Y, ldy, X, ldx, W, ldw, n, c, k, add);
@@ -107,10 +113,14 @@ done:
 }
 
 molae_status
-FN(mli_product_tn)(REAL *dW, int64_t ldw, const REAL *dY, int64_t ldy, const REAL *X, int64_t ldx,
-                   int64_t n, int64_t r, int64_t k)
+FN(mli_product_tn)(REAL *dW, int64_t ldw, int add, const REAL *dY, int64_t ldy, const REAL *X,
+                   int64_t ldx, int64_t n, int64_t r, int64_t k)
 {
-    if (n == 0 || r == 0 || k == 0)
+    if (r == 0 || k == 0)
         return MOLAE_OK;
-    return FN(mli_gemm)(1, 0, r, k, n, 1, dY, ldy, X, ldx, 1, dW, ldw);
+    if (n == 0) {
+        FN(no_terms)(dW, ldw, add, r, k);
+        return MOLAE_OK;
+    }
+    return FN(mli_gemm)(1, 0, r, k, n, 1, dY, ldy, X, ldx, add ? 1 : 0, dW, ldw);
 }

@@ -1,5 +1,7 @@
 #include "args.h"
 
+#include "../base/mem.h"
+
 #include <string.h>
 
 int
@@ -121,4 +123,46 @@ mli_py_dtype(mli_pystate *st, const char *name, PyArrayObject *a, molae_dtype *d
     PyErr_Format(st->ArgumentError, "%s: expected float32, float64, float16 or bfloat16, got %S",
                  name, (PyObject *)d);
     return -1;
+}
+
+/* Arrays from so many bytes on live in lent memory. */
+enum { LARGE = 4 << 20 };
+
+static void
+return_block(PyObject *capsule)
+{
+    mli_return(PyCapsule_GetPointer(capsule, NULL));
+}
+
+/* An array in lent memory, which goes back with the last view of it. Takes `descr` over. */
+static PyArrayObject *
+large_empty(int ndim, npy_intp *dims, PyArray_Descr *descr, size_t bytes)
+{
+    void *data = mli_lend(bytes);
+    PyObject *owner = data ? PyCapsule_New(data, NULL, return_block) : PyErr_NoMemory();
+    PyObject *a;
+
+    if (owner == NULL) {
+        mli_return(data);
+        Py_DECREF((PyObject *)descr);
+        return NULL;
+    }
+    a = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, NULL, data, NPY_ARRAY_CARRAY, NULL);
+    if (a == NULL)
+        Py_DECREF(owner);
+    else if (PyArray_SetBaseObject((PyArrayObject *)a, owner) < 0) /* takes it over */
+        Py_CLEAR(a);
+    return (PyArrayObject *)a;
+}
+
+PyArrayObject *
+mli_py_empty(int ndim, npy_intp *dims, PyArray_Descr *descr)
+{
+    size_t bytes = (size_t)PyDataType_ELSIZE(descr);
+
+    for (int i = 0; i < ndim; i++)
+        bytes = mli_size_mul(bytes, (size_t)dims[i]);
+    Py_INCREF((PyObject *)descr); /* both steal it */
+    return bytes < LARGE ? (PyArrayObject *)PyArray_Empty(ndim, dims, descr, 0)
+                         : large_empty(ndim, dims, descr, bytes);
 }

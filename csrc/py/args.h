@@ -30,4 +30,8 @@ int mli_py_check_layout(mli_pystate *st, const char *name, PyArrayObject *a);
  * -1 with ArgumentError set for any other type. */
 int mli_py_dtype(mli_pystate *st, const char *name, PyArrayObject *a, molae_dtype *dtype);
 
+/* A new array, not set; a large one in memory that is lent, see base/mem.h. NULL with an exception
+ * set. */
+PyArrayObject *mli_py_empty(int ndim, npy_intp *dims, PyArray_Descr *descr);
+
 #endif

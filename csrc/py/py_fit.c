@@ -110,47 +110,11 @@ typedef struct {
     int32_t **perm_p;
 } factor_lists;
 
-/* Arrays from so many bytes on live in lent memory. */
-enum { LARGE = 4 << 20 };
-
-static void
-return_block(PyObject *capsule)
-{
-    mli_return(PyCapsule_GetPointer(capsule, NULL));
-}
-
-/* An array in lent memory, which goes back with the last view of it. Takes `descr` over. */
-static PyArrayObject *
-large_empty(int ndim, npy_intp *dims, PyArray_Descr *descr, size_t bytes)
-{
-    void *data = mli_lend(bytes);
-    PyObject *owner = data ? PyCapsule_New(data, NULL, return_block) : PyErr_NoMemory();
-    PyObject *a;
-
-    if (owner == NULL) {
-        mli_return(data);
-        Py_DECREF((PyObject *)descr);
-        return NULL;
-    }
-    a = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, NULL, data, NPY_ARRAY_CARRAY, NULL);
-    if (a == NULL)
-        Py_DECREF(owner);
-    else if (PyArray_SetBaseObject((PyArrayObject *)a, owner) < 0) /* takes it over */
-        Py_CLEAR(a);
-    return (PyArrayObject *)a;
-}
-
 static PyArrayObject *
 append_empty(PyObject *list, int ndim, npy_intp *dims, PyArray_Descr *descr)
 {
-    size_t bytes = (size_t)PyDataType_ELSIZE(descr);
-    PyArrayObject *a;
+    PyArrayObject *a = mli_py_empty(ndim, dims, descr);
 
-    for (int i = 0; i < ndim; i++)
-        bytes = mli_size_mul(bytes, (size_t)dims[i]);
-    Py_INCREF((PyObject *)descr); /* both steal it */
-    a = bytes < LARGE ? (PyArrayObject *)PyArray_Empty(ndim, dims, descr, 0)
-                      : large_empty(ndim, dims, descr, bytes);
     if (a == NULL || PyList_Append(list, (PyObject *)a) < 0) {
         Py_XDECREF((PyObject *)a);
         return NULL;

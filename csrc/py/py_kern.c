@@ -88,6 +88,18 @@ py_stream(PyObject *mod, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* 0 for 'nt', 1 for 'nn', else -1 with an exception set. */
+static int
+layout_named(mli_pystate *st, const char *name)
+{
+    if (strcmp(name, "nn") == 0)
+        return 1;
+    if (strcmp(name, "nt") == 0)
+        return 0;
+    PyErr_Format(st->ArgumentError, "layout: expected 'nt' or 'nn', got '%s'", name);
+    return -1;
+}
+
 static PyObject *
 py_gemm_bf16(PyObject *mod, PyObject *args)
 {
@@ -104,9 +116,8 @@ py_gemm_bf16(PyObject *mod, PyObject *args)
         return NULL;
     if ((t = table_named(st, isa)) == NULL)
         return NULL;
-    nn = strcmp(name, "nn") == 0;
-    if (!nn && strcmp(name, "nt") != 0)
-        return PyErr_Format(st->ArgumentError, "layout: expected 'nt' or 'nn', got '%s'", name);
+    if ((nn = layout_named(st, name)) < 0)
+        return NULL;
     if (read_matrix(st, "C", oc, NPY_FLOAT, &c) < 0 ||
         read_matrix(st, "A", oa, NPY_UINT16, &a) < 0 ||
         read_matrix(st, "B", ob, NPY_UINT16, &b) < 0)
@@ -128,45 +139,46 @@ py_gemm_bf16(PyObject *mod, PyObject *args)
 }
 
 static PyObject *
-py_rows_nt_f32(PyObject *mod, PyObject *args)
+py_rows_f32(PyObject *mod, PyObject *args)
 {
     mli_pystate *st = PyModule_GetState(mod);
-    const char *isa;
+    const char *name, *isa;
     PyObject *oy, *ox, *ow;
     matrix y, x, w;
     const mli_kernels *t;
-    int accumulate;
+    int accumulate, nn;
     size_t bytes;
     void *ws;
 
-    if (!PyArg_ParseTuple(args, "sOOOp:rows_nt_f32", &isa, &oy, &ox, &ow, &accumulate))
+    if (!PyArg_ParseTuple(args, "ssOOOp:rows_f32", &name, &isa, &oy, &ox, &ow, &accumulate) ||
+        (nn = layout_named(st, name)) < 0)
         return NULL;
     if ((t = table_named(st, isa)) == NULL || read_matrix(st, "Y", oy, NPY_FLOAT, &y) < 0 ||
         read_matrix(st, "X", ox, NPY_FLOAT, &x) < 0 || read_matrix(st, "W", ow, NPY_FLOAT, &w) < 0)
         return NULL;
-    if (!PyArray_ISWRITEABLE((PyArrayObject *)oy) || y.rows != x.rows || x.cols != w.cols ||
-        y.cols != w.rows)
-        return PyErr_Format(st->ShapeError, "Y, X, W: shapes do not fit 'nt'");
-    bytes = t->rows_nt_f32_ws(x.rows, x.cols);
+    if (!PyArray_ISWRITEABLE((PyArrayObject *)oy) || y.rows != x.rows ||
+        x.cols != (nn ? w.rows : w.cols) || y.cols != (nn ? w.cols : w.rows))
+        return PyErr_Format(st->ShapeError, "Y, X, W: shapes do not fit '%s'", name);
+    bytes = t->rows_f32_ws(x.rows, x.cols);
     ws = mli_alloc(bytes);
     if (ws == NULL)
         return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
     memset(ws, 0xFF, bytes); /* NaN: nothing of it may be read before it is written */
-    t->rows_nt_f32(y.data, y.ld, x.data, x.ld, w.data, w.ld, y.rows, y.cols, x.cols, accumulate,
-                   ws);
+    t->rows_f32(nn ? MLI_NN : MLI_NT, y.data, y.ld, x.data, x.ld, w.data, w.ld, y.rows, y.cols,
+                x.cols, accumulate, ws);
     Py_END_ALLOW_THREADS
     mli_free(ws);
     Py_RETURN_NONE;
 }
 
 static PyObject *
-py_rows_nt_f32_native(PyObject *mod, PyObject *arg)
+py_rows_f32_native(PyObject *mod, PyObject *arg)
 {
     const char *isa = PyUnicode_AsUTF8(arg);
     const mli_kernels *t = isa != NULL ? table_named(PyModule_GetState(mod), isa) : NULL;
 
-    return t != NULL ? PyBool_FromLong(t->rows_nt_f32_native) : NULL;
+    return t != NULL ? PyBool_FromLong(t->rows_f32_native) : NULL;
 }
 
 static PyObject *
@@ -188,11 +200,11 @@ PyMethodDef mli_py_kern_methods[] = {
     {"gemm_bf16_native", py_gemm_bf16_native, METH_O,
      "gemm_bf16_native($module, isa, /)\n--\n\n"
      "Test hook: whether the table has a bf16 matrix product of its own."},
-    {"rows_nt_f32", py_rows_nt_f32, METH_VARARGS,
-     "rows_nt_f32($module, isa, Y, X, W, accumulate, /)\n--\n\n"
-     "Test hook: the f32 product X W^T for tens of rows, into Y."},
-    {"rows_nt_f32_native", py_rows_nt_f32_native, METH_O,
-     "rows_nt_f32_native($module, isa, /)\n--\n\n"
+    {"rows_f32", py_rows_f32, METH_VARARGS,
+     "rows_f32($module, layout, isa, Y, X, W, accumulate, /)\n--\n\n"
+     "Test hook: the f32 product 'nt' or 'nn' for tens of rows, into Y."},
+    {"rows_f32_native", py_rows_f32_native, METH_O,
+     "rows_f32_native($module, isa, /)\n--\n\n"
      "Test hook: whether the table has such a product of its own."},
     {NULL, NULL, 0, NULL},
 };

@@ -144,9 +144,10 @@ done:
 
 PyDoc_STRVAR(
     experts_backward_doc,
-    "experts_backward($module, grads, dy, saved, call, num_threads, /)\n--\n\n"
+    "experts_backward($module, grads, overwrite, dy, saved, call, num_threads, /)\n--\n\n"
     "Gradients of one layer; see molae.ops.latent_experts_backward. grads: (dx, dweights,\n"
-    "gate, up, down), each None or added to; the last three are (private, shared, bias).");
+    "gate, up, down), each None, or set (overwrite) or added to; the last three are (private, "
+    "shared, bias).");
 
 static PyObject *
 py_experts_backward(PyObject *mod, PyObject *args)
@@ -155,6 +156,7 @@ py_experts_backward(PyObject *mod, PyObject *args)
     PyObject *grads, *dx_obj, *dw_obj, *gate, *up, *down, *dy_obj, *saved_obj, *call_obj;
     PyObject *ret = NULL;
     Py_ssize_t num_threads;
+    int overwrite;
     mli_py_call c = {0};
     void *to[5] = {NULL}, *ws = NULL, *dx = NULL, *dw = NULL;
     const void *dy = NULL;
@@ -163,8 +165,9 @@ py_experts_backward(PyObject *mod, PyObject *args)
     molae_errinfo err = {0};
     molae_status rc;
 
-    if (!PyArg_ParseTuple(args, "O!OO!O!n:experts_backward", &PyTuple_Type, &grads, &dy_obj,
-                          &PyTuple_Type, &saved_obj, &PyTuple_Type, &call_obj, &num_threads) ||
+    if (!PyArg_ParseTuple(args, "O!pOO!O!n:experts_backward", &PyTuple_Type, &grads, &overwrite,
+                          &dy_obj, &PyTuple_Type, &saved_obj, &PyTuple_Type, &call_obj,
+                          &num_threads) ||
         !PyArg_ParseTuple(grads, "OOO!O!O!", &dx_obj, &dw_obj, &PyTuple_Type, &gate, &PyTuple_Type,
                           &up, &PyTuple_Type, &down))
         return NULL;
@@ -193,7 +196,8 @@ py_experts_backward(PyObject *mod, PyObject *args)
             dw,
             {(double *const *)c.gate.dprivate, (double *const *)c.gate.dshared, c.gate.dbias},
             {(double *const *)c.up.dprivate, (double *const *)c.up.dshared, c.up.dbias},
-            {(double *const *)c.down.dprivate, (double *const *)c.down.dshared, c.down.dbias}};
+            {(double *const *)c.down.dprivate, (double *const *)c.down.dshared, c.down.dbias},
+            overwrite};
         rc = molae_experts_backward_f64(&ctx, &d, dy, &s, PyArray_DATA(c.x), PyArray_DATA(c.index),
                                         PyArray_DATA(c.weight), &c.l, c.N, c.K, ws, ws_bytes, &err);
     } else {
@@ -203,7 +207,8 @@ py_experts_backward(PyObject *mod, PyObject *args)
             dw,
             {(float *const *)c.gate.dprivate, (float *const *)c.gate.dshared, c.gate.dbias},
             {(float *const *)c.up.dprivate, (float *const *)c.up.dshared, c.up.dbias},
-            {(float *const *)c.down.dprivate, (float *const *)c.down.dshared, c.down.dbias}};
+            {(float *const *)c.down.dprivate, (float *const *)c.down.dshared, c.down.dbias},
+            overwrite};
         rc = molae_experts_backward_f32(&ctx, &d, dy, &s, PyArray_DATA(c.x), PyArray_DATA(c.index),
                                         PyArray_DATA(c.weight), &c.l, c.N, c.K, ws, ws_bytes, &err);
     }
@@ -228,7 +233,27 @@ py_release_scratch(PyObject *mod, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(empty_doc, "empty($module, shape, dtype, /)\n--\n\n"
+                        "As numpy.empty; a large array in memory that earlier ones have left.");
+
+static PyObject *
+py_empty(PyObject *mod, PyObject *args)
+{
+    PyArray_Dims shape = {NULL, 0};
+    PyArray_Descr *descr = NULL;
+    PyObject *ret = NULL;
+
+    (void)mod;
+    if (PyArg_ParseTuple(args, "O&O&:empty", PyArray_IntpConverter, &shape, PyArray_DescrConverter,
+                         &descr))
+        ret = (PyObject *)mli_py_empty(shape.len, shape.ptr, descr);
+    PyDimMem_FREE(shape.ptr);
+    Py_XDECREF((PyObject *)descr);
+    return ret;
+}
+
 PyMethodDef mli_py_ops_methods[] = {
+    {"empty", py_empty, METH_VARARGS, empty_doc},
     {"route", py_route, METH_VARARGS, route_doc},
     {"experts_forward", py_experts_forward, METH_VARARGS, experts_forward_doc},
     {"experts_backward", py_experts_backward, METH_VARARGS, experts_backward_doc},

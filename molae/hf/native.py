@@ -180,6 +180,14 @@ def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return tensor.numpy()
 
 
+def _empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """A tensor, not set, of the type of `like` in memory that molae keeps.
+
+    What one step leaves serves the next: fresh pages would cost as much as many products.
+    """
+    return torch.from_numpy(_core.empty(tuple(shape), _array(like).dtype))
+
+
 def _stack(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """An array of matrices that C can read; a copy where an adapter made a strange layout."""
     array = _array(tensor)
@@ -252,7 +260,7 @@ class _Experts(torch.autograd.Function):
                 for ranks in ([g.rank for g in groups if g.rank] for groups in factors.values())
             ]
             shapes = [(N * K, F), (N * K, F), *((N, width) for width in widths)]
-            kept = tuple(weights.new_empty(shape) for shape in shapes)
+            kept = tuple(_empty(shape, weights) for shape in shapes)
         call = _Experts.call(layer, index, x, weights, tensors)
         saved = tuple(_array(t) for t in kept) or None
         _core.experts_forward(_array(y), saved, call, _threads())
@@ -278,7 +286,7 @@ class _Experts(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         # Wide, as sums of many products; autograd gets them in the types of the tensors.
         grads = [
-            torch.zeros(t.shape, dtype=weights.dtype) if want else None
+            _empty(t.shape, weights) if want else None
             for t, want in zip((x, weights, *tensors), wanted, strict=True)
         ]
         arrays = iter([None if g is None else _array(g) for g in grads[2:]])
@@ -288,6 +296,7 @@ class _Experts(torch.autograd.Function):
             to.append((private, shared, None))
         _core.experts_backward(
             (*(None if g is None else _array(g) for g in grads[:2]), *to),
+            True,
             _array(dy.contiguous()),
             tuple(_array(t) for t in kept),
             _Experts.call(ctx.layer, index, x, weights, tensors),

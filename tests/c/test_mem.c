@@ -119,11 +119,13 @@ lending(void)
     mli_mem_fail_after(1);
     CHECK(mli_lend(5000) == NULL && mli_mem_live() == before);
     CHECK(mli_lend(SIZE_MAX) == NULL && mli_lend(SIZE_MAX - 70) == NULL);
-    q = mli_lend(MLI_KEPT + 1);
+    q = mli_lend(mli_kept_limit() + 1);
     CHECK(q != NULL);
-    mli_return(q); /* too large to keep */
-    for (size_t i = 0; i < 20; i++) /* more than are kept, in number and in bytes */
-        mli_return(mli_lend(MLI_KEPT / 4 + (i << 28)));
+    mli_return(q);                  /* too large to keep */
+    for (size_t i = 0; i < 20; i++) /* more bytes than are kept */
+        mli_return(mli_lend(mli_kept_limit() / 4 + (i << 28)));
+    for (size_t i = 0; i < 300; i++) /* more blocks: none serves the next */
+        mli_return(mli_lend((size_t)1 << (i % 2 ? 12 : 20)));
     mli_kept_release();
     mli_kept_release();
     CHECK(mli_mem_live() == before);

@@ -51,7 +51,7 @@ FN(products)(molae_dtype dtype, int narrow)
                 else if (form == 1)
                     CHECK(FN(mli_product_nn)(Y, r, add, X, k, W, r, dtype, n, r, k, &s) == 0);
                 else
-                    CHECK(FN(mli_product_tn)(Y, k, X, r, W, k, n, r, k) == 0);
+                    CHECK(FN(mli_product_tn)(Y, k, 1, X, r, W, k, n, r, k) == 0);
                 for (int64_t i = 0; i < rows; i++)
                     for (int64_t j = 0; j < cols; j++) {
                         double sum = add;
@@ -208,7 +208,7 @@ FN(layer)(const layer_t *c, molae_dtype dtype, molae_form form)
     saved.z_gate = guarded((size_t)(N * molae_projection_width(&l.gate, K)) * sizeof(REAL));
     saved.z_up = guarded((size_t)(N * molae_projection_width(&l.up, K)) * sizeof(REAL));
     saved.u = guarded((size_t)(N * molae_projection_width(&l.down, K)) * sizeof(REAL));
-    grads = (FN(molae_experts_grads)){dx, dweight, gate.d, up.d, down.d};
+    grads = (FN(molae_experts_grads)){dx, dweight, gate.d, up.d, down.d, 0};
 
     for (int32_t threads = 1; threads <= 3; threads += 2) {
         const molae_ctx ctx = {threads};
@@ -224,11 +224,14 @@ FN(layer)(const layer_t *c, molae_dtype dtype, molae_form form)
             memcpy(first, y, row);
         CHECK(memcmp(first, y, row) == 0);
         ws = guarded(bb);
-        memset(dx, 0, row);
-        memset(dweight, 0, (size_t)S * sizeof(REAL));
-        FN(clear)(&gate);
-        FN(clear)(&up);
-        FN(clear)(&down);
+        grads.overwrite = threads > 1; /* what the first round left */
+        if (!grads.overwrite) {
+            memset(dx, 0, row);
+            memset(dweight, 0, (size_t)S * sizeof(REAL));
+            FN(clear)(&gate);
+            FN(clear)(&up);
+            FN(clear)(&down);
+        }
         CHECK(FN(molae_experts_backward)(&ctx, &grads, dY, &saved, X, index, weight, &l, N, K, ws,
                                          bb, &err) == MOLAE_OK);
         CHECK(FN(molae_experts_backward)(&ctx, &grads, dY, &saved, X, index, weight, &l, N, K, ws,

@@ -127,15 +127,13 @@ products(const mli_kernels *t, problem *p, int accumulate)
 {
     const size_t bytes = t->gemm_bf16_ws(p->m, p->n, p->k);
     void *ws = mli_alloc(bytes);
+    void *rows = mli_alloc(t->rows_f32_ws(p->m, p->k));
 
-    if (!p->nn) {
-        void *rows = mli_alloc(t->rows_nt_f32_ws(p->m, p->k));
-        start(p, accumulate);
-        t->rows_nt_f32(p->y, p->ldy, p->x, p->ldx, p->w, p->ldw, p->m, p->n, p->k, accumulate,
-                       rows);
-        check(p, accumulate, 0);
-        mli_free(rows);
-    }
+    start(p, accumulate);
+    t->rows_f32(p->nn ? MLI_NN : MLI_NT, p->y, p->ldy, p->x, p->ldx, p->w, p->ldw, p->m, p->n, p->k,
+                accumulate, rows);
+    check(p, accumulate, 0);
+    mli_free(rows);
     start(p, accumulate);
     (p->nn ? t->stream_nn_f32 : t->stream_nt_f32)(p->y, p->ldy, p->x, p->ldx, p->w, p->ldw, p->m,
                                                   p->n, p->k, accumulate);
@@ -167,7 +165,7 @@ test_products(void)
             continue;
         found++;
         CHECK(t->gemm_bf16_native == (i >= 3));
-        CHECK(t->rows_nt_f32_native == (i >= 2));
+        CHECK(t->rows_f32_native == (i >= 2));
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
             for (int which = 0; which < 4; which++) {
                 problem p = make(shapes[s][0], shapes[s][1], shapes[s][2], which % 2, &seed);
@@ -178,5 +176,5 @@ test_products(void)
     CHECK(found >= 1);
     CHECK(mli_kernels_named("ref")->gemm_bf16_ws(1, 1, INT64_MAX) == SIZE_MAX);
     if (mli_kernels_named("avx512") != NULL)
-        CHECK(mli_kernels_named("avx512")->rows_nt_f32_ws(1, INT64_MAX) == SIZE_MAX);
+        CHECK(mli_kernels_named("avx512")->rows_f32_ws(1, INT64_MAX) == SIZE_MAX);
 }

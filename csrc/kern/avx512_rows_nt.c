@@ -1,6 +1,6 @@
-/* The f32 product for some tens or hundreds of rows, for AVX-512: BLAS packs the large matrix,
- * which comes from memory and is used once; here the small one is packed, and the large one is
- * read where it lies, the next piece while this one is multiplied. */
+/* The f32 product Y (N,r) [+]= X (N,k) W (r,k)^T for some tens or hundreds of rows, for AVX-512:
+ * BLAS packs W, which comes from memory and is used once; here X is packed, and W is read where it
+ * lies, the next piece while this one is multiplied. */
 #include "pack.h"
 #include "stream.h"
 
@@ -123,12 +123,28 @@ nt(float *Y, int64_t ldy, const float *X, int64_t ldx, const float *W, int64_t l
     }
 }
 
+static size_t
+rows_ws(int64_t N, int64_t k)
+{
+    const size_t nt = nt_ws(N, k), nn = mli_rows_nn_ws__avx512();
+
+    return nt > nn ? nt : nn;
+}
+
+static void
+rows_f32(int layout, float *Y, int64_t ldy, const float *X, int64_t ldx, const float *W,
+         int64_t ldw, int64_t N, int64_t cols, int64_t k, int accumulate, void *ws)
+{
+    (layout == MLI_NN ? mli_rows_nn__avx512 : nt)(Y, ldy, X, ldx, W, ldw, N, cols, k, accumulate,
+                                                  ws);
+}
+
 int
 mli_kernels_add_avx512_rows(mli_kernels *t)
 {
-    t->rows_nt_f32_ws = nt_ws;
-    t->rows_nt_f32 = nt;
-    t->rows_nt_f32_native = 1;
+    t->rows_f32_ws = rows_ws;
+    t->rows_f32 = rows_f32;
+    t->rows_f32_native = 1;
     return 1;
 }
 
