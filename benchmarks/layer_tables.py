@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,9 +22,10 @@ def layers(found: Result, table: Table) -> Iterator[str]:
         "Layers of experts. Each cell: time by molae, share of what the machine can do, times "
         "faster than the best form of\nthe same layer in torch (range over the rounds), times "
         "faster than the dense layer in Transformers. Size 1 is the\ndense layer.\n"
-        f"Up to {found['few']} tokens: share of the read bandwidth, {found['read_gbs']:.1f} GB/s "
-        f"({found['read_way']} over {found['stream_bytes'] / 2**20:,.0f} MiB); from "
-        f"{found['many']} tokens: of the float32 product's peak."
+        f"Up to {found['few']} tokens: share of the read bandwidth, {_usual(few, 'read_gbs'):.1f} "
+        f"GB/s ({found['read_way']} over {found['stream_bytes'] / 2**20:,.0f} MiB);\n"
+        f"from {found['many']} tokens: of a big float32 product, "
+        f"{_usual(forward + backward, 'product_gflops'):.0f} GFLOP/s. Both in the same rounds."
     )
     for title, some in (
         ("few tokens", few),
@@ -40,6 +42,11 @@ def layers(found: Result, table: Table) -> Iterator[str]:
         lines.append(f"torch.compile did not work here: {found['not_compiled']}.")
     yield "\n".join(lines)
     yield from _goals(rows, table)
+
+
+def _usual(rows: Sequence[Result], key: str) -> float:
+    found = [row[key] for row in rows if key in row]
+    return statistics.median(found) if found else 0.0
 
 
 def _grid(title: str, rows: Sequence[Result], table: Table) -> str:

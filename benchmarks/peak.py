@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from benchmarks.timing import PAUSE, seconds
 from molae import _core
 
-__all__ = ["Stream", "peaks"]
+__all__ = ["Product", "Stream", "peaks"]
 
 
 def peaks(threads: int, *, quick: bool = False) -> dict[str, Any]:
@@ -54,6 +55,8 @@ def peaks(threads: int, *, quick: bool = False) -> dict[str, Any]:
 class Stream:
     """Reads a buffer from end to end, by the fastest of several ways that NumPy and torch have.
 
+    torch allocates it, as it does weights: the size of its pages counts.
+
     Attributes
     ----------
     name : str
@@ -62,14 +65,16 @@ class Stream:
         Most GB/s that it reached.
     found : dict
         The same of each way.
+    times : list of float
+        Seconds of each call of `read`; clear it as you like.
     """
 
     def __init__(self, threads: int, nbytes: int, repeats: int = 5) -> None:
         import torch
 
         length = nbytes // 8 // threads * threads
-        whole = np.ones(length, np.int64)
-        floats = torch.from_numpy(whole.view(np.float32)).fill_(1.0)
+        floats = torch.ones(2 * length)
+        whole = floats.numpy().view(np.int64)
         parts = np.split(whole, threads)
         pool = ThreadPoolExecutor(threads)
         ways: dict[str, Callable[[], object]] = {
@@ -82,11 +87,36 @@ class Stream:
         self.found = {name: round(whole.nbytes / t / 1e9, 1) for name, t in best.items()}
         self.name = min(best, key=lambda name: best[name])
         self.gbs = whole.nbytes / best[self.name] / 1e9
+        self.nbytes = whole.nbytes
+        self.times: list[float] = []
         self._way = ways[self.name]
 
     def read(self) -> None:
         """Once, so that nothing else is left in the caches."""
-        self._way()
+        self.times.append(seconds(self._way, 0.0))
+
+    def usual_gbs(self) -> float:
+        """GB/s by the median of `times`."""
+        return self.nbytes / statistics.median(self.times) / 1e9
+
+
+class Product:
+    """A big float32 product a thread by molae's BLAS, as a contestant beside others.
+
+    Attributes
+    ----------
+    flops : float
+        Of a call.
+    """
+
+    def __init__(self, threads: int, n: int = 2048) -> None:
+        rng = np.random.default_rng(0)
+        a, b = (rng.standard_normal((n, n), dtype=np.float32) for _ in range(2))
+        self.flops = 2.0 * n**3 * threads
+        self._run = _on_all(ThreadPoolExecutor(threads), threads, lambda _: _core.gemm(a, b))
+
+    def __call__(self) -> None:
+        self._run()
 
 
 def _on_all(

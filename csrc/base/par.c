@@ -1,13 +1,19 @@
 /* A small pool of threads, started when first asked for and kept. */
 #ifndef _POSIX_C_SOURCE
-#define _POSIX_C_SOURCE 200809L /* pthread_sigmask under -std=c11 */
+#define _POSIX_C_SOURCE 200809L /* pthread_sigmask and clocks under -std=c11 */
 #endif
 #include "par.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <time.h>
+
+/* To wake a thread takes tens of microseconds, as long as a phase of a small layer. So whoever
+ * waits looks out for so long before it sleeps. */
+enum { AWAKE_NS = 100000 };
 
 #define MAX_WORKERS 256 /* the caller besides */
 
@@ -33,10 +39,10 @@ static struct {
     pthread_cond_t done;
     pthread_t threads[MAX_WORKERS];
     int32_t started;
-    int32_t wanted;      /* workers that take part in the present job */
-    int32_t pending;     /* of these, those not yet finished */
-    uint64_t generation; /* counts jobs */
-    int quit;
+    int32_t wanted;           /* workers that take part in the present job */
+    atomic_int pending;       /* of these, those not yet finished */
+    atomic_ullong generation; /* counts jobs */
+    atomic_int quit;
     job_t *job;
     outcome_t outcome;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER,
@@ -86,14 +92,30 @@ work(job_t *job, int32_t worker)
     return seen;
 }
 
+/* 1 for a while, then 0: whether to go on looking out. *until: 0 at first. */
+static int
+awake(int64_t *until)
+{
+    struct timespec t;
+    int64_t now;
+
+    (void)sched_yield(); /* others that have work go first */
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    now = (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+    if (*until == 0)
+        *until = now + AWAKE_NS;
+    return now < *until;
+}
+
 static void *
 worker_main(void *p)
 {
     int32_t id = (int32_t)(intptr_t)p; /* 1, 2, ... */
-    uint64_t seen = 0;
+    unsigned long long seen = 0;
 
     pthread_mutex_lock(&pool.lock);
     for (;;) {
+        int64_t until = 0;
         outcome_t mine;
         job_t *job;
         while (!pool.quit && (pool.generation == seen || id > pool.wanted)) {
@@ -110,6 +132,10 @@ worker_main(void *p)
         merge(&pool.outcome, &mine);
         if (--pool.pending == 0)
             pthread_cond_signal(&pool.done);
+        pthread_mutex_unlock(&pool.lock);
+        while (pool.generation == seen && !pool.quit && awake(&until)) {
+        }
+        pthread_mutex_lock(&pool.lock);
     }
     pthread_mutex_unlock(&pool.lock);
     return NULL;
@@ -161,7 +187,7 @@ mli_parallel_for(const molae_ctx *ctx, int64_t n, mli_task task, void *arg)
 {
     job_t job = {.task = task, .arg = arg, .n = n};
     outcome_t all = nothing, mine;
-    int64_t want = ctx->num_threads - 1;
+    int64_t want = ctx->num_threads - 1, until = 0;
 
     if (n <= 0)
         return MOLAE_OK;
@@ -186,6 +212,8 @@ mli_parallel_for(const molae_ctx *ctx, int64_t n, mli_task task, void *arg)
 
         mine = work(&job, 0);
 
+        while (pool.pending > 0 && awake(&until)) {
+        }
         pthread_mutex_lock(&pool.lock);
         while (pool.pending > 0)
             pthread_cond_wait(&pool.done, &pool.lock);
