@@ -22,6 +22,7 @@ from benchmarks.layer_forms import COMPILED, Form, Pool, Subject, dense, latent
 from benchmarks.peak import Product, Stream
 from benchmarks.settings import SIZES, Settings, Shape
 from benchmarks.timing import alternate, ratio, summary
+from molae import ops
 
 __all__ = ["FASTER", "FASTER_THAN_F32", "OF_PEAK", "OF_PEAK_BACKWARD", "OF_READ", "layers"]
 
@@ -58,6 +59,7 @@ def layers(s: Settings, _: float) -> dict[str, Any]:
             for dtype in shape.dtypes:
                 rows += _Bench(s, shape, dtype, stream, product, not hindrance).rows()
                 gc.collect()
+                ops.release_scratch()
     _compare_types(s, rows)
     return {
         "read_gbs": stream.gbs,
