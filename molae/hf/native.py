@@ -64,7 +64,7 @@ def forward_native(
 
     Notes
     -----
-    Threads: the fewer of molae's and torch's. Results do not depend on them.
+    Threads: the fewer of molae's and torch's, one for a small layer. Results do not depend on them.
     """
     learns = torch.is_grad_enabled()
     ready = None if learns else _ready.get(module)
@@ -89,7 +89,9 @@ def forward_native(
         return y
     y = torch.empty_like(x)
     projections = ready.projections if ready else _projections(factors, module)
-    _core.experts_forward(_array(y), None, _call(layer, index, x, weights, projections), _threads())
+    call = _call(layer, index, x, weights, projections)
+    threads = _threads(index, x.shape[1], module.intermediate_dim)
+    _core.experts_forward(_array(y), None, call, threads)
     return y
 
 
@@ -233,7 +235,14 @@ def _call(
     return (like, index.numpy(), _array(weights), *each, E, F, number, 0.0, 0.0)
 
 
-def _threads() -> int:
+#: Multiplications of a dense layer that one core does in some tens of microseconds.
+_ALONE = 2**20
+
+
+def _threads(index: torch.Tensor, D: int, F: int) -> int:
+    """One where the work is small: others would want cores on which torch's threads spin."""
+    if 3 * index.numel() * D * F < _ALONE:
+        return 1
     return min(get_num_threads(), torch.get_num_threads())
 
 
@@ -263,7 +272,7 @@ class _Experts(torch.autograd.Function):
             kept = tuple(_empty(shape, weights) for shape in shapes)
         call = _Experts.call(layer, index, x, weights, tensors)
         saved = tuple(_array(t) for t in kept) or None
-        _core.experts_forward(_array(y), saved, call, _threads())
+        _core.experts_forward(_array(y), saved, call, _threads(index, x.shape[1], F))
         ctx.layer = layer
         ctx.save_for_backward(index, x, weights, *kept, *tensors)
         return y
@@ -280,7 +289,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        E, _, _, form, factors = ctx.layer
+        E, F, _, form, factors = ctx.layer
         index, x, weights, *rest = ctx.saved_tensors
         kept, tensors = rest[:5], rest[5:]
         wanted = ctx.needs_input_grad[2:]
@@ -300,7 +309,7 @@ class _Experts(torch.autograd.Function):
             _array(dy.contiguous()),
             tuple(_array(t) for t in kept),
             _Experts.call(ctx.layer, index, x, weights, tensors),
-            _threads(),
+            _threads(index, x.shape[1], F),
         )
         found = [
             None if g is None else g.to(t.dtype)
