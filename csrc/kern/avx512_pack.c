@@ -79,18 +79,9 @@ mli_pack_nn__avx512(uint32_t *q, const uint16_t *B, int64_t ldb, int64_t n, int6
 void
 mli_pack_f32__avx512(float *q, const float *B, int64_t ldb, int64_t n, int64_t k)
 {
-    for (int64_t j = 0; j < n; j += 16)
-        for (int64_t i = 0; i < k; i += 16, q += 256) {
-            const __mmask16 cols = (__mmask16)(k - i < 16 ? (1u << (k - i)) - 1u : 0xFFFFu);
-            const float *b = B + j * ldb + i;
-            __m512i r[16];
-            for (int64_t p = 0; p < 16; p++)
-                r[p] = j + p < n ? _mm512_maskz_loadu_epi32(cols, b + p * ldb)
-                                 : _mm512_setzero_si512();
-            transpose(r);
-            for (int64_t p = 0; p < 16; p++)
-                _mm512_store_si512(q + 16 * p, r[p]);
-        }
+    /* A number is a pair of halves, and is moved as one. */
+    mli_pack_nt__avx512((uint32_t *)(void *)q, (const uint16_t *)(const void *)B, 2 * ldb, n,
+                        2 * k);
 }
 
 void

@@ -7,6 +7,12 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 
+#define V __m512
+#define v_load _mm512_load_ps
+#define v_spread _mm512_set1_ps
+#define v_fma _mm512_fmadd_ps
+#include "rows.inc.h"
+
 enum {
     TALL = 8,         /* rows of Y in registers, by 3 panels of 16 columns: 24 sums */
     WIDE = 48,        /* columns of Y in registers */
@@ -48,22 +54,11 @@ tile(const int rows, const int panels, float *Y, int64_t ldy, const float *X, in
     UNROLL
     for (int i = 0; i < rows * panels; i++)
         s[i] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < k;) {
-        const int64_t end = k - i < STEPS ? k : i + STEPS, upto = f->at + per_step;
+    for (int64_t i = 0, end; i < k; i = end) {
+        const int64_t upto = f->at + per_step;
+        end = k - i < STEPS ? k : i + STEPS;
         fetch_some(f, upto < f->end ? upto : f->end);
-        for (; i < end; i++, q += 16 * panels) {
-            __m512 w[3];
-            UNROLL
-            for (int p = 0; p < panels; p++)
-                w[p] = _mm512_load_ps(q + 16 * p);
-            UNROLL
-            for (int r = 0; r < rows; r++) {
-                const __m512 x = _mm512_set1_ps(X[r * ldx + i]);
-                UNROLL
-                for (int p = 0; p < panels; p++)
-                    s[r * panels + p] = _mm512_fmadd_ps(x, w[p], s[r * panels + p]);
-            }
-        }
+        q = add_columns(rows, panels, s, X, ldx, q, 16, 16 * panels, i, end);
     }
     UNROLL
     for (int r = 0; r < rows; r++)

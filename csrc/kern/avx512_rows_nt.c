@@ -7,6 +7,12 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 
+#define V __m512
+#define v_load _mm512_load_ps
+#define v_spread _mm512_set1_ps
+#define v_fma _mm512_fmadd_ps
+#include "rows.inc.h"
+
 enum {
     BAND = 48,   /* rows of W that are taken through all of k before the next; 16 divides it */
     DEEP = 256,  /* of k at a time: three panels are 48 KiB */
@@ -28,24 +34,12 @@ tile(const int rows, const int panels, float *T, int64_t ldt, const float *W, in
         UNROLL
     for (int p = 0; p < panels; p++)
         s[r * panels + p] = accumulate ? _mm512_load_ps(T + r * ldt + 16 * p) : _mm512_setzero_ps();
-    for (int64_t i = 0; i < k;) {
-        const int64_t end = k - i < 16 ? k : i + 16;
+    for (int64_t i = 0, end; i < k; i = end) {
+        end = k - i < 16 ? k : i + 16;
         UNROLL
         for (int r = 0; r < rows; r++)
             MLI_PREFETCH(W + r * ldw + i, ahead, 2);
-        for (; i < end; i++, q += 16) {
-            __m512 b[3];
-            UNROLL
-            for (int p = 0; p < panels; p++)
-                b[p] = _mm512_load_ps(q + p * stride);
-            UNROLL
-            for (int r = 0; r < rows; r++) {
-                const __m512 a = _mm512_set1_ps(W[r * ldw + i]);
-                UNROLL
-                for (int p = 0; p < panels; p++)
-                    s[r * panels + p] = _mm512_fmadd_ps(a, b[p], s[r * panels + p]);
-            }
-        }
+        q = add_columns(rows, panels, s, W, ldw, q, stride, 16, i, end);
     }
     UNROLL
     for (int r = 0; r < rows; r++)

@@ -15,8 +15,10 @@ mli_lower_bound(const int64_t *a, int64_t lo, int64_t hi, int64_t value)
     return lo;
 }
 
-int64_t
-mli_even_step(int64_t n, int64_t most, int64_t grain)
+/* Step in which n is cut into the fewest parts of at most `most`, all but the last equal; a
+ * multiple of `grain`, which divides `most`. */
+static int64_t
+even_step(int64_t n, int64_t most, int64_t grain)
 {
     const int64_t parts = mli_ceil_div(n, most);
 
@@ -28,8 +30,8 @@ mli_pieces_cut(mli_pieces *list, mli_piece piece, int64_t rows, int64_t cols)
 {
     const int64_t r1 = piece.r0 + piece.nr, c1 = piece.nc;
 
-    rows = mli_even_step(piece.nr, rows, MLI_STREAM_ROWS);
-    cols = mli_even_step(piece.nc, cols, MLI_FINE);
+    rows = even_step(piece.nr, rows, MLI_STREAM_ROWS);
+    cols = even_step(piece.nc, cols, MLI_FINE);
     for (int64_t r = piece.r0; r < r1; r += rows)
         for (int64_t c = 0; c < c1; c += cols) {
             piece.r0 = r;

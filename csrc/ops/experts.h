@@ -46,12 +46,8 @@ mli_pieces_add(mli_pieces *list, mli_piece piece)
     list->at[list->n++] = piece;
 }
 
-/* Step in which n is cut into the fewest parts of at most `most`, all but the last equal; a
- * multiple of `grain`, which divides `most`. */
-int64_t mli_even_step(int64_t n, int64_t most, int64_t grain);
-
-/* Adds nr rows from r0 and nc columns from 0, cut in blocks of at most `rows` and `cols`; columns
- * begin at multiples of MLI_FINE. */
+/* Adds nr rows from r0 and nc columns from 0, cut in even blocks of at most `rows` and `cols`;
+ * columns begin at multiples of MLI_FINE. */
 void mli_pieces_cut(mli_pieces *list, mli_piece piece, int64_t rows, int64_t cols);
 
 /* Room for the pieces of any phase over a chunk of N tokens. */

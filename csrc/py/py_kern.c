@@ -88,51 +88,67 @@ py_stream(PyObject *mod, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* 0 for 'nt', 1 for 'nn', else -1 with an exception set. */
+/* A product with scratch: its matrices, of which Y is f32. */
+typedef struct {
+    const mli_kernels *t;
+    matrix y, x, w;
+    int nn, accumulate;
+} product;
+
+/* From (layout, isa, Y, X, W, accumulate), with X and W of the NumPy type `stored`; `names` are
+ * those of Y, X and W. -1 with an exception set. */
 static int
-layout_named(mli_pystate *st, const char *name)
+product_from(mli_pystate *st, product *p, PyObject *args, int stored, const char names[3][2])
 {
-    if (strcmp(name, "nn") == 0)
-        return 1;
-    if (strcmp(name, "nt") == 0)
-        return 0;
-    PyErr_Format(st->ArgumentError, "layout: expected 'nt' or 'nn', got '%s'", name);
-    return -1;
+    const char *layout, *isa;
+    PyObject *oy, *ox, *ow;
+
+    if (!PyArg_ParseTuple(args, "ssOOOp", &layout, &isa, &oy, &ox, &ow, &p->accumulate) ||
+        (p->t = table_named(st, isa)) == NULL)
+        return -1;
+    p->nn = strcmp(layout, "nn") == 0;
+    if (!p->nn && strcmp(layout, "nt") != 0) {
+        PyErr_Format(st->ArgumentError, "layout: expected 'nt' or 'nn', got '%s'", layout);
+        return -1;
+    }
+    if (read_matrix(st, names[0], oy, NPY_FLOAT, &p->y) < 0 ||
+        read_matrix(st, names[1], ox, stored, &p->x) < 0 ||
+        read_matrix(st, names[2], ow, stored, &p->w) < 0)
+        return -1;
+    if (!PyArray_ISWRITEABLE((PyArrayObject *)oy) || p->y.rows != p->x.rows ||
+        p->x.cols != (p->nn ? p->w.rows : p->w.cols) ||
+        p->y.cols != (p->nn ? p->w.cols : p->w.rows)) {
+        PyErr_Format(st->ShapeError, "%s, %s, %s: shapes do not fit '%s'", names[0], names[1],
+                     names[2], layout);
+        return -1;
+    }
+    return 0;
+}
+
+/* Scratch full of NaN: nothing of it may be read before it is written. NULL with MemoryError. */
+static void *
+spoiled(size_t bytes)
+{
+    void *ws = mli_alloc(bytes);
+
+    if (ws == NULL)
+        return PyErr_NoMemory();
+    return memset(ws, 0xFF, bytes);
 }
 
 static PyObject *
 py_gemm_bf16(PyObject *mod, PyObject *args)
 {
-    mli_pystate *st = PyModule_GetState(mod);
-    const char *name, *isa;
-    PyObject *oc, *oa, *ob;
-    matrix c, a, b;
-    const mli_kernels *t;
-    int accumulate, nn;
-    size_t bytes;
+    product p;
     void *ws;
 
-    if (!PyArg_ParseTuple(args, "ssOOOp:gemm_bf16", &name, &isa, &oc, &oa, &ob, &accumulate))
+    if (product_from(PyModule_GetState(mod), &p, args, NPY_UINT16,
+                     (const char[3][2]){"C", "A", "B"}) < 0 ||
+        (ws = spoiled(p.t->gemm_bf16_ws(p.y.rows, p.y.cols, p.x.cols))) == NULL)
         return NULL;
-    if ((t = table_named(st, isa)) == NULL)
-        return NULL;
-    if ((nn = layout_named(st, name)) < 0)
-        return NULL;
-    if (read_matrix(st, "C", oc, NPY_FLOAT, &c) < 0 ||
-        read_matrix(st, "A", oa, NPY_UINT16, &a) < 0 ||
-        read_matrix(st, "B", ob, NPY_UINT16, &b) < 0)
-        return NULL;
-    if (!PyArray_ISWRITEABLE((PyArrayObject *)oc) || c.rows != a.rows ||
-        a.cols != (nn ? b.rows : b.cols) || c.cols != (nn ? b.cols : b.rows))
-        return PyErr_Format(st->ShapeError, "C, A, B: shapes do not fit '%s'", name);
-    bytes = t->gemm_bf16_ws(c.rows, c.cols, a.cols);
-    ws = mli_alloc(bytes);
-    if (ws == NULL)
-        return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    memset(ws, 0xFF, bytes); /* NaN: nothing of it may be read before it is written */
-    t->gemm_bf16(nn ? MLI_NN : MLI_NT, c.data, c.ld, a.data, a.ld, b.data, b.ld, c.rows, c.cols,
-                 a.cols, accumulate, ws);
+    p.t->gemm_bf16(p.nn ? MLI_NN : MLI_NT, p.y.data, p.y.ld, p.x.data, p.x.ld, p.w.data, p.w.ld,
+                   p.y.rows, p.y.cols, p.x.cols, p.accumulate, ws);
     Py_END_ALLOW_THREADS
     mli_free(ws);
     Py_RETURN_NONE;
@@ -141,32 +157,16 @@ py_gemm_bf16(PyObject *mod, PyObject *args)
 static PyObject *
 py_rows_f32(PyObject *mod, PyObject *args)
 {
-    mli_pystate *st = PyModule_GetState(mod);
-    const char *name, *isa;
-    PyObject *oy, *ox, *ow;
-    matrix y, x, w;
-    const mli_kernels *t;
-    int accumulate, nn;
-    size_t bytes;
+    product p;
     void *ws;
 
-    if (!PyArg_ParseTuple(args, "ssOOOp:rows_f32", &name, &isa, &oy, &ox, &ow, &accumulate) ||
-        (nn = layout_named(st, name)) < 0)
+    if (product_from(PyModule_GetState(mod), &p, args, NPY_FLOAT,
+                     (const char[3][2]){"Y", "X", "W"}) < 0 ||
+        (ws = spoiled(p.t->rows_f32_ws(p.x.rows, p.x.cols))) == NULL)
         return NULL;
-    if ((t = table_named(st, isa)) == NULL || read_matrix(st, "Y", oy, NPY_FLOAT, &y) < 0 ||
-        read_matrix(st, "X", ox, NPY_FLOAT, &x) < 0 || read_matrix(st, "W", ow, NPY_FLOAT, &w) < 0)
-        return NULL;
-    if (!PyArray_ISWRITEABLE((PyArrayObject *)oy) || y.rows != x.rows ||
-        x.cols != (nn ? w.rows : w.cols) || y.cols != (nn ? w.cols : w.rows))
-        return PyErr_Format(st->ShapeError, "Y, X, W: shapes do not fit '%s'", name);
-    bytes = t->rows_f32_ws(x.rows, x.cols);
-    ws = mli_alloc(bytes);
-    if (ws == NULL)
-        return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    memset(ws, 0xFF, bytes); /* NaN: nothing of it may be read before it is written */
-    t->rows_f32(nn ? MLI_NN : MLI_NT, y.data, y.ld, x.data, x.ld, w.data, w.ld, y.rows, y.cols,
-                x.cols, accumulate, ws);
+    p.t->rows_f32(p.nn ? MLI_NN : MLI_NT, p.y.data, p.y.ld, p.x.data, p.x.ld, p.w.data, p.w.ld,
+                  p.y.rows, p.y.cols, p.x.cols, p.accumulate, ws);
     Py_END_ALLOW_THREADS
     mli_free(ws);
     Py_RETURN_NONE;

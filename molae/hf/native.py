@@ -7,7 +7,7 @@ nothing else, so that frozen factors cost nothing.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -88,7 +88,7 @@ def forward_native(
         )
         return y
     y = torch.empty_like(x)
-    projections = ready.projections if ready else _projections(factors, module)
+    projections = ready.projections if ready else _own_projections(module, factors)
     call = _call(layer, index, x, weights, projections)
     threads = _threads(index, x.shape[1], module.intermediate_dim)
     _core.experts_forward(_array(y), None, call, threads)
@@ -157,7 +157,7 @@ def _remember(module: LatentExperts, factors: Mapping[str, Split]) -> _Ready | N
             entries += [(group._parameters, role, t) for role, t in group._parameters.items()]
             entries += [(group._buffers, role, t) for role, t in group._buffers.items()]
     entries += [(module._parameters, name, t) for name, t in module._parameters.items()]
-    ready = _Ready(entries, groups, _projections(factors, module))
+    ready = _Ready(entries, groups, _own_projections(module, factors))
     _ready[module] = ready
     return ready
 
@@ -218,10 +218,16 @@ def _projection(
     return private, group_of, rank, shared, perm, form == "gauge"
 
 
-def _projections(factors: Mapping[str, Split], module: LatentExperts) -> list[tuple[Any, ...]]:
-    arrays = iter([_stack(tensor) for tensor in _tensors(factors)])
-    E, form = module.num_experts, module.form
+def _projections(
+    factors: Mapping[str, Split], E: int, form: str, tensors: Iterable[torch.Tensor]
+) -> list[Any]:
+    """All types as _core takes them, with the tensors in the order of `_tensors`."""
+    arrays = iter([_stack(tensor) for tensor in tensors])
     return [_projection(groups, E, form, arrays) for groups in factors.values()]
+
+
+def _own_projections(module: LatentExperts, factors: Mapping[str, Split]) -> list[Any]:
+    return _projections(factors, module.num_experts, module.form, _tensors(factors))
 
 
 def _call(
@@ -282,8 +288,7 @@ class _Experts(torch.autograd.Function):
         layer: Any, index: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, tensors: Any
     ) -> tuple[Any, ...]:
         E, F, activation, form, factors = layer
-        arrays = iter([_stack(tensor) for tensor in tensors])
-        projections = [_projection(groups, E, form, arrays) for groups in factors.values()]
+        projections = _projections(factors, E, form, tensors)
         return _call((E, F, activation), index, x, weights, projections)
 
     @staticmethod
