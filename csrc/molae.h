@@ -46,8 +46,14 @@ typedef struct {
 
 /* ----------------------------------------------------------------- context */
 
+/* Somebody's threads, lent for a while: calls fn(arg) at the same time on at most num_threads
+ * threads, the caller's among them, and returns when all are done. The type of OpenMP's
+ * GOMP_parallel (its flags: 0). */
+typedef void (*molae_team)(void (*fn)(void *), void *arg, unsigned num_threads, unsigned flags);
+
 typedef struct {
     int32_t num_threads; /* >= 1 */
+    molae_team team;     /* NULL: molae's own threads */
 } molae_ctx;
 
 /* Storage types. Arithmetic is f64 for f64 input and f32 for all others. */

@@ -74,8 +74,9 @@ def rows_f32(
 def rows_f32_native(isa: str, /) -> bool: ...
 
 # status (n) -> the loop's status, (n) the worker that ran each task (-1: none).
+def borrow_threads(library: str, /) -> bool: ...
 def parallel_probe(
-    status: npt.ArrayLike, num_threads: int
+    status: npt.ArrayLike, num_threads: int, borrowed: bool = False
 ) -> tuple[int, npt.NDArray[np.int64]]: ...
 def raise_probe(status: int, what: str | None, expert: int, group: int, info: int, /) -> None: ...
 
@@ -122,6 +123,7 @@ def experts_forward(
     saved: tuple[Any, ...] | None,
     call: tuple[Any, ...],
     num_threads: int,
+    borrowed: bool,
     /,
 ) -> None: ...
 
@@ -134,6 +136,7 @@ def experts_backward(
     saved: tuple[Any, ...],
     call: tuple[Any, ...],
     num_threads: int,
+    borrowed: bool,
     /,
 ) -> None: ...
 def empty(

@@ -523,7 +523,7 @@ def latent_experts_forward(
             *(_core.empty((N, width), work) for width in widths),
         )
     y = np.empty(x.shape, x.dtype) if out is None else out
-    _core.experts_forward(y, saved._core() if saved else None, call, get_num_threads())
+    _core.experts_forward(y, saved._core() if saved else None, call, get_num_threads(), False)
     return (y, saved) if save else y
 
 
@@ -686,7 +686,13 @@ def latent_experts_backward(
         ),
     )
     _core.experts_backward(
-        grads, out is None, _contiguous(np.asarray(dy)), saved._core(), call, get_num_threads()
+        grads,
+        out is None,
+        _contiguous(np.asarray(dy)),
+        saved._core(),
+        call,
+        get_num_threads(),
+        False,
     )
     return d
 

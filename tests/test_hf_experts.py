@@ -393,3 +393,30 @@ def test_checkpointing_recomputes_what_backward_needs():
     x.grad = None
     experts(x, index, weights).sum().backward()
     assert torch.equal(again, x.grad)
+
+
+def test_kernels_run_on_the_threads_of_torch(python):
+    """Where they may use as many; the same bits as on molae's own."""
+    code = """
+import torch, molae
+from molae import _core
+from molae.factored import Split, index_groups
+from molae.hf import LatentExperts
+split = Split(index_groups(8, 4), (20, 30))
+torch.manual_seed(0)
+layer = LatentExperts(8, 64, 32, gate=split, up=split, down=split)
+x = torch.randn(200, 64)
+index = torch.stack([torch.randperm(8)[:2] for _ in x])
+found = []
+for ours, theirs in ((2, 2), (2, 3), (1, 1)):
+    molae.set_num_threads(ours)
+    torch.set_num_threads(theirs)
+    y = layer(x, index, torch.ones(200, 2))
+    y.sum().backward()
+    found.append((y, [p.grad for p in layer.parameters()]))
+    layer.zero_grad()
+    print(_core.build_info()["pool_threads"])
+for y, grads in found[1:]:
+    print(torch.equal(y, found[0][0]), all(map(torch.equal, grads, found[0][1])))
+"""
+    assert python(code).split() == ["0", "1", "1", "True", "True", "True", "True"]

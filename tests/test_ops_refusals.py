@@ -214,7 +214,7 @@ def test_the_extension_checks_what_the_face_checked():
         ("silu", 0.0, 0.0),
     )
     y = zeros(N, D)
-    _core.experts_forward(y, None, call, 1)
+    _core.experts_forward(y, None, call, 1, False)
 
     def changed(i, value):
         return (*call[:i], value, *call[i + 1 :])
@@ -237,9 +237,9 @@ def test_the_extension_checks_what_the_face_checked():
         changed(0, "x"),
     ):
         with pytest.raises(MolaeError):
-            _core.experts_forward(y, None, bad, 1)
+            _core.experts_forward(y, None, bad, 1, False)
     with pytest.raises(MolaeError):
-        _core.experts_forward(y, None, call, 0)
+        _core.experts_forward(y, None, call, 0, False)
     with pytest.raises(MolaeError):
         _core.route([[0, 3]], 2, None, 0)
     with pytest.raises(MolaeError):

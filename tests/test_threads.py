@@ -133,3 +133,14 @@ for task in os.listdir("/proc/self/task"):
 print(blocked)
 """
     assert python(code, OPENBLAS_NUM_THREADS="1").strip() == "3"
+
+
+def test_nobody_lends_threads(python):
+    """Without a library that lends them, molae's own serve."""
+    code = """
+import numpy as np
+from molae import _core
+print(_core.borrow_threads("/nowhere/libnone.so"), _core.borrow_threads("libc.so.6"))
+print(_core.parallel_probe(np.zeros(50, np.int64), 2, True)[0], _core.build_info()["pool_threads"])
+"""
+    assert python(code).split() == ["False", "False", "0", "1"]

@@ -52,6 +52,7 @@ static struct {
 /* Held by the one caller that has the pool; others run their tasks themselves. */
 static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
+static int forked;               /* in a child of fork */
 static _Thread_local int inside; /* this thread is running tasks */
 
 static const outcome_t nothing = {-1, MOLAE_OK, MOLAE_OK};
@@ -154,6 +155,7 @@ after_fork_in_child(void)
     pool.pending = 0;
     pool.quit = 0;
     pool.job = NULL;
+    forked = 1;
 }
 
 static void
@@ -182,6 +184,37 @@ grow(int32_t want)
     pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
+/* A job on borrowed threads. */
+typedef struct {
+    job_t *job;
+    atomic_int arrived; /* threads that have come so far */
+    pthread_mutex_t lock;
+    outcome_t outcome;
+} shift_t;
+
+static void
+take_part(void *p)
+{
+    shift_t *s = p;
+    const outcome_t mine = work(s->job, (int32_t)atomic_fetch_add(&s->arrived, 1));
+
+    if (mine.failed < 0 && mine.warning == MOLAE_OK)
+        return;
+    pthread_mutex_lock(&s->lock);
+    merge(&s->outcome, &mine);
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* All of the team comes, even for fewer tasks: to change its size costs it new threads. */
+static outcome_t
+work_with(molae_team team, int32_t num_threads, job_t *job)
+{
+    shift_t s = {.job = job, .lock = PTHREAD_MUTEX_INITIALIZER, .outcome = nothing};
+
+    team(take_part, &s, (unsigned)num_threads, 0);
+    return s.outcome;
+}
+
 molae_status
 mli_parallel_for(const molae_ctx *ctx, int64_t n, mli_task task, void *arg)
 {
@@ -196,10 +229,14 @@ mli_parallel_for(const molae_ctx *ctx, int64_t n, mli_task task, void *arg)
     if (want > MAX_WORKERS)
         want = MAX_WORKERS;
 
-    if (want <= 0 || inside || pthread_mutex_trylock(&gate) != 0) {
+    pthread_once(&once, init_once);
+    if (want <= 0 || inside) {
+        all = work(&job, 0);
+    } else if (ctx->team != NULL && !forked) {
+        all = work_with(ctx->team, ctx->num_threads, &job);
+    } else if (pthread_mutex_trylock(&gate) != 0) {
         all = work(&job, 0);
     } else {
-        pthread_once(&once, init_once);
         pthread_mutex_lock(&pool.lock);
         grow((int32_t)want);
         pool.wanted = pool.started < (int32_t)want ? pool.started : (int32_t)want;

@@ -12,7 +12,8 @@ typedef molae_status (*mli_task)(void *arg, int64_t index, int32_t worker);
  * Every task runs unless one fails; then the rest may be skipped. Returns the failure of the
  * lowest index among those that ran, else the largest positive status, else MOLAE_OK.
  * Not to be nested: a task that calls it gets its tasks run one after another. When another
- * thread has the pool, the caller runs its tasks alone. Safe after fork. */
+ * thread has the pool, the caller runs its tasks alone. Safe after fork: the child leaves
+ * ctx->team alone, whose threads have stayed behind. */
 molae_status mli_parallel_for(const molae_ctx *ctx, int64_t n, mli_task task, void *arg);
 
 /* Ends the pool's threads; the next call starts new ones. For tests and leak checkers. */

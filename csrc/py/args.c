@@ -11,7 +11,7 @@ mli_py_ctx(mli_pystate *st, Py_ssize_t num_threads, molae_ctx *ctx)
         PyErr_Format(st->ArgumentError, "num_threads: expected 1 or more, got %zd", num_threads);
         return -1;
     }
-    ctx->num_threads = (int32_t)num_threads;
+    *ctx = (molae_ctx){.num_threads = (int32_t)num_threads};
     return 0;
 }
 

@@ -15,7 +15,8 @@
 #define NPY_TARGET_VERSION NPY_1_25_API_VERSION
 #include <numpy/arrayobject.h>
 
-/* *ctx from the argument num_threads; -1 with ArgumentError set if it is not in 1..2^31-1. */
+/* *ctx from the argument num_threads, with molae's own threads; -1 with ArgumentError set if it is
+ * not in 1..2^31-1. */
 int mli_py_ctx(mli_pystate *st, Py_ssize_t num_threads, molae_ctx *ctx);
 
 /* -1 with ShapeError set unless `a` has `ndim` axes of the lengths `want`; -1 there takes any

@@ -1,4 +1,5 @@
 /* What was built and what is in use, and hooks for tests. */
+#define _GNU_SOURCE /* RTLD_NOLOAD */
 #include "args.h"
 
 #include "../base/blas.h"
@@ -6,6 +7,7 @@
 #include "../base/par.h"
 #include "../kern/kern.h"
 
+#include <dlfcn.h>
 #include <string.h>
 
 #ifndef MLI_VERSION
@@ -248,23 +250,51 @@ probe_task(void *p, int64_t index, int32_t worker)
     return (molae_status)arg->status[index];
 }
 
+PyDoc_STRVAR(borrow_threads_doc,
+             "borrow_threads($module, library, /)\n--\n\n"
+             "From now on `borrowed` work runs on the threads of the OpenMP that this loaded\n"
+             "library is linked with. False: it has none that lends them, and molae's own serve.");
+
+static PyObject *
+py_borrow_threads(PyObject *mod, PyObject *arg)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    PyObject *path = NULL;
+    void *library, *symbol;
+
+    if (!PyUnicode_FSConverter(arg, &path))
+        return NULL;
+    st->team = NULL;
+    library = dlopen(PyBytes_AS_STRING(path), RTLD_LAZY | RTLD_NOLOAD);
+    Py_DECREF(path);
+    if (library != NULL) {
+        symbol = dlsym(library, "GOMP_parallel");
+        memcpy(&st->team, &symbol, sizeof symbol); /* POSIX has the two convertible */
+        /* Never closed: its threads are in use. */
+    }
+    return PyBool_FromLong(st->team != NULL);
+}
+
 static PyObject *
 py_parallel_probe(PyObject *mod, PyObject *args, PyObject *kw)
 {
-    static char *names[] = {"status", "num_threads", NULL};
+    static char *names[] = {"status", "num_threads", "borrowed", NULL};
     mli_pystate *st = PyModule_GetState(mod);
     PyObject *obj, *ret = NULL;
     PyArrayObject *status = NULL, *worker = NULL;
     Py_ssize_t num_threads;
+    int borrowed = 0;
     molae_ctx ctx;
     molae_status rc;
     probe_arg arg;
     npy_intp n;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "On:parallel_probe", names, &obj, &num_threads))
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "On|p:parallel_probe", names, &obj, &num_threads,
+                                     &borrowed))
         return NULL;
     if (mli_py_ctx(st, num_threads, &ctx) < 0)
         return NULL;
+    ctx.team = borrowed ? st->team : NULL;
     status = (PyArrayObject *)PyArray_FROMANY(obj, NPY_INT64, 1, 1, NPY_ARRAY_IN_ARRAY);
     if (status == NULL)
         return NULL;
@@ -357,8 +387,9 @@ PyMethodDef mli_py_info_methods[] = {
     {"act", py_act, METH_VARARGS,
      "act($module, isa, kind, gate, up, dh, w, alpha, limit, /)\n--\n\n"
      "Test hook: one activation kernel on 1-D arrays, its gradient where dh is not None."},
+    {"borrow_threads", py_borrow_threads, METH_O, borrow_threads_doc},
     {"parallel_probe", (PyCFunction)(void (*)(void))py_parallel_probe, METH_VARARGS | METH_KEYWORDS,
-     "parallel_probe($module, status, num_threads)\n--\n\n"
+     "parallel_probe($module, status, num_threads, borrowed=False)\n--\n\n"
      "Test hook: a parallel loop whose task i returns status[i]."},
     {"raise_probe", py_raise_probe, METH_VARARGS,
      "raise_probe($module, status, what, expert, group, info, /)\n--\n\n"

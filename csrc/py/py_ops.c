@@ -83,9 +83,9 @@ done:
 /* ---------------------------------------------------------------- experts */
 
 PyDoc_STRVAR(experts_forward_doc,
-             "experts_forward($module, y, saved, call, num_threads, /)\n--\n\n"
+             "experts_forward($module, y, saved, call, num_threads, borrowed, /)\n--\n\n"
              "One layer of routed experts; see molae.ops.latent_experts_forward. y (N,D) and\n"
-             "saved (None, or five arrays) are overwritten.");
+             "saved (None, or five arrays) are overwritten. borrowed: on borrow_threads'.");
 
 static PyObject *
 py_experts_forward(PyObject *mod, PyObject *args)
@@ -93,6 +93,7 @@ py_experts_forward(PyObject *mod, PyObject *args)
     mli_pystate *st = PyModule_GetState(mod);
     PyObject *y_obj, *saved_obj, *call_obj, *ret = NULL;
     Py_ssize_t num_threads;
+    int borrowed;
     mli_py_call c = {0};
     void *to[5] = {NULL}, *ws = NULL, *y = NULL;
     size_t ws_bytes;
@@ -100,11 +101,12 @@ py_experts_forward(PyObject *mod, PyObject *args)
     molae_errinfo err = {0};
     molae_status rc;
 
-    if (!PyArg_ParseTuple(args, "OOO!n:experts_forward", &y_obj, &saved_obj, &PyTuple_Type,
-                          &call_obj, &num_threads))
+    if (!PyArg_ParseTuple(args, "OOO!np:experts_forward", &y_obj, &saved_obj, &PyTuple_Type,
+                          &call_obj, &num_threads, &borrowed))
         return NULL;
     if (mli_py_ctx(st, num_threads, &ctx) < 0 || mli_py_call_from(st, &c, call_obj) < 0)
         goto done;
+    ctx.team = borrowed ? st->team : NULL;
     if (mli_py_output(st, &c, "out", y_obj, c.l.io, c.l.D, "ND", &y) < 0 ||
         (saved_obj != Py_None && mli_py_saved_from(st, &c, saved_obj, to, 1) < 0) ||
         mli_py_spans_check(st, &c.spans) < 0)
@@ -144,7 +146,8 @@ done:
 
 PyDoc_STRVAR(
     experts_backward_doc,
-    "experts_backward($module, grads, overwrite, dy, saved, call, num_threads, /)\n--\n\n"
+    "experts_backward($module, grads, overwrite, dy, saved, call, num_threads, borrowed, /)\n"
+    "--\n\n"
     "Gradients of one layer; see molae.ops.latent_experts_backward. grads: (dx, dweights,\n"
     "gate, up, down), each None, or set (overwrite) or added to; the last three are (private, "
     "shared, bias).");
@@ -156,7 +159,7 @@ py_experts_backward(PyObject *mod, PyObject *args)
     PyObject *grads, *dx_obj, *dw_obj, *gate, *up, *down, *dy_obj, *saved_obj, *call_obj;
     PyObject *ret = NULL;
     Py_ssize_t num_threads;
-    int overwrite;
+    int overwrite, borrowed;
     mli_py_call c = {0};
     void *to[5] = {NULL}, *ws = NULL, *dx = NULL, *dw = NULL;
     const void *dy = NULL;
@@ -165,14 +168,15 @@ py_experts_backward(PyObject *mod, PyObject *args)
     molae_errinfo err = {0};
     molae_status rc;
 
-    if (!PyArg_ParseTuple(args, "O!pOO!O!n:experts_backward", &PyTuple_Type, &grads, &overwrite,
+    if (!PyArg_ParseTuple(args, "O!pOO!O!np:experts_backward", &PyTuple_Type, &grads, &overwrite,
                           &dy_obj, &PyTuple_Type, &saved_obj, &PyTuple_Type, &call_obj,
-                          &num_threads) ||
+                          &num_threads, &borrowed) ||
         !PyArg_ParseTuple(grads, "OOO!O!O!", &dx_obj, &dw_obj, &PyTuple_Type, &gate, &PyTuple_Type,
                           &up, &PyTuple_Type, &down))
         return NULL;
     if (mli_py_ctx(st, num_threads, &ctx) < 0 || mli_py_call_from(st, &c, call_obj) < 0)
         goto done;
+    ctx.team = borrowed ? st->team : NULL;
     if (mli_py_input(st, &c, "dy", dy_obj, &dy) < 0 ||
         mli_py_saved_from(st, &c, saved_obj, to, 0) < 0 ||
         mli_py_output(st, &c, "dx", dx_obj, c.work, c.l.D, "ND", &dx) < 0 ||

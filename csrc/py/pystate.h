@@ -15,6 +15,7 @@ typedef struct {
     PyObject *NonFiniteError;
     PyObject *ConvergenceWarning;
     PyObject *PrecisionWarning;
+    molae_team team; /* see borrow_threads; NULL: none */
 } mli_pystate;
 
 /* A status as Python sees it: negative sets an exception, positive issues a warning (which the

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -64,7 +65,8 @@ def forward_native(
 
     Notes
     -----
-    Threads: the fewer of molae's and torch's, one for a small layer. Results do not depend on them.
+    Threads: torch's own where molae has leave to use as many, else the fewer of the two numbers.
+    Results do not depend on them.
     """
     learns = torch.is_grad_enabled()
     ready = None if learns else _ready.get(module)
@@ -90,8 +92,7 @@ def forward_native(
     y = torch.empty_like(x)
     projections = ready.projections if ready else _own_projections(module, factors)
     call = _call(layer, index, x, weights, projections)
-    threads = _threads(index, x.shape[1], module.intermediate_dim)
-    _core.experts_forward(_array(y), None, call, threads)
+    _core.experts_forward(_array(y), None, call, *_threads())
     return y
 
 
@@ -241,15 +242,17 @@ def _call(
     return (like, index.numpy(), _array(weights), *each, E, F, number, 0.0, 0.0)
 
 
-#: Multiplications of a dense layer that one core does in some tens of microseconds.
-_ALONE = 2**20
+_can_borrow = _core.borrow_threads(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
-def _threads(index: torch.Tensor, D: int, F: int) -> int:
-    """One where the work is small: others would want cores on which torch's threads spin."""
-    if 3 * index.numel() * D * F < _ALONE:
-        return 1
-    return min(get_num_threads(), torch.get_num_threads())
+def _threads() -> tuple[int, bool]:
+    """How many, and whether they are torch's.
+
+    Between two layers torch's threads look out for work on the very cores that molae's would want.
+    """
+    theirs = torch.get_num_threads()
+    count = min(get_num_threads(), theirs)
+    return count, _can_borrow and count == theirs
 
 
 # ---------------------------------------------------------------------------- gradients
@@ -278,7 +281,7 @@ class _Experts(torch.autograd.Function):
             kept = tuple(_empty(shape, weights) for shape in shapes)
         call = _Experts.call(layer, index, x, weights, tensors)
         saved = tuple(_array(t) for t in kept) or None
-        _core.experts_forward(_array(y), saved, call, _threads(index, x.shape[1], F))
+        _core.experts_forward(_array(y), saved, call, *_threads())
         ctx.layer = layer
         ctx.save_for_backward(index, x, weights, *kept, *tensors)
         return y
@@ -294,7 +297,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        E, F, _, form, factors = ctx.layer
+        E, _, _, form, factors = ctx.layer
         index, x, weights, *rest = ctx.saved_tensors
         kept, tensors = rest[:5], rest[5:]
         wanted = ctx.needs_input_grad[2:]
@@ -314,7 +317,7 @@ class _Experts(torch.autograd.Function):
             _array(dy.contiguous()),
             tuple(_array(t) for t in kept),
             _Experts.call(ctx.layer, index, x, weights, tensors),
-            _threads(index, x.shape[1], F),
+            *_threads(),
         )
         found = [
             None if g is None else g.to(t.dtype)

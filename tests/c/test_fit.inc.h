@@ -75,7 +75,7 @@ FN(factor)(const shape_t *c, molae_dtype dtype, molae_side side, molae_form form
         perm[g] = mli_alloc((size_t)c->D * sizeof(int32_t));
     }
     for (int32_t threads = 1; threads <= 3; threads += 2) {
-        molae_ctx ctx = {threads};
+        molae_ctx ctx = {threads, NULL};
         size_t bytes = FN(molae_factor_ws)(&ctx, &s, c->rank);
         void *ws = mli_alloc(bytes);
         molae_status rc = FN(molae_factor_shared)(&ctx, &out, &s, c->rank, form, ws, bytes, &err);
@@ -176,7 +176,7 @@ FN(reduce)(void)
                 W[e * F * D + f * D + d] = (REAL)(u[2 * f] * v[d] + u[2 * f + 1] * v[D + d]);
     }
     for (int32_t threads = 1; threads <= 2; threads++) {
-        molae_ctx ctx = {threads};
+        molae_ctx ctx = {threads, NULL};
         size_t bytes = FN(molae_reduce_rank_ws)(&ctx, &s);
         void *ws = mli_alloc(bytes);
         molae_status rc = FN(molae_reduce_rank)(&ctx, out, used_svd, &s, 2, ws, bytes, &err);
@@ -200,7 +200,7 @@ FN(bad_weights)(void)
     const int64_t ptr[2] = {0, E}, rank[1] = {2}, over[1] = {D + 1};
     double spectrum[D], energy[E], residual[E];
     int32_t used_svd[1];
-    molae_ctx ctx = {2};
+    molae_ctx ctx = {2, NULL};
     molae_stack s = {E, F, D, OWN, MOLAE_SIDE_INPUT, w, 1, ptr};
     molae_factors out = {sp, NULL, pp, spectrum, energy, residual, used_svd};
     size_t bytes = FN(molae_factor_ws)(&ctx, &s, rank);

@@ -211,7 +211,7 @@ FN(layer)(const layer_t *c, molae_dtype dtype, molae_form form)
     grads = (FN(molae_experts_grads)){dx, dweight, gate.d, up.d, down.d, 0};
 
     for (int32_t threads = 1; threads <= 3; threads += 2) {
-        const molae_ctx ctx = {threads};
+        const molae_ctx ctx = {threads, NULL};
         const size_t fb = FN(molae_experts_forward_ws)(&ctx, &l, N, K);
         const size_t bb = FN(molae_experts_backward_ws)(&ctx, &l, N, K);
         void *ws = guarded(fb);

@@ -36,10 +36,12 @@ count(void *p, int64_t i, int32_t worker)
     return i == s->warn ? MOLAE_W_PRECISION : (i % 7 == 0 ? MOLAE_W_NOT_CONVERGED : MOLAE_OK);
 }
 
+static molae_team lender; /* of the threads below */
+
 static molae_status
 go(seen_t *s, int32_t threads, int64_t n)
 {
-    molae_ctx ctx = {threads};
+    molae_ctx ctx = {threads, lender};
 
     memset(s->runs, 0, sizeof s->runs);
     atomic_store(&s->bad_worker, 0);
@@ -113,7 +115,7 @@ static void
 nesting(void)
 {
     static nest_t s;
-    molae_ctx ctx = {2};
+    molae_ctx ctx = {2, NULL};
 
     CHECK(mli_parallel_for(&ctx, 4, nested, &s) == MOLAE_OK);
     CHECK(!atomic_load(&s.wrong));
@@ -168,6 +170,76 @@ forking(void)
     CHECK(each_once(&s, N));
 }
 
+typedef struct {
+    void (*fn)(void *);
+    void *arg;
+} errand_t;
+
+static void *
+errand(void *p)
+{
+    const errand_t *e = p;
+
+    e->fn(e->arg);
+    return NULL;
+}
+
+static atomic_int teams;
+
+static void
+team(void (*fn)(void *), void *arg, unsigned num_threads, unsigned flags)
+{
+    errand_t e = {fn, arg};
+    pthread_t t[8];
+    unsigned n = 0;
+
+    CHECK(num_threads >= 2 && num_threads <= 8 && flags == 0);
+    atomic_fetch_add(&teams, 1);
+    while (n + 1 < num_threads && pthread_create(&t[n], NULL, errand, &e) == 0)
+        n++;
+    fn(arg);
+    while (n > 0)
+        pthread_join(t[--n], NULL);
+}
+
+static void
+borrowing(void)
+{
+    static seen_t s = {.fail_a = -1, .fail_b = -1, .warn = 500};
+    const int64_t sizes[] = {0, 1, 2, 7, N};
+    int expected = 0, status = -1;
+    pid_t child;
+
+    mli_parallel_shutdown();
+    lender = team;
+    for (int32_t threads = 1; threads <= 8; threads++)
+        for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
+            const int64_t n = sizes[k];
+            molae_status rc = go(&s, threads, n);
+            CHECK(each_once(&s, n));
+            CHECK(rc == (n > 500 ? MOLAE_W_PRECISION : n > 0 ? MOLAE_W_NOT_CONVERGED : MOLAE_OK));
+            expected += threads > 1 && n > 1;
+        }
+    CHECK(atomic_load(&teams) == expected); /* not for one thread or task */
+    CHECK(mli_parallel_started() == 0);     /* none of molae's own */
+    s.fail_a = 61;
+    s.fail_b = 60;
+    for (int32_t threads = 1; threads <= 8; threads++)
+        CHECK(go(&s, threads, N) == MOLAE_E_NONFINITE);
+    s.fail_a = s.fail_b = -1;
+    child = fork();
+    if (child == 0) {
+        const int before = atomic_load(&teams);
+        int good = go(&s, 4, N) == MOLAE_W_PRECISION && each_once(&s, N);
+        good &= atomic_load(&teams) == before && mli_parallel_started() >= 3;
+        mli_parallel_shutdown();
+        _exit(good ? 0 : 1);
+    }
+    CHECK(waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    lender = NULL;
+}
+
 static void
 stopping(void)
 {
@@ -189,5 +261,6 @@ test_par(void)
     nesting();
     several_callers();
     forking();
+    borrowing();
     stopping();
 }
