@@ -348,5 +348,6 @@ NEED_HF = ("layers", "models")
 #: Files in benchmarks/results, and the cases of each.
 FILES = {
     "benchmarks.json": ("factor", "bf16", "reduce", "convert"),
-    "layers.json": ("layers", "models"),
+    "layers.json": ("layers",),
+    "models.json": ("models",),
 }

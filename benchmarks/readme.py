@@ -19,6 +19,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "demo": ("demo.json", tables.demo),
     "benchmarks": ("benchmarks.json", tables.benchmarks),
     "layers": ("layers.json", tables.benchmarks),
+    "models": ("models.json", tables.benchmarks),
 }
 
 

@@ -280,16 +280,13 @@ def _kept(tmp_path, monkeypatch, *words):
 
 
 def test_whole_runs_go_to_the_file_of_their_cases(tmp_path, monkeypatch):
-    layers = {"layers.json": ["layers", "models"]}
-    assert _kept(tmp_path / "a", monkeypatch, "--cases", "layers", "models") == layers
-    assert _kept(tmp_path / "b", monkeypatch) == {
-        "benchmarks.json": ["factor", "bf16", "reduce", "convert"], **layers
-    }  # fmt: skip
-    assert _kept(tmp_path / "c", monkeypatch, "--cases", "layers") == {}
+    some = {"benchmarks.json": ["factor", "bf16", "reduce", "convert"], "models.json": ["models"]}
+    layers = {"layers.json": ["layers"]}
+    assert _kept(tmp_path / "a", monkeypatch, "--cases", "layers") == layers
+    assert _kept(tmp_path / "b", monkeypatch) == some | layers
+    assert _kept(tmp_path / "c", monkeypatch, "--cases", "factor", "convert") == {}
     assert _kept(tmp_path / "d", monkeypatch, "--quick") == {}
-    assert _kept(tmp_path / "e", monkeypatch, "--shapes", "OLMoE-1B-7B") == {
-        "benchmarks.json": ["factor", "bf16", "reduce", "convert"]
-    }
+    assert _kept(tmp_path / "e", monkeypatch, "--shapes", "OLMoE-1B-7B") == some
     out = str(tmp_path / "f" / "x.json")
     assert _kept(tmp_path / "f", monkeypatch, "--cases", "reduce", "--json", out) == {
         "x.json": ["reduce"]
@@ -323,6 +320,8 @@ old
 
 <!-- layers:start -->
 <!-- layers:end -->
+<!-- models:start -->
+<!-- models:end -->
 """
 
 
