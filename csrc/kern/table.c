@@ -23,22 +23,23 @@ prepare(void)
     if (atomic_load(&state) == 2)
         return;
     if (atomic_compare_exchange_strong(&state, &empty, 1)) {
+        /* the CPU is asked first: the functions that fill a table are compiled for its ISA too */
         mli_kernels_fill_ref(&tables[REF]);
         mli_kernels_fill_ref_stream(&tables[REF]);
         usable[REF] = 1;
         tables[AVX2] = tables[REF];
-        usable[AVX2] = mli_kernels_add_avx2(&tables[AVX2]) &&
-                       mli_kernels_add_avx2_stream(&tables[AVX2]) && mli_cpu_has_avx2();
+        usable[AVX2] = mli_cpu_has_avx2() && mli_kernels_add_avx2(&tables[AVX2]) &&
+                       mli_kernels_add_avx2_stream(&tables[AVX2]);
         tables[AVX512] = tables[AVX2];
-        usable[AVX512] = mli_kernels_add_avx512(&tables[AVX512]) &&
+        usable[AVX512] = mli_cpu_has_avx512() && mli_kernels_add_avx512(&tables[AVX512]) &&
                          mli_kernels_add_avx512_stream(&tables[AVX512]) &&
-                         mli_kernels_add_avx512_rows(&tables[AVX512]) && mli_cpu_has_avx512();
+                         mli_kernels_add_avx512_rows(&tables[AVX512]);
         tables[AVX512BF16] = tables[AVX512];
-        usable[AVX512BF16] = usable[AVX512] && mli_kernels_add_avx512bf16(&tables[AVX512BF16]) &&
-                             mli_cpu_has_avx512bf16();
+        usable[AVX512BF16] = usable[AVX512] && mli_cpu_has_avx512bf16() &&
+                             mli_kernels_add_avx512bf16(&tables[AVX512BF16]);
         tables[AMX] = tables[AVX512];
-        usable[AMX] = usable[AVX512] && mli_kernels_add_amx(&tables[AMX]) &&
-                      mli_kernels_add_amx_stream(&tables[AMX]) && mli_cpu_get_amx();
+        usable[AMX] = usable[AVX512] && mli_cpu_get_amx() && mli_kernels_add_amx(&tables[AMX]) &&
+                      mli_kernels_add_amx_stream(&tables[AMX]);
         atomic_store(&state, 2);
     }
     while (atomic_load(&state) != 2) {
