@@ -139,6 +139,33 @@ molae_status molae_gauge_f32(float *M, int32_t *perm, const float *B, int64_t R,
 molae_status molae_gauge_f64(double *M, int32_t *perm, const double *B, int64_t R, int64_t D,
                              void *ws, size_t ws_bytes, molae_errinfo *err);
 
+/* Second moments of what the experts of a layer read, weighted as the layer weighs them:
+ *
+ *   C_e += sum over slots (t,k) with index[t,k] = e of weight[t,k]^2 x x^T
+ *
+ * where x is row t of x (N,W), or with per_slot row t K + k of x (N K, W), such as the intermediate
+ * of each slot. C: (E,W,W), symmetric, ADDED to, as are count: (E,), the rows, and mass: (E,), the
+ * sums of weight^2. x is of type io: F32 or BF16, F64 for _f64. index: (N,K), E means "not here".
+ * ws: molae_second_moments_ws_<real>() bytes, 64-byte aligned. C overlaps nothing. Any thread
+ * count gives the same bits; a call's rows are added in blocks, so that how tokens are cut into
+ * calls shows in the last bits.
+ * Flops: rows W^2. Errors: NONFINITE (x or weight; info is the row or the slot; nothing is added),
+ * SHAPE, ARG. */
+size_t molae_second_moments_ws_f32(const molae_ctx *ctx, int64_t N, int64_t K, int64_t E,
+                                   int64_t W);
+size_t molae_second_moments_ws_f64(const molae_ctx *ctx, int64_t N, int64_t K, int64_t E,
+                                   int64_t W);
+molae_status molae_second_moments_f32(const molae_ctx *ctx, float *C, double *mass, int64_t *count,
+                                      const void *x, molae_dtype io, int per_slot,
+                                      const int64_t *index, const float *weight, int64_t N,
+                                      int64_t K, int64_t E, int64_t W, void *ws, size_t ws_bytes,
+                                      molae_errinfo *err);
+molae_status molae_second_moments_f64(const molae_ctx *ctx, double *C, double *mass, int64_t *count,
+                                      const void *x, molae_dtype io, int per_slot,
+                                      const int64_t *index, const double *weight, int64_t N,
+                                      int64_t K, int64_t E, int64_t W, void *ws, size_t ws_bytes,
+                                      molae_errinfo *err);
+
 /* --------------------------------------------------------- ops: expert layers */
 
 /* Which rows go to which expert: a stable counting sort of top_k_index by expert.

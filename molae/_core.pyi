@@ -99,6 +99,18 @@ def factor_shared(
     /,
 ) -> tuple[Any, ...]: ...
 
+# Adds to C (E,W,W), mass (E,), count (E,); x (N,W) or (N,K,W), index and weight (N,K).
+def second_moments(
+    C: npt.NDArray[Any],
+    mass: npt.NDArray[np.float64],
+    count: npt.NDArray[np.int64],
+    x: npt.NDArray[Any],
+    index: npt.NDArray[np.int64],
+    weight: npt.NDArray[Any],
+    num_threads: int,
+    /,
+) -> None: ...
+
 # W: E arrays (rows,cols) -> (E,rows,cols), used_svd (E)
 def reduce_rank(
     W: list[npt.NDArray[Any]], rank: int, num_threads: int, /

@@ -24,9 +24,11 @@ import numpy.typing as npt
 
 from molae import _core
 from molae.errors import ArgumentError, ShapeError
+from molae.moments import SecondMoments, second_moments
 from molae.threads import get_num_threads
 
 __all__ = [
+    "SecondMoments",
     "SharedFactors",
     "common_kernel_dim",
     "discarded_energy",
@@ -34,6 +36,7 @@ __all__ = [
     "factor_shared",
     "gauge",
     "reduce_rank",
+    "second_moments",
     "spectrum",
     "stored_numbers",
     "ungauge",

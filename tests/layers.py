@@ -116,6 +116,7 @@ PYTHON_LAYERS = {
     "info": 2,
     "factored": 2,
     "fit": 2,
+    "moments": 2,
     "ops": 2,
     "io": 2,
     "arch": 2,

@@ -21,10 +21,8 @@ mli_dtype_size(molae_dtype t)
     return 0;
 }
 
-/* y = x widened, n values that start at element `at` of a matrix of type t; 0 if one is not finite.
- */
-static int
-widen_f32(float *y, const void *x, molae_dtype t, int64_t at, int64_t n)
+int
+mli_widen_f32(float *y, const void *x, molae_dtype t, int64_t at, int64_t n)
 {
     const mli_kernels *kern = mli_kernels_get();
 
@@ -41,8 +39,8 @@ widen_f32(float *y, const void *x, molae_dtype t, int64_t at, int64_t n)
     return 0;
 }
 
-static int
-widen_f64(double *y, const void *x, molae_dtype t, int64_t at, int64_t n)
+int
+mli_widen_f64(double *y, const void *x, molae_dtype t, int64_t at, int64_t n)
 {
     const double *src = (const double *)x + at;
     int finite = 1;
@@ -94,7 +92,7 @@ mli_round_f32(void *dst, molae_dtype t, float *x, int64_t n)
 int
 mli_round_f64(void *dst, molae_dtype t, double *x, int64_t n)
 {
-    return widen_f64(dst, x, t, 0, n);
+    return mli_widen_f64(dst, x, t, 0, n);
 }
 
 #define REAL float

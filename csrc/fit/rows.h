@@ -30,6 +30,11 @@ molae_status mli_rows_store_f32(void *dst, const molae_stack *s, int64_t r0, int
 molae_status mli_rows_store_f64(void *dst, const molae_stack *s, int64_t r0, int64_t nr, int64_t R,
                                 double *A, double *tmp);
 
+/* y = x widened, n values that start at element `at` of an array of type t; 0 if one is not
+ * finite. */
+int mli_widen_f32(float *y, const void *x, molae_dtype t, int64_t at, int64_t n);
+int mli_widen_f64(double *y, const void *x, molae_dtype t, int64_t at, int64_t n);
+
 /* Sum of squares in double, in an order that depends on n alone. */
 double mli_sumsq_f32(const float *x, int64_t n);
 double mli_sumsq_f64(const double *x, int64_t n);

@@ -8,13 +8,13 @@ FN(mli_rows_load)(REAL *X, const molae_stack *s, int64_t e, int64_t r0, int64_t 
     int finite = 1;
 
     if (s->side == MOLAE_SIDE_INPUT) {
-        finite = FN(widen)(X, s->W[e], s->dtype, r0 * D, nr * D);
+        finite = FN(mli_widen)(X, s->W[e], s->dtype, r0 * D, nr * D);
     } else {
         /* X[r][d] = W[d][r0+r], a tile of columns of X at a time so that writes stay in lines */
         for (int64_t d0 = 0; d0 < D; d0 += MLI_ROWS_TILE) {
             const int64_t nd = MLI_MIN((int64_t)MLI_ROWS_TILE, D - d0);
             for (int64_t d = 0; d < nd; d++)
-                finite &= FN(widen)(tmp + d * nr, s->W[e], s->dtype, (d0 + d) * F + r0, nr);
+                finite &= FN(mli_widen)(tmp + d * nr, s->W[e], s->dtype, (d0 + d) * F + r0, nr);
             for (int64_t r = 0; r < nr; r++)
                 for (int64_t d = 0; d < nd; d++)
                     X[r * D + d0 + d] = tmp[d * nr + r];

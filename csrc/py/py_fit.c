@@ -414,7 +414,102 @@ done:
     return ret;
 }
 
+/* --------------------------------------------------------- second moments */
+
+PyDoc_STRVAR(
+    second_moments_doc,
+    "second_moments($module, C, mass, count, x, index, weight, num_threads, /)\n--\n\n"
+    "Adds to C (E,W,W), mass (E,) and count (E,); see molae.fit.second_moments. x (N,W) or\n"
+    "(N,K,W); weight in the type of C. The caller has seen to it that nothing overlaps.");
+
+static PyObject *
+py_second_moments(PyObject *mod, PyObject *args)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    PyArrayObject *C, *mass, *count, *x, *index, *weight;
+    PyTypeObject *type = &PyArray_Type;
+    Py_ssize_t num_threads;
+    molae_dtype io, work, dtype;
+    molae_ctx ctx;
+    molae_errinfo err = {0};
+    molae_status rc;
+    void *ws;
+    size_t ws_bytes;
+    npy_intp E, N, K, W;
+
+    if (!PyArg_ParseTuple(args, "O!O!O!O!O!O!n:second_moments", type, &C, type, &mass, type, &count,
+                          type, &x, type, &index, type, &weight, &num_threads))
+        return NULL;
+    if (mli_py_ctx(st, num_threads, &ctx) < 0)
+        return NULL;
+    const struct {
+        const char *name, *letters;
+        PyArrayObject *a;
+        int ndim, written;
+    } given[] = {
+        {"out.moment", "EWW", C, 3, 1},     {"out.mass", "E", mass, 1, 1},
+        {"out.count", "E", count, 1, 1},    {"x", "NKW", x, PyArray_NDIM(x) == 3 ? 3 : 2, 0},
+        {"top_k_index", "NK", index, 2, 0}, {"top_k_weights", "NK", weight, 2, 0}};
+    for (size_t i = 0; i < sizeof given / sizeof *given; i++) {
+        const npy_intp any[3] = {-1, -1, -1};
+        if (mli_py_check_layout(st, given[i].name, given[i].a) < 0 ||
+            mli_py_check_shape(st, given[i].name, given[i].a, given[i].ndim, any,
+                               i == 3 && given[i].ndim == 2 ? "NW" : given[i].letters) < 0)
+            return NULL;
+        if (given[i].written && PyArray_FailUnlessWriteable(given[i].a, given[i].name) < 0)
+            return NULL;
+    }
+    E = PyArray_DIM(C, 0);
+    N = PyArray_DIM(x, 0);
+    K = PyArray_DIM(index, 1);
+    W = PyArray_DIM(x, PyArray_NDIM(x) - 1);
+    const npy_intp square[3] = {E, W, W}, routed[2] = {N, K}, slots[3] = {N, K, W};
+    if (mli_py_check_shape(st, "out.moment", C, 3, square, "EWW") < 0 ||
+        mli_py_check_shape(st, "out.mass", mass, 1, &E, "E") < 0 ||
+        mli_py_check_shape(st, "out.count", count, 1, &E, "E") < 0 ||
+        mli_py_check_shape(st, "top_k_index", index, 2, routed, "NK") < 0 ||
+        mli_py_check_shape(st, "top_k_weights", weight, 2, routed, "NK") < 0 ||
+        (PyArray_NDIM(x) == 3 && mli_py_check_shape(st, "x", x, 3, slots, "NKW") < 0))
+        return NULL;
+    if (mli_py_dtype(st, "x", x, &io) < 0 || mli_py_dtype(st, "out.moment", C, &work) < 0 ||
+        mli_py_dtype(st, "top_k_weights", weight, &dtype) < 0)
+        return NULL;
+    if (io == MOLAE_F16 || work != (io == MOLAE_F64 ? MOLAE_F64 : MOLAE_F32) || dtype != work ||
+        PyArray_TYPE(mass) != NPY_DOUBLE || PyArray_TYPE(count) != NPY_INT64 ||
+        PyArray_TYPE(index) != NPY_INT64) {
+        PyErr_SetString(st->ArgumentError,
+                        "second_moments: x float32 or bfloat16 goes with float32 moments and "
+                        "weights, float64 with float64; mass float64, count and top_k_index int64");
+        return NULL;
+    }
+    ws_bytes = work == MOLAE_F64 ? molae_second_moments_ws_f64(&ctx, N, K, E, W)
+                                 : molae_second_moments_ws_f32(&ctx, N, K, E, W);
+    ws = mli_lend(ws_bytes);
+    if (ws == NULL)
+        return PyErr_NoMemory();
+
+    Py_BEGIN_ALLOW_THREADS
+    mli_blas_enter();
+    rc = work == MOLAE_F64
+             ? molae_second_moments_f64(&ctx, PyArray_DATA(C), PyArray_DATA(mass),
+                                        PyArray_DATA(count), PyArray_DATA(x), io,
+                                        PyArray_NDIM(x) == 3, PyArray_DATA(index),
+                                        PyArray_DATA(weight), N, K, E, W, ws, ws_bytes, &err)
+             : molae_second_moments_f32(&ctx, PyArray_DATA(C), PyArray_DATA(mass),
+                                        PyArray_DATA(count), PyArray_DATA(x), io,
+                                        PyArray_NDIM(x) == 3, PyArray_DATA(index),
+                                        PyArray_DATA(weight), N, K, E, W, ws, ws_bytes, &err);
+    mli_blas_leave();
+    Py_END_ALLOW_THREADS
+
+    mli_return(ws);
+    if (mli_py_raise(st, rc, &err) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 PyMethodDef mli_py_fit_methods[] = {
+    {"second_moments", py_second_moments, METH_VARARGS, second_moments_doc},
     {"factor_shared", py_factor_shared, METH_VARARGS, factor_shared_doc},
     {"reduce_rank", py_reduce_rank, METH_VARARGS, reduce_rank_doc},
     {"gauge", py_gauge, METH_VARARGS, gauge_doc},

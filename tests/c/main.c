@@ -13,6 +13,7 @@ main(void)
     test_blas();
     test_eigen();
     test_fit();
+    test_gram();
     test_kern();
     test_ops();
     test_products();
