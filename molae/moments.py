@@ -115,7 +115,7 @@ def second_moments(
     index = np.asarray(top_k_index)
     if not np.issubdtype(index.dtype, np.integer):
         raise ArgumentError(f"top_k_index: expected integers, got {index.dtype}")
-    index = np.require(index.astype(np.int64), requirements=["C", "A"])
+    index = np.require(index.astype(np.int64, copy=False), requirements=["C", "A"])
     weights = np.require(np.asarray(top_k_weights, dtype=work), requirements=["C", "A"])
     if out is None:
         moment = np.zeros((num_experts, W, W), dtype=work)

@@ -5,13 +5,13 @@
 #include <string.h>
 
 int
-mli_py_ctx(mli_pystate *st, Py_ssize_t num_threads, molae_ctx *ctx)
+mli_py_ctx(mli_pystate *st, Py_ssize_t num_threads, int borrowed, molae_ctx *ctx)
 {
     if (num_threads < 1 || num_threads > INT32_MAX) {
         PyErr_Format(st->ArgumentError, "num_threads: expected 1 or more, got %zd", num_threads);
         return -1;
     }
-    *ctx = (molae_ctx){.num_threads = (int32_t)num_threads};
+    *ctx = (molae_ctx){(int32_t)num_threads, borrowed ? st->team : NULL};
     return 0;
 }
 
@@ -165,4 +165,16 @@ mli_py_empty(int ndim, npy_intp *dims, PyArray_Descr *descr)
     Py_INCREF((PyObject *)descr); /* both steal it */
     return bytes < LARGE ? (PyArrayObject *)PyArray_Empty(ndim, dims, descr, 0)
                          : large_empty(ndim, dims, descr, bytes);
+}
+
+PyArrayObject *
+mli_py_int64_array(mli_pystate *st, const char *name, PyObject *obj, int ndim, const npy_intp *dims,
+                   const char *letters)
+{
+    PyArrayObject *a =
+        (PyArrayObject *)PyArray_FROMANY(obj, NPY_INT64, ndim, ndim, NPY_ARRAY_IN_ARRAY);
+
+    if (a != NULL && mli_py_check_shape(st, name, a, ndim, dims, letters) < 0)
+        Py_CLEAR(a);
+    return a;
 }

@@ -15,9 +15,13 @@
 #define NPY_TARGET_VERSION NPY_1_25_API_VERSION
 #include <numpy/arrayobject.h>
 
-/* *ctx from the argument num_threads, with molae's own threads; -1 with ArgumentError set if it is
- * not in 1..2^31-1. */
-int mli_py_ctx(mli_pystate *st, Py_ssize_t num_threads, molae_ctx *ctx);
+/* *ctx from the argument num_threads; on the threads that are lent where `borrowed`, else, or where
+ * none are, on molae's own. -1 with ArgumentError set if the number is not in 1..2^31-1. */
+int mli_py_ctx(mli_pystate *st, Py_ssize_t num_threads, int borrowed, molae_ctx *ctx);
+
+/* A new int64 array of this shape (-1 takes any length), NULL with an exception. */
+PyArrayObject *mli_py_int64_array(mli_pystate *st, const char *name, PyObject *obj, int ndim,
+                                  const npy_intp *dims, const char *letters);
 
 /* -1 with ShapeError set unless `a` has `ndim` axes of the lengths `want`; -1 there takes any
  * length. `letters` has one character an axis, for the message ("EFD"). */

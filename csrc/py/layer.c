@@ -96,19 +96,6 @@ take_list(mli_pystate *st, const char *name, PyObject *obj, Py_ssize_t n)
     return seq;
 }
 
-/* A new int64 array, NULL with an exception. */
-PyArrayObject *
-mli_py_int64_array(mli_pystate *st, const char *name, PyObject *obj, int ndim, const npy_intp *dims,
-                   const char *letters)
-{
-    PyArrayObject *a =
-        (PyArrayObject *)PyArray_FROMANY(obj, NPY_INT64, ndim, ndim, NPY_ARRAY_IN_ARRAY);
-
-    if (a != NULL && mli_py_check_shape(st, name, a, ndim, dims, letters) < 0)
-        Py_CLEAR(a);
-    return a;
-}
-
 /* --------------------------------------------------------------- the layer */
 
 static void

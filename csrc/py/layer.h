@@ -34,10 +34,6 @@ typedef struct {
     molae_dtype work; /* F32 or F64 */
 } mli_py_call;
 
-/* A new int64 array of this shape, NULL with an exception. */
-PyArrayObject *mli_py_int64_array(mli_pystate *st, const char *name, PyObject *obj, int ndim,
-                                  const npy_intp *dims, const char *letters);
-
 /* The call from (x, index, weight, gate, up, down, E, F, activation, alpha, limit). */
 int mli_py_call_from(mli_pystate *st, mli_py_call *c, PyObject *tuple);
 void mli_py_call_clear(mli_py_call *c);

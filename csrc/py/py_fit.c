@@ -80,17 +80,6 @@ stack_from(mli_pystate *st, stack *k, PyObject *experts, molae_side side)
     return 0;
 }
 
-/* A new int64 array of n numbers from obj, or NULL with an exception. */
-static PyArrayObject *
-int64_vector(mli_pystate *st, const char *name, PyObject *obj, npy_intp n)
-{
-    PyArrayObject *a = (PyArrayObject *)PyArray_FROMANY(obj, NPY_INT64, 1, 1, NPY_ARRAY_IN_ARRAY);
-
-    if (a != NULL && n >= 0 && mli_py_check_shape(st, name, a, 1, &n, "n") < 0)
-        Py_CLEAR(a);
-    return a;
-}
-
 /* Numbers of the failed expert and group in the caller's counting. */
 static void
 err_in_callers_numbers(molae_errinfo *err, const stack *k, int64_t first_group)
@@ -211,18 +200,21 @@ py_factor_shared(PyObject *mod, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOnpppn:factor_shared", &experts, &ids_obj, &ptr_obj, &rank_obj,
                           &first_group, &output_side, &gauge, &errors, &num_threads))
         return NULL;
-    if (mli_py_ctx(st, num_threads, &ctx) < 0 ||
+    if (mli_py_ctx(st, num_threads, 0, &ctx) < 0 ||
         stack_from(st, &k, experts, output_side ? MOLAE_SIDE_OUTPUT : MOLAE_SIDE_INPUT) < 0)
         goto done;
-    if ((ids = int64_vector(st, "ids", ids_obj, k.s.E)) == NULL ||
-        (ptr = int64_vector(st, "group_ptr", ptr_obj, -1)) == NULL)
+    dims[0] = k.s.E;
+    dims[1] = -1;
+    if ((ids = mli_py_int64_array(st, "ids", ids_obj, 1, &dims[0], "n")) == NULL ||
+        (ptr = mli_py_int64_array(st, "group_ptr", ptr_obj, 1, &dims[1], "n")) == NULL)
         goto done;
     for (int64_t e = 0; e < k.s.E; e++)
         k.ids[e] = ((const int64_t *)PyArray_DATA(ids))[e];
     k.s.G = PyArray_DIM(ptr, 0) - 1;
     k.s.group_ptr = PyArray_DATA(ptr);
     if (rank_obj != Py_None) {
-        if ((rank = int64_vector(st, "rank", rank_obj, k.s.G)) == NULL)
+        dims[0] = k.s.G;
+        if ((rank = mli_py_int64_array(st, "rank", rank_obj, 1, &dims[0], "n")) == NULL)
             goto done;
         ranks = PyArray_DATA(rank);
     }
@@ -313,7 +305,8 @@ py_reduce_rank(PyObject *mod, PyObject *args)
 
     if (!PyArg_ParseTuple(args, "Onn:reduce_rank", &experts, &rank, &num_threads))
         return NULL;
-    if (mli_py_ctx(st, num_threads, &ctx) < 0 || stack_from(st, &k, experts, MOLAE_SIDE_INPUT) < 0)
+    if (mli_py_ctx(st, num_threads, 0, &ctx) < 0 ||
+        stack_from(st, &k, experts, MOLAE_SIDE_INPUT) < 0)
         goto done;
     dims[0] = k.s.E;
     dims[1] = k.s.F;
@@ -440,7 +433,7 @@ py_second_moments(PyObject *mod, PyObject *args)
     if (!PyArg_ParseTuple(args, "O!O!O!O!O!O!n:second_moments", type, &C, type, &mass, type, &count,
                           type, &x, type, &index, type, &weight, &num_threads))
         return NULL;
-    if (mli_py_ctx(st, num_threads, &ctx) < 0)
+    if (mli_py_ctx(st, num_threads, 0, &ctx) < 0)
         return NULL;
     const struct {
         const char *name, *letters;

@@ -292,9 +292,8 @@ py_parallel_probe(PyObject *mod, PyObject *args, PyObject *kw)
     if (!PyArg_ParseTupleAndKeywords(args, kw, "On|p:parallel_probe", names, &obj, &num_threads,
                                      &borrowed))
         return NULL;
-    if (mli_py_ctx(st, num_threads, &ctx) < 0)
+    if (mli_py_ctx(st, num_threads, borrowed, &ctx) < 0)
         return NULL;
-    ctx.team = borrowed ? st->team : NULL;
     status = (PyArrayObject *)PyArray_FROMANY(obj, NPY_INT64, 1, 1, NPY_ARRAY_IN_ARRAY);
     if (status == NULL)
         return NULL;

@@ -104,9 +104,8 @@ py_experts_forward(PyObject *mod, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOO!np:experts_forward", &y_obj, &saved_obj, &PyTuple_Type,
                           &call_obj, &num_threads, &borrowed))
         return NULL;
-    if (mli_py_ctx(st, num_threads, &ctx) < 0 || mli_py_call_from(st, &c, call_obj) < 0)
+    if (mli_py_ctx(st, num_threads, borrowed, &ctx) < 0 || mli_py_call_from(st, &c, call_obj) < 0)
         goto done;
-    ctx.team = borrowed ? st->team : NULL;
     if (mli_py_output(st, &c, "out", y_obj, c.l.io, c.l.D, "ND", &y) < 0 ||
         (saved_obj != Py_None && mli_py_saved_from(st, &c, saved_obj, to, 1) < 0) ||
         mli_py_spans_check(st, &c.spans) < 0)
@@ -174,9 +173,8 @@ py_experts_backward(PyObject *mod, PyObject *args)
         !PyArg_ParseTuple(grads, "OOO!O!O!", &dx_obj, &dw_obj, &PyTuple_Type, &gate, &PyTuple_Type,
                           &up, &PyTuple_Type, &down))
         return NULL;
-    if (mli_py_ctx(st, num_threads, &ctx) < 0 || mli_py_call_from(st, &c, call_obj) < 0)
+    if (mli_py_ctx(st, num_threads, borrowed, &ctx) < 0 || mli_py_call_from(st, &c, call_obj) < 0)
         goto done;
-    ctx.team = borrowed ? st->team : NULL;
     if (mli_py_input(st, &c, "dy", dy_obj, &dy) < 0 ||
         mli_py_saved_from(st, &c, saved_obj, to, 0) < 0 ||
         mli_py_output(st, &c, "dx", dx_obj, c.work, c.l.D, "ND", &dx) < 0 ||
