@@ -8,6 +8,8 @@ import json
 import sys
 import time
 import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
         _say(f"{name} ({time.perf_counter() - start:.0f} s)")
         with warnings.catch_warnings():
             warnings.simplefilter("error", molae.errors.PrecisionWarning)
-            result[name] = CASES[name](settings, result["peaks"]["best_gflops"])
+            unfinished = partial(_keep_unfinished, args, result, name, start)
+            result[name] = CASES[name](
+                replace(settings, kept=unfinished), result["peaks"]["best_gflops"]
+            )
+    _unfinished(args).unlink(missing_ok=True)
     _say(f"done ({time.perf_counter() - start:.0f} s)")
     print(tables.benchmarks(result))
     _keep(args, chosen, result)
@@ -83,8 +89,8 @@ def _keep(args: argparse.Namespace, chosen: list[str], result: dict[str, Any]) -
     if args.json is not None:
         _write(args.json, result)
         return
-    partial = set(CASES) if args.quick else {"layers"} if args.shapes else set()
-    whole = set(chosen) - partial
+    incomplete = set(CASES) if args.quick else {"layers"} if args.shapes else set()
+    whole = set(chosen) - incomplete
     kept = {file: cases for file, cases in FILES.items() if set(cases) <= whole}
     for file, cases in kept.items():
         others = set(CASES) - set(cases)
@@ -96,6 +102,22 @@ def _keep(args: argparse.Namespace, chosen: list[str], result: dict[str, Any]) -
             f"not kept: {', '.join(left)}; only a full run of {sets} goes to benchmarks/results "
             "unless --json names a file"
         )
+
+
+def _unfinished(args: argparse.Namespace) -> Path:
+    given: Path | None = args.json
+    return RESULTS / "unfinished.json" if given is None else given.with_suffix(".unfinished.json")
+
+
+def _keep_unfinished(
+    args: argparse.Namespace, result: dict[str, Any], name: str, start: float, found: dict[str, Any]
+) -> None:
+    """Write what a case has so far: a run of an hour may be cut off."""
+    out = _unfinished(args)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result | {name: found}, indent=1) + "\n")
+    done = found["rows"][-1]
+    _say(f"  {done['shape']}, {done['dtype']} ({time.perf_counter() - start:.0f} s): in {out}")
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:

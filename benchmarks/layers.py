@@ -60,6 +60,8 @@ def layers(s: Settings, _: float) -> dict[str, Any]:
                 rows += _Bench(s, shape, dtype, stream, product, not hindrance).rows()
                 gc.collect()
                 ops.release_scratch()
+                if s.kept is not None:
+                    s.kept({"rows": rows})
     _compare_types(s, rows)
     return {
         "read_gbs": stream.gbs,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.timing import PAUSE
 from benchmarks.weights import OLMOE
@@ -72,6 +74,8 @@ class Settings:
         Of the buffer that is read to empty the caches; more than they hold.
     prompt, new_tokens : int
         Tokens that a model reads at once, and that it writes.
+    kept : callable, optional
+        Is given what a long case has so far, each time there is more.
     """
 
     E: int = OLMOE["E"]
@@ -90,6 +94,7 @@ class Settings:
     stream_bytes: int = 2**30
     prompt: int = 1024
     new_tokens: int = 64
+    kept: Callable[[dict[str, Any]], object] | None = None
 
     @property
     def rank_alone(self) -> int:

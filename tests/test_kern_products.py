@@ -42,6 +42,8 @@ GEMM_LONG = (
     (70, 5, 1024),
     (65, 700, 1531),  # more columns than a block of packed B has
     (700, 65, 1531),
+    (40, 1100, 600),  # and than may be packed at once
+    (1100, 40, 600),
     (3, 1400, 40),
 )
 

@@ -13,52 +13,49 @@
 #include <string.h>
 
 enum {
-    SIDE = 32,            /* rows of P by columns of Q that four tiles of sums hold */
-    TILE = 256,           /* floats, or pairs, of a tile */
-    PIECE = 256,          /* of k at a time, at most: 16 KiB of P, so that Q streams past it */
-    BLOCK_BYTES = 1 << 20 /* of packed Q: it stays in the second cache */
+    SIDE = 32,     /* rows of P by columns of Q that four tiles of sums hold */
+    TILE = 256,    /* floats, or pairs, of a tile */
+    DEPTH = 512,   /* of k at a time, at most: 32 KiB of P, so that Q streams past it */
+    COLUMNS = 1024 /* of Q at a time, at most: 1 MiB, which stays in the second cache */
 };
 
 typedef struct {
     int64_t columns; /* of Q at a time, a multiple of SIDE */
-    int64_t piece;   /* of k at a time, a multiple of SIDE */
+    int64_t depth;   /* of k at a time, a multiple of SIDE */
     int transposed;
-    size_t q, p, sums; /* bytes */
 } plan;
+
+/* n in the fewest parts of at most `most`, which SIDE divides: what all but the last have. */
+static int64_t
+even_part(int64_t n, int64_t most)
+{
+    const int64_t units = n > 0 ? (n + SIDE - 1) / SIDE : 1;
+    const int64_t parts = (units * SIDE + most - 1) / most;
+
+    return (units + parts - 1) / parts * SIDE;
+}
 
 static plan
 make_plan(int layout, int64_t m, int64_t n, int64_t k)
 {
-    const int64_t deep = 2 * mli_pairs(k) > 32 ? 2 * mli_pairs(k) : 32;
     plan s;
-    int64_t columns;
 
     /* Packing costs a transposition a tile of Q, and C^T one a tile of C. */
     s.transposed = layout == MLI_NT && (double)m * (double)(k + 2 * n) < (double)n * (double)k;
-    columns = s.transposed ? m : n;
-    s.columns = BLOCK_BYTES / 2 / deep / SIDE * SIDE;
-    if (s.columns < SIDE)
-        s.columns = SIDE;
-    if (columns < s.columns)
-        s.columns = (columns + SIDE - 1) / SIDE * SIDE;
-    s.q = mli_panels_bytes(s.columns, k);
-    s.piece = deep / SIDE / ((deep + PIECE - 1) / PIECE);
-    s.piece = ((deep + PIECE - 1) / PIECE * s.piece * SIDE < deep ? s.piece + 1 : s.piece) * SIDE;
-    s.p = (size_t)(SIDE * s.piece) * sizeof(uint16_t);
-    s.sums = mli_size_mul((size_t)s.columns, SIDE * sizeof(float));
+    s.columns = even_part(s.transposed ? m : n, COLUMNS);
+    s.depth = even_part(k, DEPTH);
     return s;
 }
 
 static size_t
 gemm_bf16_ws(int64_t m, int64_t n, int64_t k)
 {
-    const int64_t columns = (m > n ? m : n) + SIDE;
-    const size_t least = mli_panels_bytes(SIDE, k + 1), all = mli_panels_bytes(columns, k + 1);
-    const size_t block = least > BLOCK_BYTES ? least : BLOCK_BYTES;
-    size_t total = mli_carve_size(all < block ? all : block, 1);
+    const int64_t columns = (m > n ? m : n) + SIDE, depth = k + SIDE;
+    size_t total = mli_carve_size(
+        mli_panels_bytes(columns < COLUMNS ? columns : COLUMNS, depth < DEPTH ? depth : DEPTH), 1);
 
-    total = mli_size_add(total, mli_carve_size(SIDE * (PIECE + SIDE), sizeof(uint16_t)));
-    return mli_size_add(total, mli_carve_size(mli_size_mul((size_t)columns, SIDE), sizeof(float)));
+    total = mli_size_add(total, mli_carve_size(SIDE * DEPTH, sizeof(uint16_t)));
+    return mli_size_add(total, mli_carve_size(4 * TILE, sizeof(float)));
 }
 
 void
@@ -86,37 +83,41 @@ mli_tiles_end__amx(void)
     _tile_release();
 }
 
-/* sums (4 tiles) [+]= P (32,k) by two panels of Q, both as tiles one after another; `high` and
+/* Rows of P that come next, which are fetched while tiles multiply: memory is slow to answer, and
+ * the hardware does not foresee short pieces of many rows. */
+typedef struct {
+    const uint16_t *at;
+    int64_t ld, rows;
+} ahead;
+
+/* sums (4 tiles) = P (32,k) by two panels of Q, both as tiles one after another; `high` and
  * `wide` say whether the second half of P's rows and of Q's columns is there. */
 static inline __attribute__((always_inline)) void
 tiles(const int high, const int wide, float *sums, const uint16_t *p, const uint32_t *q,
-      int64_t stride, int64_t k, int first)
+      int64_t stride, int64_t k, const ahead *next)
 {
-    if (first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, 64);
-        _tile_loadd(1, sums + TILE, 64);
-        _tile_loadd(2, sums + 2 * TILE, 64);
-        _tile_loadd(3, sums + 3 * TILE, 64);
-    }
-    for (int64_t i = 0; i < k; i += 32, p += 4 * TILE, q += TILE) {
+    const uint16_t *f = next->at;
+
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < k; i += 32, p += 4 * TILE, q += TILE, f += 32) {
         _tile_loadd(4, p, 64);
-        _tile_loadd(6, q, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (wide) {
-            _tile_loadd(7, q + stride, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if (high) {
+        if (high)
             _tile_loadd(5, p + 2 * TILE, 64);
+        _tile_stream_loadd(6, q, 64);
+        if (wide)
+            _tile_stream_loadd(7, q + stride, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (wide)
+            _tile_dpbf16ps(1, 4, 7);
+        if (high)
             _tile_dpbf16ps(2, 5, 6);
-            if (wide)
-                _tile_dpbf16ps(3, 5, 7);
-        }
+        if (high && wide)
+            _tile_dpbf16ps(3, 5, 7);
+        for (int64_t r = 0; r < next->rows; r++)
+            _mm_prefetch((const char *)(f + r * next->ld), _MM_HINT_T1);
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + TILE, 64);
@@ -168,35 +169,32 @@ gather(uint16_t *p, const uint16_t *P, int64_t ldp, int64_t rows, int64_t k)
 
 /* SIDE rows of P, or fewer, by all columns of a block of Q. */
 static void
-strip(const plan *s, float *C, int64_t ldc, const uint16_t *P, int64_t ldp, uint16_t *p,
-      const uint32_t *q, float *sums, int64_t rows, int64_t cols, int64_t k, int accumulate)
+strip(const plan *s, float *C, int64_t ldc, const uint16_t *p, const uint32_t *q, float *sums,
+      int64_t rows, int64_t cols, int64_t k, int accumulate, ahead next)
 {
-    const int64_t stride = 16 * mli_pairs(k);
+    const int64_t stride = 16 * mli_pairs(k), calls = (cols + SIDE - 1) / SIDE;
+    const int64_t share = (next.rows + calls - 1) / calls;
+    int64_t left = next.rows;
 
-    for (int64_t i = 0; i == 0 || i < k; i += s->piece) {
-        const int64_t deep = k - i < s->piece ? k - i : s->piece;
-        gather(p, P + i, ldp, rows, deep);
-        atomic_signal_fence(memory_order_seq_cst); /* what tiles load has been written */
-        for (int64_t j = 0; j < cols; j += SIDE) {
-            const int64_t n = cols - j < SIDE ? cols - j : SIDE;
-            const uint32_t *b = q + j / 16 * stride + 8 * i;
-            float *t = sums + j * SIDE;
-            if (rows > 16 && n > 16)
-                tiles(1, 1, t, p, b, stride, deep, i == 0);
-            else if (rows > 16)
-                tiles(1, 0, t, p, b, stride, deep, i == 0);
-            else if (n > 16)
-                tiles(0, 1, t, p, b, stride, deep, i == 0);
-            else
-                tiles(0, 0, t, p, b, stride, deep, i == 0);
-            if (i + s->piece < k)
-                continue;
-            atomic_signal_fence(memory_order_seq_cst); /* and what they stored is read */
-            if (s->transposed)
-                write_out_transposed(C + j * ldc, ldc, t, rows, n, accumulate);
-            else
-                write_out(C + j, ldc, t, rows, n, accumulate);
-        }
+    for (int64_t j = 0; j < cols; j += SIDE) {
+        const int64_t n = cols - j < SIDE ? cols - j : SIDE;
+        const uint32_t *b = q + j / 16 * stride;
+        next.rows = left < share ? left : share;
+        if (rows > 16 && n > 16)
+            tiles(1, 1, sums, p, b, stride, k, &next);
+        else if (rows > 16)
+            tiles(1, 0, sums, p, b, stride, k, &next);
+        else if (n > 16)
+            tiles(0, 1, sums, p, b, stride, k, &next);
+        else
+            tiles(0, 0, sums, p, b, stride, k, &next);
+        atomic_signal_fence(memory_order_seq_cst); /* what tiles stored is read */
+        if (s->transposed)
+            write_out_transposed(C + j * ldc, ldc, sums, rows, n, accumulate);
+        else
+            write_out(C + j, ldc, sums, rows, n, accumulate);
+        next.at += next.rows * next.ld;
+        left -= next.rows;
     }
 }
 
@@ -209,25 +207,30 @@ gemm_bf16(int layout, float *C, int64_t ldc, const uint16_t *A, int64_t lda, con
     const int64_t ldp = s.transposed ? ldb : lda, ldq = s.transposed ? lda : ldb;
     const int64_t rows = s.transposed ? n : m, columns = s.transposed ? m : n;
     char *cut = ws;
-    uint32_t *q = mli_carve(&cut, s.q, 1);
-    uint16_t *p = mli_carve(&cut, s.p, 1);
-    float *sums = mli_carve(&cut, s.sums, 1);
+    uint32_t *q = mli_carve(&cut, mli_panels_bytes(s.columns, s.depth), 1);
+    uint16_t *p = mli_carve(&cut, (size_t)(SIDE * s.depth), sizeof(uint16_t));
+    float *sums = mli_carve(&cut, 4 * TILE, sizeof(float));
 
     if (m == 0 || n == 0)
         return;
     mli_tiles_begin__amx();
-    for (int64_t j = 0; j < columns; j += s.columns) {
-        const int64_t cols = columns - j < s.columns ? columns - j : s.columns;
-        if (layout == MLI_NN)
-            mli_pack_nn__avx512(q, Q + j, ldq, cols, k);
-        else
-            mli_pack_nt__avx512(q, Q + j * ldq, ldq, cols, k);
-        for (int64_t i = 0; i < rows; i += SIDE) {
-            const int64_t high = rows - i < SIDE ? rows - i : SIDE;
-            float *c = s.transposed ? C + j * ldc + i : C + i * ldc + j;
-            strip(&s, c, ldc, P + i * ldp, ldp, p, q, sums, high, cols, k, accumulate);
+    for (int64_t j = 0; j < columns; j += s.columns)
+        for (int64_t d = 0; d == 0 || d < k; d += s.depth) {
+            const int64_t cols = columns - j < s.columns ? columns - j : s.columns;
+            const int64_t deep = k - d < s.depth ? k - d : s.depth;
+            if (layout == MLI_NN)
+                mli_pack_nn__avx512(q, Q + d * ldq + j, ldq, cols, deep);
+            else
+                mli_pack_nt__avx512(q, Q + j * ldq + d, ldq, cols, deep);
+            for (int64_t i = 0; i < rows; i += SIDE) {
+                const int64_t high = rows - i < SIDE ? rows - i : SIDE, left = rows - i - high;
+                const ahead next = {P + (i + high) * ldp + d, ldp, left < SIDE ? left : SIDE};
+                float *c = s.transposed ? C + j * ldc + i : C + i * ldc + j;
+                gather(p, P + i * ldp + d, ldp, high, deep);
+                atomic_signal_fence(memory_order_seq_cst); /* what tiles load has been written */
+                strip(&s, c, ldc, p, q, sums, high, cols, deep, accumulate || d > 0, next);
+            }
         }
-    }
     mli_tiles_end__amx();
 }
 

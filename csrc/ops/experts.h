@@ -15,6 +15,7 @@ enum {
     MLI_FEW = 64,      /* up to so many rows, columns are cut finely */
     MLI_FINE = 256,    /* columns (or rows of a weight's gradient) of a task with few rows */
     MLI_COARSE = 1024, /* the same with many rows: each task gathers and packs them again */
+    MLI_PAD = 16,      /* between rows of products: a power of two apart they share a cache line */
     MLI_SPAN = 1024,   /* tokens of a task that adds experts up */
     MLI_LIFT = 512,    /* tokens lifted at once */
     MLI_SCATTER = 32,  /* tokens of a task that adds lifted rows */

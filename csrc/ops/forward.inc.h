@@ -35,7 +35,7 @@ FN(expert_task)(void *arg, int64_t index, int32_t worker)
     const mli_piece *t = &q->pieces.at[index];
     const FN(scratch) *s = &q->scratch[worker];
     const int64_t at = (q->expert_ptr[t->unit] + t->r0) * q->F + t->c0;
-    const int64_t ld = q->gate ? q->F : t->nc;
+    const int64_t ld = q->gate ? q->F : t->nc + MLI_PAD;
     REAL *gate = q->gate ? q->gate + at : s->Y, *up = q->gate ? q->up + at : s->Z;
     const mli_kernels *kern = mli_kernels_get();
     const REAL *x = NULL;

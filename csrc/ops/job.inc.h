@@ -16,7 +16,7 @@ typedef struct {
 /* What a worker has to itself. */
 typedef struct {
     REAL *X;     /* (MLI_ROWS, D): gathered rows */
-    REAL *Y, *Z; /* (MLI_ROWS, MLI_COARSE): products */
+    REAL *Y, *Z; /* (MLI_ROWS, MLI_COARSE + MLI_PAD): products */
     REAL *line;  /* (MLI_COARSE,): a piece of a bias */
     mli_product_scratch product;
     int64_t *row; /* (MLI_ROWS,): numbers of rows to gather */
@@ -98,8 +98,8 @@ FN(job_cut)(FN(job) * q, char **p, const molae_experts *l, int64_t N, int64_t K,
     for (size_t t = 0; t < T; t++) {
         FN(scratch) none, *s = p ? &q->scratch[t] : &none;
         MLI_CUT(n, p, s->X, mli_size_mul(MLI_ROWS, D), sizeof(REAL));
-        MLI_CUT(n, p, s->Y, MLI_ROWS * MLI_COARSE, sizeof(REAL));
-        MLI_CUT(n, p, s->Z, MLI_ROWS * MLI_COARSE, sizeof(REAL));
+        MLI_CUT(n, p, s->Y, MLI_ROWS * (MLI_COARSE + MLI_PAD), sizeof(REAL));
+        MLI_CUT(n, p, s->Z, MLI_ROWS * (MLI_COARSE + MLI_PAD), sizeof(REAL));
         MLI_CUT(n, p, s->line, MLI_COARSE, sizeof(REAL));
         n = mli_size_add(n, mli_product_cut(&s->product, p, f32, bf16, l->io == MOLAE_BF16,
                                             MLI_MAX(l->D, l->F), MLI_MAX(l->D, l->F)));

@@ -86,7 +86,7 @@ FN(combine_expert)(const FN(phase) * ph, const FN(scratch) * s, int64_t e, const
     const molae_projection *p = r->p;
     const int down = ph->role == MLI_DOWN, latent = t->unit >= 0;
     const int64_t R = mli_rank(p, e), k = latent || R < 0 ? q->F : 0; /* 0: bias alone */
-    const int64_t width = latent ? R : q->D, nc = t->nc;
+    const int64_t width = latent ? R : q->D, nc = t->nc, ld = nc + MLI_PAD;
     const int64_t end = q->expert_ptr[e + 1];
     const REAL *bias = down && !latent ? FN(bias_piece)(p, e, q->D, t->c0, nc, s->line) : NULL;
     const void *W = k == 0 ? NULL
@@ -102,14 +102,14 @@ FN(combine_expert)(const FN(phase) * ph, const FN(scratch) * s, int64_t e, const
         const int64_t nr = MLI_MIN((int64_t)MLI_ROWS, hi - lo);
         const REAL *H = ph->src + lo * q->F;
         if (down)
-            MLI_TRY(FN(mli_product_nt)(s->Y, nc, 0, H, q->F, W, q->F, p->dtype, nr, nc, k,
+            MLI_TRY(FN(mli_product_nt)(s->Y, ld, 0, H, q->F, W, q->F, p->dtype, nr, nc, k,
                                        &s->product));
         else
-            MLI_TRY(FN(mli_product_nn)(s->Y, nc, 0, H, q->F, W, width, p->dtype, nr, nc, k,
+            MLI_TRY(FN(mli_product_nn)(s->Y, ld, 0, H, q->F, W, width, p->dtype, nr, nc, k,
                                        &s->product));
         for (int64_t i = 0; i < nr; i++) {
             const int64_t slot = q->rows[lo + i];
-            const REAL w = down ? q->weight[slot] : 1, *y = s->Y + i * nc;
+            const REAL w = down ? q->weight[slot] : 1, *y = s->Y + i * ld;
             REAL *to = dst + (latent ? r->slot_row[slot] : slot / q->K) * width + t->c0;
             if (bias != NULL)
                 for (int64_t j = 0; j < nc; j++)
