@@ -101,6 +101,24 @@ def factor_shared(
     /,
 ) -> tuple[Any, ...]: ...
 
+# The same in the metric of moments: E arrays (D,D), or (F,F) on the output side; row_weights (E,F).
+def factor_weighted(
+    W: list[npt.NDArray[Any]],
+    ids: npt.ArrayLike,
+    group_ptr: npt.ArrayLike,
+    rank: npt.ArrayLike | None,
+    first_group: int,
+    output_side: bool,
+    gauge: bool,
+    errors: bool,
+    num_threads: int,
+    moments: list[npt.NDArray[Any]],
+    row_weights: npt.NDArray[Any] | None,
+    shrinkage: float,
+    ridge: float,
+    /,
+) -> tuple[Any, ...]: ...
+
 # Adds to C (E,W,W), mass (E,), count (E,); x (N,W) or (N,K,W), index and weight (N,K).
 def second_moments(
     C: npt.NDArray[Any],

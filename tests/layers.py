@@ -116,7 +116,6 @@ PYTHON_LAYERS = {
     "info": 2,
     "factored": 2,
     "fit": 2,
-    "moments": 2,
     "ops": 2,
     "io": 2,
     "arch": 2,

@@ -88,14 +88,14 @@ def test_c_in_order_passes():
     [
         ("molae/convert/a.py", "import torch"),
         ("molae/cli.py", "def f():\n    import transformers"),
-        ("molae/fit.py", "from molae.convert import plan"),
+        ("molae/fit/a.py", "from molae.convert import plan"),
         ("molae/io/a.py", "import molae.cli"),
         ("molae/convert/a.py", "from molae.hf import evaluate"),
         ("molae/hf/a.py", "from molae import convert"),
         ("molae/hf/a.py", "from molae.report import table"),
         ("molae/stray.py", "from molae import fit"),
         ("molae/io/a.py", "from . import header"),
-        ("molae/fit.py", "try:\n    from molae import _core\nexcept ImportError:\n    pass"),
+        ("molae/fit/a.py", "try:\n    from molae import _core\nexcept ImportError:\n    pass"),
         ("tests/ref/a.py", "from molae import fit"),
     ],
 )

@@ -128,7 +128,7 @@ FN(molae_factor_ws)(const molae_ctx *ctx, const molae_stack *s, const int64_t *r
     FN(job) job = FN(job_of_stack)(s, rank);
     size_t n;
 
-    if (check_stack(s, rank, &err) < 0)
+    if (mli_stack_check(s, rank, &err) < 0)
         return 0; /* the call itself says what is wrong */
     n = FN(job_cut)(&job, NULL, s, ctx->num_threads);
     for (int64_t g = 0; g < s->G; g++) {
@@ -534,7 +534,7 @@ FN(molae_factor_shared)(const molae_ctx *ctx, const molae_factors *out, const mo
 {
     FN(job) job = FN(job_of_stack)(s, rank);
     char *p = ws;
-    molae_status rc = check_stack(s, rank, err);
+    molae_status rc = mli_stack_check(s, rank, err);
 
     if (rc < 0)
         return rc;

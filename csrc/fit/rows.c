@@ -34,7 +34,7 @@ mli_widen_f32(float *y, const void *x, molae_dtype t, int64_t at, int64_t n)
     case MOLAE_F32:
         return kern->f32_check(y, (const float *)x + at, n);
     case MOLAE_F64:
-        break; /* f64 stacks go to the f64 functions */
+        break; /* f64 has functions of its own */
     }
     return 0;
 }
@@ -43,9 +43,18 @@ int
 mli_widen_f64(double *y, const void *x, molae_dtype t, int64_t at, int64_t n)
 {
     const double *src = (const double *)x + at;
+    float part[256];
     int finite = 1;
 
-    (void)t;
+    if (t != MOLAE_F64) {
+        for (int64_t i = 0; i < n; i += 256) {
+            const int64_t m = MLI_MIN((int64_t)256, n - i);
+            finite &= mli_widen_f32(part, x, t, at + i, m);
+            for (int64_t j = 0; j < m; j++)
+                y[i + j] = part[j];
+        }
+        return finite;
+    }
     for (int64_t i = 0; i < n; i++) {
         y[i] = src[i];
         finite &= isfinite(src[i]) != 0;
@@ -92,7 +101,21 @@ mli_round_f32(void *dst, molae_dtype t, float *x, int64_t n)
 int
 mli_round_f64(void *dst, molae_dtype t, double *x, int64_t n)
 {
-    return mli_widen_f64(dst, x, t, 0, n);
+    const size_t size = mli_dtype_size(t);
+    float part[256];
+    int finite = 1;
+
+    if (t == MOLAE_F64)
+        return mli_widen_f64(dst, x, t, 0, n);
+    for (int64_t i = 0; i < n; i += 256) { /* to f32 first: rounded twice where t is narrower */
+        const int64_t m = MLI_MIN((int64_t)256, n - i);
+        for (int64_t j = 0; j < m; j++)
+            part[j] = (float)x[i + j];
+        finite &= mli_round_f32((char *)dst + (size_t)i * size, t, part, m);
+        for (int64_t j = 0; j < m; j++)
+            x[i + j] = part[j];
+    }
+    return finite;
 }
 
 #define REAL float

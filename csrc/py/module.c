@@ -187,6 +187,7 @@ core_exec(PyObject *mod)
         return -1;
     if (PyModule_AddFunctions(mod, mli_py_info_methods) < 0 ||
         PyModule_AddFunctions(mod, mli_py_fit_methods) < 0 ||
+        PyModule_AddFunctions(mod, mli_py_factor_methods) < 0 ||
         PyModule_AddFunctions(mod, mli_py_kern_methods) < 0 ||
         PyModule_AddFunctions(mod, mli_py_ops_methods) < 0)
         return -1;

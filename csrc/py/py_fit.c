@@ -1,285 +1,9 @@
-/* Thin wrappers of csrc/fit. Public functions, validation of options and docstrings: molae/fit.py.
+/* Thin wrappers of csrc/fit. Public functions, validation of options and docstrings: molae/fit.
  */
-#include "args.h"
+#include "stack.h"
 
 #include "../base/blas.h"
 #include "../base/mem.h"
-
-/* ------------------------------------------------------------ the experts */
-
-/* A stack that keeps its arrays alive. */
-typedef struct {
-    molae_stack s;
-    PyObject *seq; /* list or tuple of the arrays */
-    const void **W;
-    PyArray_Descr *descr; /* their dtype, for what is allocated */
-    int64_t *ids;         /* the caller's numbers of the experts, for messages */
-} stack;
-
-static void
-stack_clear(stack *k)
-{
-    Py_CLEAR(k->seq);
-    Py_CLEAR(k->descr);
-    mli_free(k->W);
-    mli_free(k->ids);
-    k->W = NULL;
-    k->ids = NULL;
-}
-
-/* One group of all experts until the caller says otherwise. */
-static int
-stack_from(mli_pystate *st, stack *k, PyObject *experts, molae_side side)
-{
-    static const char *const letters[] = {"FD", "DF"};
-    npy_intp dims[2] = {-1, -1};
-    Py_ssize_t E;
-
-    k->seq = PySequence_Fast(experts, "W: expected a sequence of arrays");
-    if (k->seq == NULL)
-        return -1;
-    E = PySequence_Fast_GET_SIZE(k->seq);
-    if (E == 0) {
-        PyErr_SetString(st->ShapeError, "W: expected at least one expert");
-        return -1;
-    }
-    k->W = mli_alloc((size_t)E * sizeof(void *));
-    k->ids = mli_alloc((size_t)E * sizeof(int64_t));
-    if (k->W == NULL || k->ids == NULL) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    for (Py_ssize_t e = 0; e < E; e++) {
-        PyObject *item = PySequence_Fast_GET_ITEM(k->seq, e);
-        PyArrayObject *a = (PyArrayObject *)item;
-        molae_dtype dtype;
-        if (!PyArray_Check(item)) {
-            PyErr_Format(st->ArgumentError, "W[%zd]: expected an array", e);
-            return -1;
-        }
-        if (mli_py_dtype(st, "W", a, &dtype) < 0 || mli_py_check_layout(st, "W", a) < 0 ||
-            mli_py_check_shape(st, "W", a, 2, dims, letters[side]) < 0)
-            return -1;
-        if (e == 0) {
-            dims[0] = PyArray_DIM(a, 0);
-            dims[1] = PyArray_DIM(a, 1);
-            k->s.dtype = dtype;
-            k->descr = (PyArray_Descr *)Py_NewRef((PyObject *)PyArray_DESCR(a));
-        } else if (dtype != k->s.dtype) {
-            PyErr_Format(st->ArgumentError, "W[%zd]: every expert needs the dtype of the first", e);
-            return -1;
-        }
-        k->W[e] = PyArray_DATA(a);
-        k->ids[e] = e;
-    }
-    k->s.E = E;
-    k->s.F = side == MOLAE_SIDE_INPUT ? dims[0] : dims[1];
-    k->s.D = side == MOLAE_SIDE_INPUT ? dims[1] : dims[0];
-    k->s.side = side;
-    k->s.W = k->W;
-    return 0;
-}
-
-/* Numbers of the failed expert and group in the caller's counting. */
-static void
-err_in_callers_numbers(molae_errinfo *err, const stack *k, int64_t first_group)
-{
-    if (err->expert >= 0 && err->expert < k->s.E)
-        err->expert = k->ids[err->expert];
-    if (err->group >= 0)
-        err->group += first_group;
-}
-
-/* ---------------------------------------------------------- factor_shared */
-
-/* Output arrays of G groups, as lists for Python and as pointers for C. */
-typedef struct {
-    PyObject *shared, *perm, *private_; /* lists of G arrays */
-    void **shared_p, **private_p;
-    int32_t **perm_p;
-} factor_lists;
-
-static PyArrayObject *
-append_empty(PyObject *list, int ndim, npy_intp *dims, PyArray_Descr *descr)
-{
-    PyArrayObject *a = mli_py_empty(ndim, dims, descr);
-
-    if (a == NULL || PyList_Append(list, (PyObject *)a) < 0) {
-        Py_XDECREF((PyObject *)a);
-        return NULL;
-    }
-    Py_DECREF((PyObject *)a); /* the list holds it */
-    return a;
-}
-
-static int
-factor_lists_new(factor_lists *l, const stack *k, const int64_t *rank, int gauge)
-{
-    const size_t G = (size_t)k->s.G;
-    PyArray_Descr *int32 = PyArray_DescrFromType(NPY_INT32);
-    int ok = -1;
-
-    l->shared = PyList_New(0);
-    l->perm = PyList_New(0);
-    l->private_ = PyList_New(0);
-    l->shared_p = mli_alloc(G * sizeof(void *));
-    l->private_p = mli_alloc(G * sizeof(void *));
-    l->perm_p = mli_alloc(G * sizeof(int32_t *));
-    if (l->shared == NULL || l->perm == NULL || l->private_ == NULL || int32 == NULL)
-        goto done;
-    if (l->shared_p == NULL || l->private_p == NULL || l->perm_p == NULL) {
-        PyErr_NoMemory();
-        goto done;
-    }
-    for (int64_t g = 0; g < k->s.G; g++) {
-        const int64_t R = rank[g], D = k->s.D, F = k->s.F;
-        const int input = k->s.side == MOLAE_SIDE_INPUT;
-        npy_intp shared[2] = {R, gauge ? D - R : D};
-        npy_intp private_[3] = {k->s.group_ptr[g + 1] - k->s.group_ptr[g], input ? F : R,
-                                input ? R : F};
-        PyArrayObject *a = append_empty(l->shared, 2, shared, k->descr);
-        PyArrayObject *b = a ? append_empty(l->private_, 3, private_, k->descr) : NULL;
-        if (b == NULL)
-            goto done;
-        l->shared_p[g] = PyArray_DATA(a);
-        l->private_p[g] = PyArray_DATA(b);
-        if (gauge) {
-            npy_intp n = D;
-            a = append_empty(l->perm, 1, &n, int32);
-            if (a == NULL)
-                goto done;
-            l->perm_p[g] = PyArray_DATA(a);
-        } else if (PyList_Append(l->perm, Py_None) < 0) {
-            goto done;
-        }
-    }
-    ok = 0;
-done:
-    Py_XDECREF((PyObject *)int32);
-    return ok;
-}
-
-static void
-factor_lists_clear(factor_lists *l)
-{
-    Py_CLEAR(l->shared);
-    Py_CLEAR(l->perm);
-    Py_CLEAR(l->private_);
-    mli_free(l->shared_p);
-    mli_free(l->private_p);
-    mli_free(l->perm_p);
-}
-
-PyDoc_STRVAR(
-    factor_shared_doc,
-    "factor_shared($module, W, ids, group_ptr, rank, first_group, output_side, gauge, errors, "
-    "num_threads, /)\n--\n\n"
-    "Joint factorization of the groups of a stack; see molae.fit.factor_shared.\n"
-    "Returns (shared, perm, private, spectrum, energy, residual, used_svd).");
-
-static PyObject *
-py_factor_shared(PyObject *mod, PyObject *args)
-{
-    mli_pystate *st = PyModule_GetState(mod);
-    PyObject *experts, *ids_obj, *ptr_obj, *rank_obj, *ret = NULL;
-    PyArrayObject *ids = NULL, *ptr = NULL, *rank = NULL;
-    PyArrayObject *spectrum = NULL, *energy = NULL, *residual = NULL, *used_svd = NULL;
-    int output_side, gauge, errors;
-    Py_ssize_t num_threads, first_group;
-    stack k = {0};
-    factor_lists l = {0};
-    molae_factors out = {0};
-    molae_ctx ctx;
-    molae_errinfo err = {0};
-    molae_status rc;
-    void *ws = NULL;
-    size_t ws_bytes;
-    const int64_t *ranks = NULL;
-    npy_intp dims[2];
-
-    if (!PyArg_ParseTuple(args, "OOOOnpppn:factor_shared", &experts, &ids_obj, &ptr_obj, &rank_obj,
-                          &first_group, &output_side, &gauge, &errors, &num_threads))
-        return NULL;
-    if (mli_py_ctx(st, num_threads, 0, &ctx) < 0 ||
-        stack_from(st, &k, experts, output_side ? MOLAE_SIDE_OUTPUT : MOLAE_SIDE_INPUT) < 0)
-        goto done;
-    dims[0] = k.s.E;
-    dims[1] = -1;
-    if ((ids = mli_py_int64_array(st, "ids", ids_obj, 1, &dims[0], "n")) == NULL ||
-        (ptr = mli_py_int64_array(st, "group_ptr", ptr_obj, 1, &dims[1], "n")) == NULL)
-        goto done;
-    for (int64_t e = 0; e < k.s.E; e++)
-        k.ids[e] = ((const int64_t *)PyArray_DATA(ids))[e];
-    k.s.G = PyArray_DIM(ptr, 0) - 1;
-    k.s.group_ptr = PyArray_DATA(ptr);
-    if (rank_obj != Py_None) {
-        dims[0] = k.s.G;
-        if ((rank = mli_py_int64_array(st, "rank", rank_obj, 1, &dims[0], "n")) == NULL)
-            goto done;
-        ranks = PyArray_DATA(rank);
-    }
-    ws_bytes = molae_factor_ws_f32(&ctx, &k.s, ranks); /* 0: the call below says what is wrong */
-    if (k.s.dtype == MOLAE_F64)
-        ws_bytes = molae_factor_ws_f64(&ctx, &k.s, ranks);
-
-    dims[0] = k.s.G > 0 ? k.s.G : 0;
-    dims[1] = k.s.D;
-    spectrum = (PyArrayObject *)PyArray_ZEROS(2, dims, NPY_DOUBLE, 0);
-    used_svd = (PyArrayObject *)PyArray_ZEROS(1, dims, NPY_INT32, 0);
-    dims[0] = k.s.E;
-    energy = (PyArrayObject *)PyArray_ZEROS(1, dims, NPY_DOUBLE, 0);
-    residual = (PyArrayObject *)PyArray_ZEROS(1, dims, NPY_DOUBLE, 0);
-    if (spectrum == NULL || used_svd == NULL || energy == NULL || residual == NULL)
-        goto done;
-    if (ranks != NULL && ws_bytes > 0 && factor_lists_new(&l, &k, ranks, gauge) < 0)
-        goto done;
-    ws = mli_lend(ws_bytes);
-    if (ws == NULL) {
-        PyErr_NoMemory();
-        goto done;
-    }
-    out = (molae_factors){l.shared_p,
-                          l.perm_p,
-                          l.private_p,
-                          PyArray_DATA(spectrum),
-                          PyArray_DATA(energy),
-                          errors ? PyArray_DATA(residual) : NULL,
-                          PyArray_DATA(used_svd)};
-
-    Py_BEGIN_ALLOW_THREADS
-    mli_blas_enter();
-    rc = k.s.dtype == MOLAE_F64
-             ? molae_factor_shared_f64(&ctx, &out, &k.s, ranks,
-                                       gauge ? MOLAE_FORM_GAUGE : MOLAE_FORM_PLAIN, ws, ws_bytes,
-                                       &err)
-             : molae_factor_shared_f32(&ctx, &out, &k.s, ranks,
-                                       gauge ? MOLAE_FORM_GAUGE : MOLAE_FORM_PLAIN, ws, ws_bytes,
-                                       &err);
-    mli_blas_leave();
-    Py_END_ALLOW_THREADS
-
-    err_in_callers_numbers(&err, &k, first_group);
-    if (mli_py_raise(st, rc, &err) < 0)
-        goto done;
-    if (ranks == NULL)
-        ret = Py_BuildValue("OOOOOOO", Py_None, Py_None, Py_None, spectrum, energy, Py_None,
-                            used_svd);
-    else
-        ret = Py_BuildValue("OOOOOOO", l.shared, l.perm, l.private_, spectrum, energy,
-                            errors ? (PyObject *)residual : Py_None, used_svd);
-done:
-    mli_return(ws);
-    factor_lists_clear(&l);
-    stack_clear(&k);
-    Py_XDECREF((PyObject *)ids);
-    Py_XDECREF((PyObject *)ptr);
-    Py_XDECREF((PyObject *)rank);
-    Py_XDECREF((PyObject *)spectrum);
-    Py_XDECREF((PyObject *)energy);
-    Py_XDECREF((PyObject *)residual);
-    Py_XDECREF((PyObject *)used_svd);
-    return ret;
-}
 
 /* ------------------------------------------------------------ reduce_rank */
 
@@ -295,7 +19,7 @@ py_reduce_rank(PyObject *mod, PyObject *args)
     PyObject *experts, *ret = NULL;
     PyArrayObject *out = NULL, *used_svd = NULL;
     Py_ssize_t rank, num_threads;
-    stack k = {0};
+    mli_py_stack k = {0};
     molae_ctx ctx;
     molae_errinfo err = {0};
     molae_status rc;
@@ -306,7 +30,7 @@ py_reduce_rank(PyObject *mod, PyObject *args)
     if (!PyArg_ParseTuple(args, "Onn:reduce_rank", &experts, &rank, &num_threads))
         return NULL;
     if (mli_py_ctx(st, num_threads, 0, &ctx) < 0 ||
-        stack_from(st, &k, experts, MOLAE_SIDE_INPUT) < 0)
+        mli_py_stack_from(st, &k, experts, MOLAE_SIDE_INPUT) < 0)
         goto done;
     dims[0] = k.s.E;
     dims[1] = k.s.F;
@@ -339,7 +63,7 @@ py_reduce_rank(PyObject *mod, PyObject *args)
     ret = Py_BuildValue("OO", out, used_svd);
 done:
     mli_return(ws);
-    stack_clear(&k);
+    mli_py_stack_clear(&k);
     Py_XDECREF((PyObject *)out);
     Py_XDECREF((PyObject *)used_svd);
     return ret;
@@ -503,7 +227,6 @@ py_second_moments(PyObject *mod, PyObject *args)
 
 PyMethodDef mli_py_fit_methods[] = {
     {"second_moments", py_second_moments, METH_VARARGS, second_moments_doc},
-    {"factor_shared", py_factor_shared, METH_VARARGS, factor_shared_doc},
     {"reduce_rank", py_reduce_rank, METH_VARARGS, reduce_rank_doc},
     {"gauge", py_gauge, METH_VARARGS, gauge_doc},
     {NULL, NULL, 0, NULL},

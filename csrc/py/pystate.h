@@ -26,6 +26,7 @@ int mli_py_raise(mli_pystate *st, molae_status status, const molae_errinfo *err)
 /* Added to the module by module.c; each is defined in the file of that name. */
 extern PyMethodDef mli_py_info_methods[];
 extern PyMethodDef mli_py_fit_methods[];
+extern PyMethodDef mli_py_factor_methods[];
 extern PyMethodDef mli_py_ops_methods[];
 extern PyMethodDef mli_py_kern_methods[];
 

@@ -1,4 +1,4 @@
-"""Second moments of what the experts of a layer read; public in `molae.fit`."""
+"""Second moments of what the experts of a layer read."""
 
 from __future__ import annotations
 

@@ -1,0 +1,37 @@
+"""Shared low-rank factors for groups of experts: the array API.
+
+NumPy arrays in, NumPy arrays out. `W` is a stack of experts' matrices of one type,
+``(E, rows, cols)``, or a sequence of E arrays ``(rows, cols)`` of one dtype: float32,
+float64, float16 or `ml_dtypes.bfloat16`. Arithmetic is float64 for float64 and float32
+for all others; factors come back in the dtype of `W`. Memory-mapped arrays are read
+where they lie, without a copy.
+
+Letters: E experts, F expert width, D model width, k experts of a group, R rank.
+On the input side (``gate_proj``, ``up_proj``: F×D) the group shares the factor next to
+the input, ``W_i ≈ A_i B``. On the output side (``down_proj``: D×F) it shares the factor
+next to the output, ``W_i ≈ Bᵀ A_i``. ``B`` is (R, D) either way.
+"""
+
+from molae.fit.basis import gauge, stored_numbers, ungauge
+from molae.fit.factors import SharedFactors
+from molae.fit.moments import SecondMoments, second_moments
+from molae.fit.shared import factor_shared, reduce_rank, spectrum
+from molae.fit.spectra import common_kernel_dim, discarded_energy, effective_rank
+from molae.fit.weighted import factor_weighted, weighted_spectrum
+
+__all__ = [
+    "SecondMoments",
+    "SharedFactors",
+    "common_kernel_dim",
+    "discarded_energy",
+    "effective_rank",
+    "factor_shared",
+    "factor_weighted",
+    "gauge",
+    "reduce_rank",
+    "second_moments",
+    "spectrum",
+    "stored_numbers",
+    "ungauge",
+    "weighted_spectrum",
+]

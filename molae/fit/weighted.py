@@ -1,0 +1,200 @@
+"""Joint factorization of experts in the metric of what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from molae import _core
+from molae.errors import ArgumentError, ShapeError
+from molae.fit.arguments import (
+    Array,
+    Form,
+    Groups,
+    Side,
+    Stack,
+    check_choice,
+    contiguous,
+    ranks,
+)
+from molae.fit.factors import Found, Problem, SharedFactors
+
+__all__ = ["factor_weighted", "weighted_spectrum"]
+
+#: Share of its group's second moments that an expert borrows, in proportion to its own trace,
+#: and whatever its own.
+SHRINKAGE, RIDGE = 0.05, 1e-4
+
+
+def factor_weighted(
+    W: Stack,
+    moments: npt.ArrayLike | Sequence[npt.ArrayLike],
+    rank: int | Sequence[int],
+    *,
+    groups: Groups | None = None,
+    side: Side = "input",
+    form: Form = "gauge",
+    row_weights: npt.ArrayLike | None = None,
+    shrinkage: float = SHRINKAGE,
+    ridge: float = RIDGE,
+    errors: bool = True,
+) -> SharedFactors:
+    """Factor each group of experts through one shared factor, as a text asks for it.
+
+    `factor_shared` takes all directions of the input for equal; this one weighs them by the
+    second moments of what each expert reads. It makes
+    ``Σ_i tr(D_i (W_i − A_i B) C_i (W_i − A_i B)ᵀ)`` small, the squared error of the experts'
+    outputs over the tokens; on the output side ``Σ_i tr((W_i − Bᵀ A_i) H_i (W_i − Bᵀ A_i)ᵀ)``.
+
+    Parameters
+    ----------
+    W : (E, rows, cols) array_like, or sequence of E (rows, cols) array_like
+        Experts' matrices of one type.
+    moments : (E, D, D) or (E, F, F) array_like, or sequence of E matrices
+        C_i of the layer's input (input side), H_i of the intermediate (output side), as
+        `second_moments` gives them; float32 or float64.
+    rank : int or sequence of G int
+        Rank of the groups, 0 to min(k F, D).
+    groups, side, form
+        As in `factor_shared`.
+    row_weights : (E, F) array_like, optional
+        D_i, how much each row of W_i counts; input side only. Default: all alike.
+    shrinkage : float
+        At least 0. An expert's moments are ``C_i + (shrinkage tr C_i / tr C + ridge) C`` with
+        the group's pooled C: few rows say little about many directions.
+    ridge : float
+        More than 0. Before that, ``ridge tr C_i / D`` is added to the diagonal of each C_i.
+    errors : bool
+        Measure the error of the factors as stored, in the metric.
+
+    Returns
+    -------
+    SharedFactors
+        `spectrum`, `energy` and the errors are in the metric: ``energy[i]`` is
+        ``tr(D_i W_i C_i W_iᵀ)`` with the shrunk C_i, and 0 without `errors`.
+
+    Raises
+    ------
+    NonFiniteError
+        NaN or Inf in an expert or its moments, a negative trace, or a factor that overflows
+        the dtype of `W`; the expert's number is in the attribute `expert`.
+    NumericalError
+        The moments leave a private factor open: the ridge is too small for them.
+    ShapeError, ArgumentError
+        An argument is not as described.
+
+    Notes
+    -----
+    Input side: with ``C = Lᵀ L`` the top-R eigenvectors U of ``L (Σ ω_i W_iᵀ D_i W_i) Lᵀ`` give
+    ``B = U L⁻ᵀ``, ω_i the share of the pooled trace; the optimum where the C_i are multiples of
+    each other, as for a group of one. Then ``A_i = W_i C_i Bᵀ (B C_i Bᵀ)⁻¹``, the optimum for
+    that B; D_i drops out of it. Output side: the eigenvectors of ``Σ W_i H_i W_iᵀ``, the optimum.
+    An expert of no rows is fitted to its group's moments, a group of none as `factor_shared` would.
+    Arithmetic is float64 whatever the dtype. A group takes about 22 D³ flops (output side 9 D³),
+    an expert ``2 R D (D + 2 R + F)``. The result does not depend on the number of threads.
+
+    References
+    ----------
+    SVD-LLM, arXiv 2403.07378, has one matrix and its whitening. Groups: ``docs/theory.md``.
+
+    Examples
+    --------
+    >>> import numpy as np, molae
+    >>> rng = np.random.default_rng(0)
+    >>> W = rng.standard_normal((4, 8, 16))
+    >>> x = rng.standard_normal((50, 16)) * np.logspace(0, -2, 16)
+    >>> index, weights = rng.integers(0, 4, (50, 1)), np.ones((50, 1))
+    >>> C = molae.fit.second_moments(x, index, weights, 4).moment
+    >>> f = molae.fit.factor_weighted(W, C, 6)
+    >>> def lost(f):
+    ...     return sum(np.trace((W[i] - f.reconstruct(i)) @ C[i] @ (W[i] - f.reconstruct(i)).T)
+    ...                for i in range(4))
+    >>> bool(lost(f) < lost(molae.fit.factor_shared(W, 6)) / 10)
+    True
+    """
+    problem = Problem.of(W, groups, side)
+    check_choice("form", form, ("gauge", "plain"))
+    given = ranks(rank, problem.groups, *problem.shape)
+    found = _solve(problem, moments, given, form, errors, row_weights, shrinkage, ridge)
+    return problem.factors(found, given, form, np.dtype(np.float64))
+
+
+def weighted_spectrum(
+    W: Stack,
+    moments: npt.ArrayLike | Sequence[npt.ArrayLike],
+    *,
+    groups: Groups | None = None,
+    side: Side = "input",
+    row_weights: npt.ArrayLike | None = None,
+    shrinkage: float = SHRINKAGE,
+    ridge: float = RIDGE,
+) -> tuple[Array, ...]:
+    """Singular values of each group's stack in the metric of the moments, without factors.
+
+    Their squares beyond a rank R sum to what `factor_weighted` loses at that rank: on the output
+    side exactly, on the input side of the pooled problem.
+
+    Parameters
+    ----------
+    W, moments, groups, side, row_weights, shrinkage, ridge
+        As in `factor_weighted`.
+
+    Returns
+    -------
+    tuple of (min(k F, D),) ndarray of float64
+        Descending, one a group.
+
+    Raises
+    ------
+    NonFiniteError, ShapeError, ArgumentError
+        As in `factor_weighted`.
+
+    Examples
+    --------
+    >>> import numpy as np, molae
+    >>> W = np.stack([np.diag([3.0, 0.0]), np.diag([4.0, 2.0])])
+    >>> C = np.stack([np.eye(2), np.eye(2)])
+    >>> molae.fit.weighted_spectrum(W, C, ridge=1e-9, shrinkage=0.0)[0].round(6)
+    array([5., 2.])
+    """
+    problem = Problem.of(W, groups, side)
+    found = _solve(problem, moments, None, "plain", False, row_weights, shrinkage, ridge)
+    return tuple(found.spectrum)
+
+
+def _solve(
+    problem: Problem,
+    moments: npt.ArrayLike | Sequence[npt.ArrayLike],
+    given: Sequence[int] | None,
+    form: Form,
+    errors: bool,
+    row_weights: npt.ArrayLike | None,
+    shrinkage: float,
+    ridge: float,
+) -> Found:
+    F, _ = problem.shape
+    E = len(problem.experts)
+    metric = [contiguous(np.asarray(m)) for m in moments]  # type: ignore[union-attr]
+    if len(metric) != E:
+        raise ShapeError(f"moments: expected {E} matrices, one an expert, got {len(metric)}")
+    weights = None
+    if row_weights is not None:
+        if problem.side == "output":
+            raise ArgumentError("row_weights: for the input side only")
+        weights = np.asarray(row_weights, dtype=np.float64)
+        if weights.shape != (E, F):
+            raise ShapeError(f"row_weights: expected shape ({E}, {F}), got {weights.shape}")
+    return problem.solve(
+        _core.factor_weighted,
+        given,
+        form,
+        errors,
+        lambda members: (
+            [metric[e] for e in members],
+            None if weights is None else weights[members],
+            float(shrinkage),
+            float(ridge),
+        ),
+    )
