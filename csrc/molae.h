@@ -120,21 +120,21 @@ molae_status molae_factor_shared_f64(const molae_ctx *ctx, const molae_factors *
 /* The metric of a fit: second moments of what the experts read, see molae_second_moments. */
 typedef struct {
     const void *const *moment; /* E pointers: C_i (D,D) input side, H_i (F,F) output side */
-    molae_dtype dtype;         /* of the moments: F32 or F64 */
-    const double *row_weight;  /* (E,F): D_i, input side only; NULL: all 1 */
+    const void *const *rows;   /* E pointers: S_i (F,F) symmetric, input side only; NULL: all I */
+    molae_dtype dtype;         /* of both: F32 or F64 */
     double shrinkage, ridge;   /* >= 0 and > 0, see below */
 } molae_metric;
 
 /* As molae_factor_shared in the metric of the moments: X_i ~ A_i B with a small
  *
- *   input side    sum_i tr(D_i (X_i - A_i B) C'_i (X_i - A_i B)^T)
+ *   input side    sum_i tr(S_i (X_i - A_i B) C'_i (X_i - A_i B)^T)
  *   output side   sum_i tr((X_i - A_i B)^T H'_i (X_i - A_i B))
  *
  * Each C_i gets ridge tr(C_i)/D on its diagonal, C is the sum of the group's, and
  * C'_i = C_i + (shrinkage tr(C_i)/tr(C) + ridge) C: an expert of few rows leans on its group, one
  * of none has next to no say. Where no row reached the group at all C = C'_i = I. H likewise.
  *
- *   B   input side: with C = L^T L, the top-R eigenvectors U of L (sum_i w_i X_i^T D_i X_i) L^T,
+ *   B   input side: with C = L^T L, the top-R eigenvectors U of L (sum_i w_i X_i^T S_i X_i) L^T,
  *       w_i = tr(C'_i)/tr(C), and B L^T = U: exact where the C'_i are multiples of C, as for one
  *       expert. Output side: the top-R eigenvectors of sum_i X_i^T H'_i X_i, the global optimum.
  *       Then brought to `form` and rounded to the storage type;
@@ -146,12 +146,12 @@ typedef struct {
  * metric, and neither is written where residual is NULL; used_svd is not written. rank NULL:
  * spectrum only. Arithmetic is f64 for every storage type. Groups are independent, and any thread
  * count gives the same bits. Threads over groups, then experts.
- * ws: molae_factor_weighted_ws() bytes, 64-byte aligned: about (3 D^2 + W^2 + 3 F D + F R) numbers
- * and LAPACK's a thread, W^2 + R D a group.
- * Flops, input side: k F D^2 + 4 D^3 + 18 D^3 (two eigenproblems) a group, 2 R D^2 + 4 R^2 D +
- * 2 F R D an expert; output side: k (2 F^2 D + 2 F D^2) + 9 D^3 a group, 2 F R D an expert.
- * Errors: NONFINITE with the expert (weights or moments), LAPACK, SHAPE, ARG. Sources: SVD-LLM,
- * arXiv 2403.07378 (one expert); docs/theory.md. */
+ * ws: molae_factor_weighted_ws() bytes, 64-byte aligned: about (3 D^2 + W^2 + F^2 + 4 F D + F R)
+ * numbers and LAPACK's a thread, W^2 + R D a group.
+ * Flops, input side: k F D^2 (with S_i k (2 F^2 D + 2 F D^2)) + 22 D^3 (two eigenproblems of it 18)
+ * a group, 2 R D^2 + 4 R^2 D + 2 F R D an expert; output side: k (2 F^2 D + 2 F D^2) + 9 D^3 a
+ * group, 2 F R D an expert. Errors: NONFINITE with the expert (weights or moments), LAPACK, SHAPE,
+ * ARG. Sources: SVD-LLM, arXiv 2403.07378 (one expert); docs/theory.md. */
 size_t molae_factor_weighted_ws(const molae_ctx *ctx, const molae_stack *s,
                                 const molae_metric *metric, const int64_t *rank);
 molae_status molae_factor_weighted(const molae_ctx *ctx, const molae_factors *out,

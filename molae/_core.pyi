@@ -101,7 +101,7 @@ def factor_shared(
     /,
 ) -> tuple[Any, ...]: ...
 
-# The same in the metric of moments: E arrays (D,D), or (F,F) on the output side; row_weights (E,F).
+# The same in the metric of moments: E arrays (D,D), or (F,F) on the output side; row_metric (F,F).
 def factor_weighted(
     W: list[npt.NDArray[Any]],
     ids: npt.ArrayLike,
@@ -113,7 +113,7 @@ def factor_weighted(
     errors: bool,
     num_threads: int,
     moments: list[npt.NDArray[Any]],
-    row_weights: npt.NDArray[Any] | None,
+    row_metric: list[npt.NDArray[Any]] | None,
     shrinkage: float,
     ridge: float,
     /,

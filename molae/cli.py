@@ -76,21 +76,52 @@ def _convert(args: argparse.Namespace) -> None:
     from molae.convert import convert, plan
 
     config = _config(args)
-    if args.dry_run:
-        _show_plan(args, plan(args.src, config, family=_family(args)))
-        return
-    if args.dst is None:
+    if args.dst is None and not args.dry_run:
         raise _UsageError("convert: DST is missing (only --dry-run goes without)")
-    with _watcher(args) as watcher:
+    if args.dry_run:
+        with _calibration(args) as calibration:
+            found = plan(args.src, config, calibration=calibration, family=_family(args))
+        _show_plan(args, found)
+        return
+    with _calibration(args) as calibration, _watcher(args) as watcher:
         report = convert(
             args.src,
             args.dst,
             config,
+            calibration=calibration,
             family=_family(args),
             overwrite=args.overwrite,
             watcher=watcher,
         )
     _show_report(args, report)
+
+
+@contextlib.contextmanager
+def _calibration(args: argparse.Namespace) -> Iterator[Any]:
+    """The text that was given, ready to be run through the checkpoint; or None."""
+    if args.calibration is None:
+        yield None
+        return
+    from molae.hf import hide_progress
+    from molae.hf.calibrate import Calibration, read_calibration_text
+
+    def progress(done: int, total: int, what: str) -> None:
+        if not args.quiet:
+            _say(f"calibration, {done} of {total} layers: {what}")
+
+    hide_progress()
+    text = read_calibration_text(args.calibration)
+    with Calibration(
+        args.src,
+        text,
+        name=Path(args.calibration).name,
+        sequences=args.calibration_sequences,
+        length=args.calibration_length,
+        family=_family(args),
+        folder=args.scratch,
+        progress=progress,
+    ) as calibration:
+        yield calibration
 
 
 def _materialize(args: argparse.Namespace) -> None:
@@ -307,6 +338,28 @@ def _add_convert_options(convert: argparse.ArgumentParser) -> None:
         help="'auto', a number, or gate=8,up=8,down=4. " + text("group_size"),
     )
     convert.add_argument("--rank", type=int, metavar="R", help=text("rank"))
+    text_options = convert.add_argument_group(
+        "calibration", "Needs the extra [hf] and the checkpoint's tokenizer."
+    )
+    text_options.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="a text, or .jsonl, that is run through the model: the fit then knows what the "
+        "experts read",
+    )
+    text_options.add_argument(
+        "--calibration-sequences", type=_count, default=128, metavar="N",
+        help="at most so many sequences (128)",
+    )  # fmt: skip
+    text_options.add_argument(
+        "--calibration-length", type=_count, default=2048, metavar="N",
+        help="tokens of each, at most (2048, or what the model takes)",
+    )  # fmt: skip
+    text_options.add_argument(
+        "--scratch", metavar="DIR", help="folder for the hidden states meanwhile"
+    )
+    text_options.add_argument("--uniform", action="store_true", help=text("uniform"))
+    text_options.add_argument("--one-shot", action="store_true", help=text("one_shot"))
 
 
 def _count(text: str) -> int:
@@ -335,11 +388,19 @@ def _config(args: argparse.Namespace) -> Any:
     from molae.errors import ArgumentError
 
     try:
-        return ConvertConfig(
-            method=args.method, size=args.size, group_size=args.group_size, rank=args.rank
+        config = ConvertConfig(
+            method=args.method,
+            size=args.size,
+            group_size=args.group_size,
+            rank=args.rank,
+            uniform=args.uniform,
+            one_shot=args.one_shot,
         )
     except ArgumentError as error:
         raise _UsageError(str(error)) from error
+    if args.calibration is None and (args.uniform or args.one_shot):
+        raise _UsageError("--uniform and --one-shot: only with --calibration FILE")
+    return config
 
 
 def _family(args: argparse.Namespace) -> Any:

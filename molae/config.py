@@ -81,6 +81,20 @@ class ConvertConfig:
         default=None,
         metadata={"help": "Latent rank, method 'molae' only. None means min(F, D)."},
     )
+    uniform: bool = field(
+        default=False,
+        metadata={
+            "help": "With a calibration text: the same share of its numbers for each group, "
+            "instead of spending the size where it does most good."
+        },
+    )
+    one_shot: bool = field(
+        default=False,
+        metadata={
+            "help": "With a calibration text: fit every layer to what the original hands on, "
+            "instead of what the layers converted before it do."
+        },
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
@@ -95,6 +109,9 @@ class ConvertConfig:
             object.__setattr__(self, "size", float(self.size))
         if self.rank is not None and not (_is_int(self.rank) and self.rank >= 1):
             raise ArgumentError(f"rank: expected a whole number of at least 1, got {self.rank!r}")
+        for name in ("uniform", "one_shot"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         object.__setattr__(self, "group_size", _check_group_size(self.group_size))
 
     @property

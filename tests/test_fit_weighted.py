@@ -32,6 +32,12 @@ def problem(seed, E, F, D, side="input", dtype=F64, idle=(), rows=40):
     return W, moments
 
 
+def row_metric(seed, E, F):
+    """Errors of rows that count and add up in different ways."""
+    S = np.random.default_rng(seed).standard_normal((E, F, F))
+    return S @ S.transpose(0, 2, 1)
+
+
 def sides(W, side):
     return [np.asarray(w, F64) if side == "input" else np.asarray(w, F64).T for w in W]
 
@@ -47,13 +53,16 @@ def losses(found, W, shrunk, rows=None):
 
 @pytest.mark.parametrize("form", ["gauge", "plain"])
 @pytest.mark.parametrize("rank", [0, 1, 5, 9, 15, 16])
-def test_one_expert_reaches_the_weighted_optimum(form, rank):
+@pytest.mark.parametrize("weigh_rows", [False, True])
+def test_one_expert_reaches_the_weighted_optimum(form, rank, weigh_rows):
     W, C = problem(1, 1, 20, 16)
+    rows = row_metric(1, 1, 20) if weigh_rows else None
+    S = None if rows is None else rows[0]
     _, shrunk = ref.pooled(C, 0.1, 1e-3)
-    found = factor_weighted(W, C, rank, form=form, shrinkage=0.1, ridge=1e-3)
-    best = ref.single_optimum(W[0], shrunk[0], rank)
-    total = ref.lost(W[0], 0, shrunk[0], "input")
-    assert losses(found, W, shrunk)[0] == pytest.approx(best, rel=1e-9, abs=1e-10 * total)
+    found = factor_weighted(W, C, rank, form=form, row_metric=rows, shrinkage=0.1, ridge=1e-3)
+    best = ref.single_optimum(W[0], shrunk[0], rank, S)
+    total = ref.lost(W[0], 0, shrunk[0], "input", S)
+    assert losses(found, W, shrunk, rows)[0] == pytest.approx(best, rel=1e-9, abs=1e-10 * total)
     assert found.energy[0] == pytest.approx(total, rel=1e-10)
     assert found.error[0] ** 2 * total == pytest.approx(best, rel=1e-9, abs=1e-10 * total)
 
@@ -82,12 +91,12 @@ def test_the_output_side_reaches_the_optimum_of_the_group(form, rank):
 @pytest.mark.parametrize("weigh_rows", [False, True])
 def test_the_spectrum_is_that_of_the_pooled_problem(weigh_rows):
     W, C = problem(3, 3, 12, 17)
-    rows = np.random.default_rng(0).random((3, 12)) if weigh_rows else None
+    rows = row_metric(0, 3, 12) if weigh_rows else None
     pool, shrunk = ref.pooled(C, 0.2, 1e-3)
     s = ref.pooled_spectrum(W, pool, shrunk, rows)
     for found in (
-        weighted_spectrum(W, C, row_weights=rows, shrinkage=0.2, ridge=1e-3)[0],
-        factor_weighted(W, C, 5, row_weights=rows, shrinkage=0.2, ridge=1e-3).spectrum[0],
+        weighted_spectrum(W, C, row_metric=rows, shrinkage=0.2, ridge=1e-3)[0],
+        factor_weighted(W, C, 5, row_metric=rows, shrinkage=0.2, ridge=1e-3).spectrum[0],
     ):
         assert found.shape == (17,)
         assert np.allclose(found, s[:17], rtol=1e-9, atol=1e-9 * s[0])
@@ -172,8 +181,8 @@ def test_a_group_of_no_rows_is_fitted_without_data(side):
 def test_rows_that_count_more_are_kept_better():
     W, C = problem(7, 3, 12, 16)
     _, shrunk = ref.pooled(C, 0.05, 1e-4)
-    rows = np.where(np.arange(12) < 3, 100.0, 1.0) * np.ones((3, 1))
-    heavy, even = (factor_weighted(W, C, 4, row_weights=given) for given in (rows, None))
+    rows = np.stack([np.diag(np.where(np.arange(12) < 3, 100.0, 1.0))] * 3)
+    heavy, even = (factor_weighted(W, C, 4, row_metric=given) for given in (rows, None))
     assert losses(heavy, W, shrunk, rows).sum() < losses(even, W, shrunk, rows).sum()
     assert losses(even, W, shrunk).sum() < losses(heavy, W, shrunk).sum()
     assert heavy.energy.sum() > 10 * even.energy.sum()
@@ -263,8 +272,10 @@ def test_a_factor_that_overflows_is_named():
         ({"shrinkage": np.nan}, ArgumentError, "shrinkage"),
         ({"ridge": 0.0}, ArgumentError, "ridge"),
         ({"ridge": np.inf}, ArgumentError, "ridge"),
-        ({"row_weights": np.ones((2, 5))}, ShapeError, "row_weights"),
-        ({"row_weights": -np.ones((2, 6))}, ArgumentError, "row_weights"),
+        ({"row_metric": np.ones((3, 6, 6))}, ShapeError, "row_metric"),
+        ({"row_metric": np.ones((2, 5, 5))}, ShapeError, "row_metric"),
+        ({"row_metric": np.ones((2, 6, 6), F32)}, ArgumentError, "one dtype"),
+        ({"row_metric": -np.ones((2, 6, 6))}, NonFiniteError, "row_metric"),
         ({"form": "other"}, ArgumentError, "form"),
         ({"side": "other"}, ArgumentError, "side"),
         ({"groups": [[0], [0]]}, ArgumentError, "groups"),
@@ -279,8 +290,8 @@ def test_bad_arguments(change, error, text):
 
 def test_row_weights_are_of_the_input_side():
     W, H = problem(14, 2, 6, 8, "output")
-    with pytest.raises(ArgumentError, match="row_weights"):
-        factor_weighted(W, H, 3, side="output", row_weights=np.ones((2, 6)))
+    with pytest.raises(ArgumentError, match="row_metric"):
+        factor_weighted(W, H, 3, side="output", row_metric=np.ones((2, 6, 6)))
 
 
 def test_nothing_is_left_behind():

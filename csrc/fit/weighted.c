@@ -13,9 +13,6 @@
 #include "rows.h"
 #include "stack.h"
 
-/* Rows of an expert that are added to a Gram matrix at once. */
-enum { BLOCK = 256 };
-
 /* A group, from its shared factor to its experts' private ones. */
 typedef struct {
     double *C; /* (W,W): pooled moments */
@@ -32,7 +29,9 @@ typedef struct {
     double *L, *T, *Z;     /* (D,D) */
     double *w;             /* (D,) */
     double *H;             /* (W,W): moments of one expert, shrunk */
-    double *X, *E, *Y, *A; /* (F,D), (F,D), (F,D), (F,R) */
+    double *S;             /* (F,F): the metric on the side of F */
+    double *X, *E, *Y, *V; /* (F,D) */
+    double *A;             /* (F,R) */
     double *tmp;
     char *work; /* of LAPACK */
     size_t work_bytes;
@@ -89,9 +88,11 @@ job_cut(job *q, char **p, int64_t workers)
         MLI_CUT(n, p, o->Z, square, sizeof(double));
         MLI_CUT(n, p, o->w, D, sizeof(double));
         MLI_CUT(n, p, o->H, mli_size_mul(W, W), sizeof(double));
+        MLI_CUT(n, p, o->S, mli_size_mul(F, F), sizeof(double));
         MLI_CUT(n, p, o->X, rows, sizeof(double));
         MLI_CUT(n, p, o->E, rows, sizeof(double));
         MLI_CUT(n, p, o->Y, rows, sizeof(double));
+        MLI_CUT(n, p, o->V, rows, sizeof(double));
         MLI_CUT(n, p, o->A, mli_size_mul(F, R), sizeof(double));
         MLI_CUT(n, p, o->tmp, mli_size_mul(MLI_ROWS_TILE, F), sizeof(double));
         MLI_CUT(n, p, o->work, work, 1);
@@ -163,9 +164,9 @@ add_ridge(const job *q, int64_t e, double *H)
 
 /* C = sum of the group's moments; the identity where no row reached any of them. */
 static molae_status
-pool(const job *q, group *o, int64_t g, double *H)
+pool(const job *q, group *o, int64_t g, double *H, double *S)
 {
-    const int64_t W = q->W;
+    const int64_t W = q->W, F = q->s->F;
 
     memset(o->C, 0, (size_t)(W * W) * sizeof(double));
     o->trace = 0;
@@ -175,6 +176,13 @@ pool(const job *q, group *o, int64_t g, double *H)
         if (!is_finite(H, W * W) || q->trace[e] < 0) {
             o->expert = e;
             o->what = "moments: NaN, Inf or a negative trace";
+            return MOLAE_E_NONFINITE;
+        }
+        if (q->metric->rows != NULL &&
+            (!mli_widen_f64(S, q->metric->rows[e], q->metric->dtype, 0, F * F) ||
+             trace_of(S, F) < 0)) {
+            o->expert = e;
+            o->what = "row_metric: NaN, Inf or a negative trace";
             return MOLAE_E_NONFINITE;
         }
         o->trace += q->trace[e];
@@ -224,55 +232,50 @@ mirror(double *A, int64_t n)
                 A[j * n + i] = A[i * n + j];
 }
 
-/* T, upper triangle = sum of omega_e X_e^T D_e X_e. */
+/* Y = S X with the metric of the expert's rows on the other side: H_e on the output side, S_e on
+ * the input side, where it may be left out. Returns Y, or X. H: scratch for the metric. */
 static molae_status
-input_gram(const job *q, group *o, int64_t g, scratch *t)
-{
-    const molae_stack *s = q->s;
-    const int64_t D = s->D;
-    int first = 1;
-    molae_status rc = MOLAE_OK;
-
-    for (int64_t e = s->group_ptr[g]; e < s->group_ptr[g + 1]; e++) {
-        const double part = omega(q, o, e);
-        const double *d = q->metric->row_weight ? q->metric->row_weight + e * s->F : NULL;
-        for (int64_t r0 = 0; r0 < s->F; r0 += BLOCK, first = 0) {
-            const int64_t nr = MLI_MIN((int64_t)BLOCK, s->F - r0);
-            if (mli_rows_load_f64(t->X, s, e, r0, nr, t->tmp, NULL) < 0) {
-                o->expert = e;
-                o->what = "NaN or Inf in the weights";
-                return MOLAE_E_NONFINITE;
-            }
-            for (int64_t r = 0; r < nr; r++) {
-                const double scale = sqrt(part * (d ? d[r0 + r] : 1));
-                for (int64_t c = 0; c < D; c++)
-                    t->X[r * D + c] *= scale;
-            }
-            MLI_TRY(mli_syrk_f64(1, D, nr, 1, t->X, D, first ? 0 : 1, t->T, D));
-        }
-    }
-done:
-    return rc;
-}
-
-/* T = sum of X_e^T H_e X_e, full. */
-static molae_status
-output_gram(const job *q, group *o, int64_t g, scratch *t)
+weigh_rows(const job *q, const group *o, int64_t e, const double *X, double *H, double *Y,
+           const double **weighed)
 {
     const molae_stack *s = q->s;
     const int64_t D = s->D, F = s->F;
+
+    *weighed = X;
+    if (s->side == MOLAE_SIDE_OUTPUT)
+        shrunk_moments(q, o, e, H);
+    else if (q->metric->rows != NULL)
+        (void)mli_widen_f64(H, q->metric->rows[e], q->metric->dtype, 0, F * F);
+    else
+        return MOLAE_OK;
+    *weighed = Y;
+    return mli_gemm_f64(0, 0, F, D, F, 1, H, F, X, D, 0, Y, D);
+}
+
+/* T = sum of X_e^T S_e X_e, full; input side: times omega_e. */
+static molae_status
+gram(const job *q, group *o, int64_t g, scratch *t)
+{
+    const molae_stack *s = q->s;
+    const int64_t D = s->D, F = s->F, first = s->group_ptr[g];
     molae_status rc = MOLAE_OK;
 
-    for (int64_t e = s->group_ptr[g]; e < s->group_ptr[g + 1]; e++) {
+    for (int64_t e = first; e < s->group_ptr[g + 1]; e++) {
+        const double part = s->side == MOLAE_SIDE_INPUT ? omega(q, o, e) : 1;
+        const double *Y;
         if (mli_rows_load_f64(t->X, s, e, 0, F, t->tmp, NULL) < 0) {
             o->expert = e;
             o->what = "NaN or Inf in the weights";
             return MOLAE_E_NONFINITE;
         }
-        shrunk_moments(q, o, e, t->H);
-        MLI_TRY(mli_gemm_f64(0, 0, F, D, F, 1, t->H, F, t->X, D, 0, t->Y, D));
-        MLI_TRY(mli_gemm_f64(1, 0, D, D, F, 1, t->X, D, t->Y, D, e > s->group_ptr[g], t->T, D));
+        MLI_TRY(weigh_rows(q, o, e, t->X, t->S, t->Y, &Y));
+        if (Y == t->X)
+            MLI_TRY(mli_syrk_f64(1, D, F, part, t->X, D, e > first, t->T, D));
+        else
+            MLI_TRY(mli_gemm_f64(1, 0, D, D, F, part, t->X, D, Y, D, e > first, t->T, D));
     }
+    if (s->side == MOLAE_SIDE_INPUT && q->metric->rows == NULL)
+        mirror(t->T, D);
 done:
     return rc;
 }
@@ -320,11 +323,8 @@ eigenvectors(const job *q, group *o, int64_t g, scratch *t, int64_t lo, int64_t 
     double *v = t->w, *spectrum = q->out->spectrum + g * D;
     molae_status rc = MOLAE_OK;
 
-    if (q->s->side == MOLAE_SIDE_OUTPUT) {
-        MLI_TRY(output_gram(q, o, g, t));
-    } else {
-        MLI_TRY(input_gram(q, o, g, t));
-        mirror(t->T, D);
+    MLI_TRY(gram(q, o, g, t));
+    if (q->s->side == MOLAE_SIDE_INPUT) {
         MLI_TRY(whitening(o, D, t));
         MLI_TRY(mli_gemm_f64(0, 0, D, D, D, 1, t->L, D, t->T, D, 0, t->Z, D));
         MLI_TRY(mli_gemm_f64(0, 1, D, D, D, 1, t->Z, D, t->L, D, 0, t->T, D));
@@ -385,7 +385,7 @@ shared_factor(const job *q, group *o, int64_t g, scratch *t)
     int finite = 1;
 
     o->what = "matrix product failed";
-    MLI_TRY(pool(q, o, g, t->H));
+    MLI_TRY(pool(q, o, g, t->H, t->S));
     o->what = "eigenvalues of the moments did not converge";
     if (q->rank != NULL && gauge)
         for (int64_t j = 0; j < D; j++)
@@ -453,25 +453,27 @@ done:
     return rc;
 }
 
-/* *sum = squared norm of E (F,D) in the expert's metric. */
+/* *sum = squared norm of E (F,D) in the expert's metric, whose moments are in H. */
 static molae_status
 weighted_norm(const job *q, int64_t e, const double *E, const scratch *t, double *sum)
 {
     const int64_t F = q->s->F, D = q->s->D;
-    const double *d = q->metric->row_weight ? q->metric->row_weight + e * F : NULL;
-    molae_status rc;
+    const double *Y, *Z = E;
+    molae_status rc = MOLAE_OK;
 
-    if (q->s->side == MOLAE_SIDE_OUTPUT)
-        rc = mli_gemm_f64(0, 0, F, D, F, 1, t->H, F, E, D, 0, t->Y, D);
-    else
-        rc = mli_gemm_f64(0, 0, F, D, D, 1, E, D, t->H, D, 0, t->Y, D);
+    MLI_TRY(weigh_rows(q, &q->groups[q->group_of[e]], e, E, t->S, t->Y, &Y));
+    if (q->s->side == MOLAE_SIDE_INPUT) {
+        MLI_TRY(mli_gemm_f64(0, 0, F, D, D, 1, E, D, t->H, D, 0, t->V, D));
+        Z = t->V;
+    }
     *sum = 0;
-    for (int64_t r = 0; rc >= 0 && r < F; r++) {
+    for (int64_t r = 0; r < F; r++) {
         double row = 0;
         for (int64_t c = 0; c < D; c++)
-            row += E[r * D + c] * t->Y[r * D + c];
-        *sum += (d ? d[r] : 1) * row;
+            row += Y[r * D + c] * Z[r * D + c];
+        *sum += row;
     }
+done:
     return rc;
 }
 
@@ -485,7 +487,7 @@ private_factor(const job *q, int64_t e, const scratch *t)
     molae_status rc = MOLAE_OK;
 
     (void)mli_rows_load_f64(t->X, s, e, 0, F, t->tmp, NULL); /* found finite before */
-    if (s->side == MOLAE_SIDE_INPUT || q->out->residual != NULL)
+    if (s->side == MOLAE_SIDE_INPUT)
         shrunk_moments(q, o, e, t->H);
     if (R == D)
         memcpy(t->A, t->X, (size_t)(F * D) * sizeof(double));
@@ -528,12 +530,9 @@ metric_check(const job *q, molae_errinfo *err)
     err->what = "shrinkage, ridge: expected finite numbers, shrinkage >= 0 and ridge > 0";
     if (!(m->shrinkage >= 0 && isfinite(m->shrinkage) && m->ridge > 0 && isfinite(m->ridge)))
         return MOLAE_E_ARG;
-    err->what = "row_weights: expected finite numbers >= 0, for the input side alone";
-    if (m->row_weight != NULL && q->s->side == MOLAE_SIDE_OUTPUT)
+    err->what = "row_metric: for the input side alone";
+    if (m->rows != NULL && q->s->side == MOLAE_SIDE_OUTPUT)
         return MOLAE_E_ARG;
-    for (int64_t i = 0; m->row_weight != NULL && i < q->s->E * q->s->F; i++)
-        if (!(m->row_weight[i] >= 0 && isfinite(m->row_weight[i])))
-            return MOLAE_E_ARG;
     err->what = NULL;
     return MOLAE_OK;
 }

@@ -243,55 +243,62 @@ done:
 PyDoc_STRVAR(
     factor_weighted_doc,
     "factor_weighted($module, W, ids, group_ptr, rank, first_group, output_side, gauge, errors, "
-    "num_threads, moments, row_weights, shrinkage, ridge, /)\n--\n\n"
+    "num_threads, moments, row_metric, shrinkage, ridge, /)\n--\n\n"
     "The same in the metric of the moments (E,D,D), or (E,F,F) on the output side; see\n"
-    "molae.fit.factor_weighted. moments is a sequence in the order of W; row_weights (E,F) or "
-    "None.");
+    "molae.fit.factor_weighted. both are sequences in the order of W, row_metric of (F,F) "
+    "or None.");
 
-/* The moments' pointers, which the sequence *seq keeps alive. */
-static int
-moments_from(mli_pystate *st, const factor_call *c, PyObject *obj, PyObject **seq,
-             const void **moment, molae_dtype *dtype)
+/* Pointers to one matrix (n,n) an expert of the sequence obj, which *seq keeps alive; all have the
+ * type *dtype, which the first sets where it is not known (known = 0). */
+static const void **
+matrices_from(mli_pystate *st, const char *name, PyObject *obj, int64_t E, int64_t n,
+              PyObject **seq, molae_dtype *dtype, int known)
 {
-    const npy_intp W = c->k.s.side == MOLAE_SIDE_INPUT ? c->k.s.D : c->k.s.F;
-    const npy_intp dims[2] = {W, W};
+    const npy_intp dims[2] = {n, n};
+    const void **found;
 
-    *seq = PySequence_Fast(obj, "moments: expected a sequence of arrays");
+    *seq = PySequence_Fast(obj, "moments, row_metric: expected a sequence of arrays");
     if (*seq == NULL)
-        return -1;
-    if (PySequence_Fast_GET_SIZE(*seq) != c->k.s.E) {
-        PyErr_Format(st->ShapeError, "moments: expected %lld matrices, one an expert, got %zd",
-                     (long long)c->k.s.E, PySequence_Fast_GET_SIZE(*seq));
-        return -1;
+        return NULL;
+    if (PySequence_Fast_GET_SIZE(*seq) != E) {
+        PyErr_Format(st->ShapeError, "%s: expected %lld matrices, one an expert, got %zd", name,
+                     (long long)E, PySequence_Fast_GET_SIZE(*seq));
+        return NULL;
     }
-    for (int64_t e = 0; e < c->k.s.E; e++) {
+    found = mli_alloc((size_t)E * sizeof(void *));
+    if (found == NULL)
+        return (const void **)PyErr_NoMemory();
+    for (int64_t e = 0; e < E; e++) {
         PyObject *item = PySequence_Fast_GET_ITEM(*seq, e);
         PyArrayObject *a = (PyArrayObject *)item;
         molae_dtype own;
         if (!PyArray_Check(item)) {
-            PyErr_Format(st->ArgumentError, "moments[%lld]: expected an array", (long long)e);
-            return -1;
+            PyErr_Format(st->ArgumentError, "%s[%lld]: expected an array", name, (long long)e);
+            goto fail;
         }
-        if (mli_py_dtype(st, "moments", a, &own) < 0 || mli_py_check_layout(st, "moments", a) < 0 ||
-            mli_py_check_shape(st, "moments", a, 2, dims, "WW") < 0)
-            return -1;
-        if (e > 0 && own != *dtype) {
-            PyErr_SetString(st->ArgumentError, "moments: expected one dtype for all experts");
-            return -1;
+        if (mli_py_dtype(st, name, a, &own) < 0 || mli_py_check_layout(st, name, a) < 0 ||
+            mli_py_check_shape(st, name, a, 2, dims, "WW") < 0)
+            goto fail;
+        if ((known || e > 0) && own != *dtype) {
+            PyErr_SetString(st->ArgumentError,
+                            "moments, row_metric: expected one dtype for all experts");
+            goto fail;
         }
         *dtype = own;
-        moment[e] = PyArray_DATA(a);
+        found[e] = PyArray_DATA(a);
     }
-    return 0;
+    return found;
+fail:
+    mli_free(found);
+    return NULL;
 }
 
 static PyObject *
 py_factor_weighted(PyObject *mod, PyObject *args)
 {
     mli_pystate *st = PyModule_GetState(mod);
-    PyObject *moments_obj, *weights_obj, *seq = NULL, *ret = NULL;
-    PyArrayObject *weights = NULL;
-    const void **moment = NULL;
+    PyObject *moments_obj, *rows_obj, *moments_seq = NULL, *rows_seq = NULL, *ret = NULL;
+    const void **moment = NULL, **rows = NULL;
     factor_call c = {0};
     molae_metric metric = {0};
     molae_errinfo err = {0};
@@ -300,27 +307,21 @@ py_factor_weighted(PyObject *mod, PyObject *args)
 
     if (!PyArg_ParseTuple(args, "OOOOnpppnOOdd:factor_weighted", &c.experts, &c.ids_obj, &c.ptr_obj,
                           &c.rank_obj, &c.first_group, &c.output_side, &c.gauge, &c.errors,
-                          &c.num_threads, &moments_obj, &weights_obj, &metric.shrinkage,
+                          &c.num_threads, &moments_obj, &rows_obj, &metric.shrinkage,
                           &metric.ridge))
         return NULL;
     if (factor_open(st, &c) < 0)
         goto done;
-    moment = mli_alloc((size_t)c.k.s.E * sizeof(void *));
-    if (moment == NULL) {
-        PyErr_NoMemory();
+    moment = matrices_from(st, "moments", moments_obj, c.k.s.E,
+                           c.k.s.side == MOLAE_SIDE_INPUT ? c.k.s.D : c.k.s.F, &moments_seq,
+                           &metric.dtype, 0);
+    if (moment == NULL)
         goto done;
-    }
-    if (moments_from(st, &c, moments_obj, &seq, moment, &metric.dtype) < 0)
+    if (rows_obj != Py_None && (rows = matrices_from(st, "row_metric", rows_obj, c.k.s.E, c.k.s.F,
+                                                     &rows_seq, &metric.dtype, 1)) == NULL)
         goto done;
     metric.moment = moment;
-    if (weights_obj != Py_None) {
-        const npy_intp dims[2] = {c.k.s.E, c.k.s.F};
-        weights = (PyArrayObject *)PyArray_FROMANY(weights_obj, NPY_DOUBLE, 0, 0,
-                                                   NPY_ARRAY_CARRAY_RO | NPY_ARRAY_NOTSWAPPED);
-        if (weights == NULL || mli_py_check_shape(st, "row_weights", weights, 2, dims, "EF") < 0)
-            goto done;
-        metric.row_weight = PyArray_DATA(weights);
-    }
+    metric.rows = rows;
     ws_bytes = molae_factor_weighted_ws(&c.ctx, &c.k.s, &metric, c.ranks);
     if (factor_make_room(&c, ws_bytes) < 0)
         goto done;
@@ -336,8 +337,9 @@ py_factor_weighted(PyObject *mod, PyObject *args)
 done:
     factor_close(&c);
     mli_free(moment);
-    Py_XDECREF(seq);
-    Py_XDECREF((PyObject *)weights);
+    mli_free(rows);
+    Py_XDECREF(moments_seq);
+    Py_XDECREF(rows_seq);
     return ret;
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from molae.arch import Family
 from molae.config import ConvertConfig
+from molae.convert.calibrated import Calibration
 from molae.convert.conversion import Conversion
 from molae.convert.destination import check_apart, check_usable
 from molae.convert.execution import Watcher, execute
@@ -25,6 +26,7 @@ from molae.io import open_checkpoint
 
 __all__ = [
     "METHODS",
+    "Calibration",
     "Inspection",
     "Plan",
     "Report",
@@ -45,6 +47,7 @@ def convert(
     dst: str | os.PathLike[str],
     config: ConvertConfig | None = None,
     *,
+    calibration: Calibration | None = None,
     family: Family | None = None,
     overwrite: bool = False,
     watcher: Watcher | None = None,
@@ -59,6 +62,9 @@ def convert(
         Folder of the result; made, or empty, or left by an interrupted run of the same kind.
     config : ConvertConfig, optional
         Settings; by default method 'latent' at size 0.75.
+    calibration : Calibration, optional
+        A text run through the same checkpoint, such as a `molae.hf.calibrate.Calibration`: the
+        fit then knows what the experts read, and the size is spent where it does most good.
     family : Family, optional
         Describes the model where molae does not know its family; see `molae.arch.load_family`.
     overwrite : bool
@@ -101,17 +107,25 @@ def convert(
     with open_checkpoint(src) as checkpoint:
         check_apart(checkpoint.path, Path(dst))
         check_usable(Path(dst), overwrite=overwrite)  # before the work of planning
-        conversion = Conversion(os.fspath(src), checkpoint, config or ConvertConfig(), family)
+        conversion = Conversion(
+            os.fspath(src), checkpoint, config or ConvertConfig(), family, calibration
+        )
         return execute(conversion, Path(dst), overwrite=overwrite, watcher=watcher)
 
 
-def plan(src: Source, config: ConvertConfig | None = None, *, family: Family | None = None) -> Plan:
+def plan(
+    src: Source,
+    config: ConvertConfig | None = None,
+    *,
+    calibration: Calibration | None = None,
+    family: Family | None = None,
+) -> Plan:
     """What `convert` would do, without writing anything.
 
     Parameters
     ----------
-    src, config, family
-        As in `convert`.
+    src, config, calibration, family
+        As in `convert`. With a calibration the original is run to decide groups and ranks.
 
     Returns
     -------
@@ -131,7 +145,9 @@ def plan(src: Source, config: ConvertConfig | None = None, *, family: Family | N
     (True, True)
     """
     with open_checkpoint(src) as checkpoint:
-        conversion = Conversion(os.fspath(src), checkpoint, config or ConvertConfig(), family)
+        conversion = Conversion(
+            os.fspath(src), checkpoint, config or ConvertConfig(), family, calibration
+        )
         return conversion.plan(timed=True)
 
 

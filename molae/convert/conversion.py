@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from molae import __version__
 from molae.arch import Family, Model, describe
 from molae.config import ConvertConfig
 from molae.convert.allocation import Allocation, complete_fused, split_numbers
+from molae.convert.calibrated import Calibrated, Calibration
 from molae.convert.card import convert_card
 from molae.convert.estimate import fit_seconds, memory_bytes
 from molae.convert.jsontext import json_text
@@ -23,6 +25,7 @@ from molae.convert.planning import Plan, storage, summarize
 from molae.convert.probe import Probe
 from molae.convert.report import TypeRow
 from molae.convert.shards import Job, convert_shards
+from molae.errors import ArgumentError
 from molae.factored import Factored, group_tensors
 from molae.io import DTYPES, Checkpoint
 
@@ -43,16 +46,23 @@ class Conversion:
         checkpoint: Checkpoint,
         config: ConvertConfig,
         family: Family | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.source_name = source
         self.checkpoint = checkpoint
         self.config = config
         self.method = find_method(config.method)
         self.model: Model = describe(checkpoint, family=family)
-        probe = Probe(checkpoint, self.model)
-        self.allocation: Allocation = complete_fused(
-            self.method.allocate(self.model, config, probe), self.model
-        )
+        self.calibration = calibration
+        self.calibrated: Calibrated | None = None
+        if calibration is not None:
+            self.calibrated = Calibrated(checkpoint, self.model, config, calibration)
+            allocation = self.calibrated.allocate()
+        elif config.uniform or config.one_shot:
+            raise ArgumentError("uniform, one_shot: only with a calibration text")
+        else:
+            allocation = self.method.allocate(self.model, config, Probe(checkpoint, self.model))
+        self.allocation: Allocation = complete_fused(allocation, self.model)
         self.shards = convert_shards(
             checkpoint, self.model, self.allocation.layers, self.allocation.form
         )
@@ -62,7 +72,8 @@ class Conversion:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self.config.to_dict()
+        facts = {} if self.calibration is None else {"calibration": dict(self.calibration.facts)}
+        return self.config.to_dict() | facts
 
     @property
     def digest(self) -> str:
@@ -72,6 +83,18 @@ class Conversion:
     def source(self, job: Job) -> Sequence[np.ndarray]:
         return self.model.matrices(self.checkpoint, job.layer, job.kinds[0])
 
+    def resume(self, finished: Mapping[str, Path]) -> None:
+        """Take note of what an earlier run has left: paths by the names of shards."""
+        if self.calibrated is not None:
+            self.calibrated.resume(
+                {
+                    job.layer: finished[shard.file]
+                    for shard in self.shards
+                    if shard.file in finished
+                    for job in shard.jobs
+                }
+            )
+
     def compute(self, job: Job) -> tuple[dict[str, Data], list[dict[str, Any]]]:
         """Factors of one layer's matrix type, and its row of the report."""
         (kind,) = job.kinds
@@ -79,7 +102,10 @@ class Conversion:
         matrices = self.model.matrices(self.checkpoint, job.layer, kind)
         start = time.perf_counter()
         with named(self.model, job.layer, kind):
-            fitted = self.method.fit(matrices, split, self.model.side(kind))
+            if self.calibrated is not None:
+                fitted = self.calibrated.fit(job.layer, kind, matrices, split)
+            else:
+                fitted = self.method.fit(matrices, split, self.model.side(kind))
         seconds = time.perf_counter() - start
 
         E, F, D = (self.model.letters[letter] for letter in "EFD")
@@ -102,6 +128,7 @@ class Conversion:
             expert_error_min=float(fitted.error.min()),
             expert_error_max=float(fitted.error.max()),
             seconds=seconds,
+            output_error=fitted.output_error,
             **fitted.diagnostics,
         )
         return tensors, [dataclasses.asdict(row)]
@@ -155,5 +182,5 @@ class Conversion:
             candidates=self.allocation.candidates,
             memory_bytes=memory_bytes(self),
             disk_bytes=sum(shard.nbytes for shard in self.shards),
-            seconds=fit_seconds(self) if timed else None,
+            seconds=fit_seconds(self) if timed and self.calibrated is None else None,
         )

@@ -17,6 +17,9 @@ __all__ = ["fit_seconds", "memory_bytes"]
 #: Python, NumPy and the libraries, before any work.
 BASE_BYTES = 60_000_000
 
+#: What torch and transformers take besides.
+TORCH_BYTES = 500_000_000
+
 
 def fit_seconds(conversion: Conversion) -> float:
     """Estimate of the time of all factorizations.
@@ -88,4 +91,14 @@ def memory_bytes(conversion: Conversion) -> int:
                 for _, group, rank in split.latent_groups()
             ]
             workspace = max(workspace, sum(sorted(each)[-get_num_threads() :]))
-    return BASE_BYTES + results + workspace
+    return BASE_BYTES + results + workspace + _calibration_bytes(conversion)
+
+
+def _calibration_bytes(conversion: Conversion) -> int:
+    """torch, one layer's moments and their float64 fits; hidden states are mapped."""
+    if conversion.calibrated is None:
+        return 0
+    E, F, D = (conversion.model.letters[letter] for letter in "EFD")
+    moments = 4 * E * (D * D + 3 * F * F)
+    a_thread = 8 * (7 * D * D + max(D, F) ** 2 + F * F + 5 * F * D)
+    return TORCH_BYTES + moments + get_num_threads() * a_thread

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from molae.convert.allocation import Allocation
     from molae.convert.probe import Probe
 
-__all__ = ["Fitted", "Method", "fit_shared", "fit_two_steps"]
+__all__ = ["Fitted", "Groups", "Matrices", "Method", "fit_shared", "fit_two_steps"]
 
 Matrices = Sequence[np.ndarray]
 Groups = list[tuple[int, ...]]
@@ -47,12 +47,15 @@ class Fitted:
     diagnostics : dict
         One list a fact, one entry a group: discarded_energy, effective_rank, kernel_dim,
         used_svd.
+    output_error : float, optional
+        Relative error of the type's outputs on the calibration text, where there was one.
     """
 
     factors: Mapping[tuple[int, str], np.ndarray]
     error: np.ndarray
     energy: np.ndarray
     diagnostics: Mapping[str, list[Any]]
+    output_error: float | None = None
 
     @property
     def total_error(self) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,9 @@ class Materialization:
         self.room = E * F * D * DTYPES["F32"].itemsize
         self.settings: dict[str, Any] = {}
         self.digest = ""
+
+    def resume(self, finished: Mapping[str, Path]) -> None:
+        """Jobs do not depend on each other: nothing to take note of."""
 
     def source(self, job: Job) -> Sequence[np.ndarray]:
         return [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +34,9 @@ class Work(Protocol):
     shards: tuple[Shard, ...]
     #: Bytes of results that may wait to be written while the next are computed.
     room: int
+
+    def resume(self, finished: Mapping[str, Path]) -> None:
+        """Shards that an earlier run has left, by name; called before any work."""
 
     def source(self, job: Job) -> Sequence[np.ndarray]:
         """The arrays that a job reads, views of mapped files."""
@@ -64,6 +67,7 @@ def run(
     When it is interrupted or fails, what is being written is waited for, unfinished files
     are removed, and the journal keeps the finished shards.
     """
+    work.resume({file: dst / file for file in journal.shards})
     pipeline = _Pipeline(work, dst, journal, progress)
     try:
         for shard in work.shards:

@@ -45,6 +45,9 @@ class TypeRow:
         One a group: whether the Gram matrix was too coarse and a direct SVD was used.
     seconds : float
         Time of the factorization.
+    output_error : float or None
+        Relative error of the type's outputs on the calibration text, to first order; None without
+        one.
     """
 
     layer: int
@@ -61,6 +64,7 @@ class TypeRow:
     kernel_dim: list[int | None]
     used_svd: list[bool]
     seconds: float
+    output_error: float | None = None
 
 
 def total_error(rows: Sequence[TypeRow]) -> float:

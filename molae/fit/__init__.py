@@ -14,12 +14,13 @@ next to the output, ``W_i ≈ Bᵀ A_i``. ``B`` is (R, D) either way.
 
 from molae.fit.basis import gauge, stored_numbers, ungauge
 from molae.fit.factors import SharedFactors
-from molae.fit.moments import SecondMoments, second_moments
+from molae.fit.moments import LayerMoments, SecondMoments, second_moments
 from molae.fit.shared import factor_shared, reduce_rank, spectrum
 from molae.fit.spectra import common_kernel_dim, discarded_energy, effective_rank
 from molae.fit.weighted import factor_weighted, weighted_spectrum
 
 __all__ = [
+    "LayerMoments",
     "SecondMoments",
     "SharedFactors",
     "common_kernel_dim",

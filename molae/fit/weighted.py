@@ -36,7 +36,7 @@ def factor_weighted(
     groups: Groups | None = None,
     side: Side = "input",
     form: Form = "gauge",
-    row_weights: npt.ArrayLike | None = None,
+    row_metric: npt.ArrayLike | Sequence[npt.ArrayLike] | None = None,
     shrinkage: float = SHRINKAGE,
     ridge: float = RIDGE,
     errors: bool = True,
@@ -45,7 +45,7 @@ def factor_weighted(
 
     `factor_shared` takes all directions of the input for equal; this one weighs them by the
     second moments of what each expert reads. It makes
-    ``Σ_i tr(D_i (W_i − A_i B) C_i (W_i − A_i B)ᵀ)`` small, the squared error of the experts'
+    ``Σ_i tr(S_i (W_i − A_i B) C_i (W_i − A_i B)ᵀ)`` small, the squared error of the experts'
     outputs over the tokens; on the output side ``Σ_i tr((W_i − Bᵀ A_i) H_i (W_i − Bᵀ A_i)ᵀ)``.
 
     Parameters
@@ -59,8 +59,9 @@ def factor_weighted(
         Rank of the groups, 0 to min(k F, D).
     groups, side, form
         As in `factor_shared`.
-    row_weights : (E, F) array_like, optional
-        D_i, how much each row of W_i counts; input side only. Default: all alike.
+    row_metric : (E, F, F) array_like or sequence of E matrices, optional
+        S_i, symmetric: how much errors of the rows of W_i count and add up; input side only, of
+        the dtype of `moments`. Default: the identity.
     shrinkage : float
         At least 0. An expert's moments are ``C_i + (shrinkage tr C_i / tr C + ridge) C`` with
         the group's pooled C: few rows say little about many directions.
@@ -73,7 +74,7 @@ def factor_weighted(
     -------
     SharedFactors
         `spectrum`, `energy` and the errors are in the metric: ``energy[i]`` is
-        ``tr(D_i W_i C_i W_iᵀ)`` with the shrunk C_i, and 0 without `errors`.
+        ``tr(S_i W_i C_i W_iᵀ)`` with the shrunk C_i, and 0 without `errors`.
 
     Raises
     ------
@@ -87,10 +88,10 @@ def factor_weighted(
 
     Notes
     -----
-    Input side: with ``C = Lᵀ L`` the top-R eigenvectors U of ``L (Σ ω_i W_iᵀ D_i W_i) Lᵀ`` give
+    Input side: with ``C = Lᵀ L`` the top-R eigenvectors U of ``L (Σ ω_i W_iᵀ S_i W_i) Lᵀ`` give
     ``B = U L⁻ᵀ``, ω_i the share of the pooled trace; the optimum where the C_i are multiples of
     each other, as for a group of one. Then ``A_i = W_i C_i Bᵀ (B C_i Bᵀ)⁻¹``, the optimum for
-    that B; D_i drops out of it. Output side: the eigenvectors of ``Σ W_i H_i W_iᵀ``, the optimum.
+    that B; S_i drops out of it. Output side: the eigenvectors of ``Σ W_i H_i W_iᵀ``, the optimum.
     An expert of no rows is fitted to its group's moments, a group of none as `factor_shared` would.
     Arithmetic is float64 whatever the dtype. A group takes about 22 D³ flops (output side 9 D³),
     an expert ``2 R D (D + 2 R + F)``. The result does not depend on the number of threads.
@@ -117,7 +118,7 @@ def factor_weighted(
     problem = Problem.of(W, groups, side)
     check_choice("form", form, ("gauge", "plain"))
     given = ranks(rank, problem.groups, *problem.shape)
-    found = _solve(problem, moments, given, form, errors, row_weights, shrinkage, ridge)
+    found = _solve(problem, moments, given, form, errors, row_metric, shrinkage, ridge)
     return problem.factors(found, given, form, np.dtype(np.float64))
 
 
@@ -127,7 +128,7 @@ def weighted_spectrum(
     *,
     groups: Groups | None = None,
     side: Side = "input",
-    row_weights: npt.ArrayLike | None = None,
+    row_metric: npt.ArrayLike | Sequence[npt.ArrayLike] | None = None,
     shrinkage: float = SHRINKAGE,
     ridge: float = RIDGE,
 ) -> tuple[Array, ...]:
@@ -138,7 +139,7 @@ def weighted_spectrum(
 
     Parameters
     ----------
-    W, moments, groups, side, row_weights, shrinkage, ridge
+    W, moments, groups, side, row_metric, shrinkage, ridge
         As in `factor_weighted`.
 
     Returns
@@ -160,7 +161,7 @@ def weighted_spectrum(
     array([5., 2.])
     """
     problem = Problem.of(W, groups, side)
-    found = _solve(problem, moments, None, "plain", False, row_weights, shrinkage, ridge)
+    found = _solve(problem, moments, None, "plain", False, row_metric, shrinkage, ridge)
     return tuple(found.spectrum)
 
 
@@ -170,22 +171,21 @@ def _solve(
     given: Sequence[int] | None,
     form: Form,
     errors: bool,
-    row_weights: npt.ArrayLike | None,
+    row_metric: npt.ArrayLike | Sequence[npt.ArrayLike] | None,
     shrinkage: float,
     ridge: float,
 ) -> Found:
-    F, _ = problem.shape
     E = len(problem.experts)
     metric = [contiguous(np.asarray(m)) for m in moments]  # type: ignore[union-attr]
     if len(metric) != E:
         raise ShapeError(f"moments: expected {E} matrices, one an expert, got {len(metric)}")
-    weights = None
-    if row_weights is not None:
+    rows = None
+    if row_metric is not None:
         if problem.side == "output":
-            raise ArgumentError("row_weights: for the input side only")
-        weights = np.asarray(row_weights, dtype=np.float64)
-        if weights.shape != (E, F):
-            raise ShapeError(f"row_weights: expected shape ({E}, {F}), got {weights.shape}")
+            raise ArgumentError("row_metric: for the input side only")
+        rows = [contiguous(np.asarray(m)) for m in row_metric]  # type: ignore[union-attr]
+        if len(rows) != E:
+            raise ShapeError(f"row_metric: expected {E} matrices, one an expert, got {len(rows)}")
     return problem.solve(
         _core.factor_weighted,
         given,
@@ -193,7 +193,7 @@ def _solve(
         errors,
         lambda members: (
             [metric[e] for e in members],
-            None if weights is None else weights[members],
+            None if rows is None else [rows[e] for e in members],
             float(shrinkage),
             float(ridge),
         ),

@@ -24,7 +24,7 @@ from molae.threads import get_num_threads
 if TYPE_CHECKING:
     from molae.hf.experts import Factors, LatentExperts
 
-__all__ = ["forward_native"]
+__all__ = ["NAMES_BY_TYPE", "forward_native"]
 
 #: Transformers' names of the activations that csrc/ops has.
 NAMES = {
@@ -36,7 +36,7 @@ NAMES = {
     "relu": "relu",
     "relu2": "relu2",
 }
-_BY_TYPE = {type(ACT2FN[theirs]): ours for theirs, ours in NAMES.items()}
+NAMES_BY_TYPE = {type(ACT2FN[theirs]): ours for theirs, ours in NAMES.items()}
 
 Split = Sequence["Factors"]
 
@@ -77,13 +77,15 @@ def forward_native(
             return None
         if not learns:
             ready = _remember(module, factors)
-    elif x.dtype != ready.dtype or x.device.type != "cpu" or type(module.act_fn) not in _BY_TYPE:
+    elif (
+        x.dtype != ready.dtype or x.device.type != "cpu" or type(module.act_fn) not in NAMES_BY_TYPE
+    ):
         del _ready[module]  # it holds on to weights that the module may have left
         return None
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     index = index.clamp(max=module.num_experts).to(torch.int64).contiguous()
     x, weights = x.contiguous(), weights.to(work).contiguous()
-    layer = (module.num_experts, module.intermediate_dim, _BY_TYPE[type(module.act_fn)])
+    layer = (module.num_experts, module.intermediate_dim, NAMES_BY_TYPE[type(module.act_fn)])
     if learns:
         y: torch.Tensor = _Experts.apply(
             (*layer, module.form, factors), index, x, weights, *_tensors(factors)
@@ -100,7 +102,7 @@ def _takes(module: LatentExperts, x: torch.Tensor, factors: Mapping[str, Split])
     """Whether the kernels compute this layer for this input."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return False
-    return type(module.act_fn) in _BY_TYPE and all(
+    return type(module.act_fn) in NAMES_BY_TYPE and all(
         t.dtype == x.dtype
         and t.device == x.device
         and type(t) in (torch.Tensor, torch.nn.Parameter)

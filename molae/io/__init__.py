@@ -1,6 +1,6 @@
 """Checkpoints on disk: read safetensors lazily, write them without ever leaving half a file."""
 
-from molae.io.checkpoint import Checkpoint, natural_key, open_checkpoint
+from molae.io.checkpoint import Checkpoint, map_file, natural_key, open_checkpoint
 from molae.io.dtypes import COMPUTABLE, DTYPES, DType, dtype_name, numpy_dtype
 from molae.io.header import TensorInfo
 from molae.io.writer import (
@@ -21,6 +21,7 @@ __all__ = [
     "TensorSpec",
     "copy_file_atomic",
     "dtype_name",
+    "map_file",
     "natural_key",
     "numpy_dtype",
     "open_checkpoint",

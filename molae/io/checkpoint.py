@@ -25,7 +25,7 @@ from molae.io.header import (
 )
 from molae.io.hub import fetch, is_hub_id
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "natural_key", "open_checkpoint"]
+__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "map_file", "natural_key", "open_checkpoint"]
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -240,6 +240,24 @@ class Checkpoint:
             if file not in self._maps:
                 self._maps[file] = _map_file(self.path / file, self._headers[file])
             return self._maps[file]
+
+
+def map_file(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of one safetensors file, as read-only views of it.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be read, or is damaged.
+    """
+    header = read_header(path, path.name)
+    whole = _map_file(path, header)
+    return {
+        info.name: whole[info.offset : info.offset + info.nbytes]
+        .view(numpy_dtype(info.dtype))
+        .reshape(info.shape)
+        for info in header.tensors
+    }
 
 
 def _map_file(path: Path, header: FileHeader) -> np.ndarray:

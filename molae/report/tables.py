@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -54,12 +55,25 @@ def report_view(report: Report) -> RenderableType:
                     f"{sum(row.seconds for row in rows):.1f} s",
                 )
         parts += [Text("Relative Frobenius error of the weights, over all layers:"), table]
+        if any(row.output_error is not None for row in report.rows):
+            errors = ", ".join(
+                f"{kind} {_mean_output_error(report, kind):.4f}"
+                for kind in TYPES
+                if any(row.kind == kind for row in report.rows)
+            )
+            parts += [Text(f"On the calibration text, by type and to first order: {errors}.")]
         svd = sum(any(row.used_svd) for row in report.rows)
         if svd:
             parts += [Text(f"A direct SVD was needed for {svd} of {len(report.rows)} stacks.")]
     size = sum(entry["bytes"] for entry in report.files.values())
     parts += [Text(f"{len(report.files) + 1} files, {size_text(size)}, in {report.seconds:.1f} s.")]
     return Group(*parts)
+
+
+def _mean_output_error(report: Report, kind: str) -> float:
+    """Root mean square over the layers."""
+    found = [row.output_error or 0.0 for row in report.rows if row.kind == kind]
+    return math.sqrt(sum(error**2 for error in found) / len(found))
 
 
 def inspect_view(found: Inspection) -> RenderableType:

@@ -40,7 +40,7 @@ every_rank(molae_side side, molae_form form)
 {
     const int64_t width = side == MOLAE_SIDE_INPUT ? D : F;
     const molae_stack s = {E, F, D, MOLAE_F32, side, W, G, group_ptr};
-    const molae_metric metric = {C, MOLAE_F32, NULL, 0.05, 1e-4};
+    const molae_metric metric = {C, NULL, MOLAE_F32, 0.05, 1e-4};
     double before = INFINITY;
 
     fill(width);
@@ -83,7 +83,7 @@ refusals(void)
     const molae_stack s = {E, F, D, MOLAE_F32, MOLAE_SIDE_INPUT, W, G, group_ptr};
     const int64_t rank[G] = {14, 1};
     const molae_ctx ctx = {1, NULL};
-    molae_metric metric = {C, MOLAE_F32, NULL, 0.05, 1e-4};
+    molae_metric metric = {C, NULL, MOLAE_F32, 0.05, 1e-4};
     const molae_factors out = {0};
     molae_errinfo err;
 

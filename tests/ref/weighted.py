@@ -30,8 +30,8 @@ def lost(X, approximation, C, side, rows=None):
     error = X - approximation
     if side == "output":
         return np.trace(error.T @ C @ error)
-    rows = np.ones(len(X)) if rows is None else rows
-    return np.trace((rows[:, None] * error) @ C @ error.T)
+    rows = np.eye(len(X)) if rows is None else rows
+    return np.trace(rows @ error @ C @ error.T)
 
 
 def output_optimum(X, moments, rank):
@@ -42,14 +42,14 @@ def output_optimum(X, moments, rank):
 
 def single_optimum(X, C, rank, rows=None):
     """Eckart–Young for one expert of the input side, in the metric."""
-    rows = np.ones(len(X)) if rows is None else rows
-    s = np.linalg.svd(np.sqrt(rows)[:, None] * X @ root(C), compute_uv=False)
+    rows = np.eye(len(X)) if rows is None else rows
+    s = np.linalg.svd(root(rows) @ X @ root(C), compute_uv=False)
     return np.square(s[rank:]).sum()
 
 
 def pooled_spectrum(X, C, shrunk, rows=None):
-    """Singular values of the stack of √ω D^½ X C^½, ω an expert's share of the trace."""
+    """Singular values of the stack of √ω S^½ X C^½, ω an expert's share of the trace."""
     omega = [np.trace(own) / np.trace(C) for own in shrunk]
-    rows = [np.ones(len(x)) for x in X] if rows is None else rows
-    parts = [np.sqrt(o * d)[:, None] * x @ root(C) for o, d, x in zip(omega, rows, X, strict=True)]
+    rows = [np.eye(len(x)) for x in X] if rows is None else rows
+    parts = [np.sqrt(o) * root(S) @ x @ root(C) for o, S, x in zip(omega, rows, X, strict=True)]
     return np.linalg.svd(np.concatenate(parts), compute_uv=False)

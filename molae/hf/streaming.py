@@ -1,0 +1,377 @@
+"""Run a checkpoint one decoder layer at a time, its experts read where they lie in the files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from molae import ops
+from molae.arch import Model
+from molae.config import TYPES
+from molae.errors import CheckpointError, NonFiniteError
+from molae.hf.native import NAMES_BY_TYPE
+from molae.io import Checkpoint
+
+__all__ = ["LayerStream", "Projections", "Rows", "StreamedExperts", "in_torch"]
+
+#: Gate, up and down of a layer.
+Projections = Mapping[str, ops.Projection]
+
+#: Tokens that go through the experts at once.
+CHUNK = 2048
+
+#: Tokens whose logits are held at once.
+LOGITS = 256
+
+
+def in_torch(array: np.ndarray) -> torch.Tensor:
+    """A copy in memory of torch's own, on whose alignment the last bits of its products depend."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"])).clone()
+
+
+class Rows:
+    """What the experts of a layer met in a chunk of tokens.
+
+    Attributes
+    ----------
+    x : (N, D) ndarray of float32
+    index, weights : (N, K) ndarray
+        Experts of each token (E: none), and routing weights.
+    gate, up : (rows, F) tensor of float32
+        Of each row in expert order, before the activation.
+    routing : Routing
+        Of those rows.
+    """
+
+    def __init__(
+        self,
+        x: np.ndarray,
+        index: np.ndarray,
+        weights: np.ndarray,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        act_fn: Callable[[torch.Tensor], torch.Tensor],
+        num_experts: int,
+    ) -> None:
+        self.x, self.index, self.weights = x, index, weights
+        self.routing = ops.route(index, num_experts)
+        rows = len(self.routing.token)
+        self.gate, self.up, self.act_fn = gate[:rows], up[:rows], act_fn
+
+
+class StreamedExperts(nn.Module):
+    """The experts of one layer as `molae.ops` computes them, of mapped arrays; no parameters."""
+
+    def __init__(self, num_experts: int, act_fn: nn.Module) -> None:
+        super().__init__()
+        self.num_experts, self.act_fn = num_experts, act_fn
+        self.projections: Projections | None = None
+        self.seen: Callable[[Rows], object] | None = None
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        assert self.projections is not None
+        shape = hidden_states.shape
+        x = hidden_states.reshape(-1, shape[-1]).contiguous().numpy()
+        index = top_k_index.clamp(max=self.num_experts).to(torch.int64).contiguous().numpy()
+        weights = top_k_weights.to(torch.float32).contiguous().numpy()
+        y = np.empty_like(x)
+        for at in range(0, len(x), CHUNK):
+            some = slice(at, at + CHUNK)
+            self._chunk(x[some], index[some], weights[some], y[some])
+        return torch.from_numpy(y).reshape(shape)
+
+    def _chunk(self, x: np.ndarray, index: np.ndarray, weights: np.ndarray, y: np.ndarray) -> None:
+        assert self.projections is not None
+        gate, up, down = (self.projections[kind] for kind in TYPES)
+        activation: Any = NAMES_BY_TYPE[type(self.act_fn)]
+        found = ops.latent_experts_forward(
+            x,
+            index,
+            weights,
+            gate,
+            up,
+            down,
+            activation=activation,
+            save=self.seen is not None,
+            out=y,
+        )
+        if self.seen is not None:
+            saved = found[1]
+            parts = (torch.from_numpy(saved.gate), torch.from_numpy(saved.up))
+            self.seen(Rows(x, index, weights, *parts, self.act_fn, self.num_experts))
+
+
+class _Recorder(nn.Module):
+    """Stands for a decoder layer: keeps what it was called with, and gives `instead` or that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]] | None = None
+        self.instead: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.given = hidden_states, args, kwargs
+        return hidden_states if self.instead is None else self.instead
+
+
+class LayerStream:
+    """An ordinary checkpoint as its embedding, its decoder layers and its head, one by one.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    model : Model
+        What `molae.arch.describe` says of it.
+
+    Raises
+    ------
+    CheckpointError
+        Transformers does not know the model, or builds it of other parts than are in the files.
+
+    Notes
+    -----
+    Arithmetic is float32. Of a layer everything but the experts is read and widened when it is
+    its turn; the experts are computed from the mapped files, float16 ones widened.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: Model) -> None:
+        self._checkpoint, self._model = checkpoint, model
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+            with torch.device("meta"):
+                net: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{checkpoint.path}: Transformers cannot build this model ({first})"
+            ) from error
+        net.tie_weights()
+        self._net = net.eval().requires_grad_(False)
+        self.vocab_size: int = config.get_text_config().vocab_size
+        self.longest: int | None = getattr(
+            config.get_text_config(), "max_position_embeddings", None
+        )
+        for layer in model.moe_layers:
+            self._place_experts(layer)
+        self._path = model.family.blocks[0].partition(".${layer}")[0]
+        self._layers: list[nn.Module] = list(self._net.get_submodule(self._path))
+        self._recorders = [_Recorder() for _ in self._layers]
+        self._net.set_submodule(self._path, nn.ModuleList(self._recorders))
+        self._fill_buffers()
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __len__(self) -> int:
+        """Decoder layers."""
+        return len(self._layers)
+
+    # ---------------------------------------------------------------- both ends
+
+    @torch.inference_mode()
+    def embed(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What the first layer is given for each batch of tokens (n, T); all of one shape."""
+        with self._loaded(self._net, ""):
+            for tokens in batches:
+                for recorder in self._recorders:
+                    recorder.instead = None
+                self._net(input_ids=tokens, use_cache=False, logits_to_keep=1)
+                seen = [recorder.given for recorder in self._recorders]
+                assert all(given is not None for given in seen)
+                self._calls = [given[1:] for given in seen if given is not None]
+                first = seen[0]
+                assert first is not None
+                yield first[0]
+        self._forget()
+
+    @torch.inference_mode()
+    def divergences(
+        self, tokens: torch.Tensor, base: torch.Tensor, others: Sequence[torch.Tensor]
+    ) -> list[float]:
+        """How far the next-token distributions after `others` are from those after `base`.
+
+        Parameters
+        ----------
+        tokens : (n, T) tensor
+        base, others : (n, T, D) tensors
+            What the last layer gave.
+
+        Returns
+        -------
+        list of float
+            Sums of the Kullback-Leibler divergence KL(base, other) over all places, in nats.
+        """
+        sums = [0.0] * len(others)
+        with self._loaded(self._net, ""):
+            for at in range(0, tokens.shape[1], LOGITS):
+                keep = torch.arange(at, min(at + LOGITS, tokens.shape[1]))
+                p = self._log_probabilities(tokens, base, keep)
+                for i, other in enumerate(others):
+                    q = self._log_probabilities(tokens, other, keep)
+                    sums[i] += float((p.exp() * (p - q)).double().sum())
+        self._forget()
+        return sums
+
+    def _log_probabilities(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        self._recorders[-1].instead = hidden
+        out = self._net(input_ids=tokens, use_cache=False, logits_to_keep=keep)
+        return torch.log_softmax(out.logits.float(), dim=-1)
+
+    def _forget(self) -> None:
+        for recorder in self._recorders:
+            recorder.given = recorder.instead = None
+
+    # ------------------------------------------------------------------- layers
+
+    @contextlib.contextmanager
+    def layer(
+        self, number: int, projections: Projections | None = None
+    ) -> Iterator[Callable[..., torch.Tensor]]:
+        """A decoder layer, ready to run on what comes before it.
+
+        Parameters
+        ----------
+        number : int
+        projections : mapping of str to Projection, optional
+            Experts to run instead of the checkpoint's own.
+
+        Yields
+        ------
+        callable
+            Of hidden states (n, T, D), with ``seen=`` a function of `Rows` and ``projections=``
+            other experts for this call.
+        """
+        module = self._layers[number]
+        experts = next((m for m in module.modules() if isinstance(m, StreamedExperts)), None)
+        own = projections
+        if experts is not None and own is None:
+            own = self.experts(number)
+
+        @torch.inference_mode()
+        def run(
+            hidden: torch.Tensor,
+            *,
+            seen: Callable[[Rows], object] | None = None,
+            projections: Projections | None = None,
+        ) -> torch.Tensor:
+            args, kwargs = self._calls[number]
+            if experts is not None:
+                experts.projections, experts.seen = projections or own, seen
+            out = module(hidden, *args, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            if not torch.isfinite(out).all():
+                raise NonFiniteError(
+                    f"layer {number}: its output has NaN or Inf in it; "
+                    "check the source checkpoint and the text"
+                )
+            return out
+
+        with self._loaded(module, f"{self._path}.{number}."):
+            yield run
+        if experts is not None:
+            experts.projections = experts.seen = None
+
+    def experts(self, layer: int) -> Projections:
+        """The checkpoint's own experts of a layer, each a dense group of its own."""
+        E = self._model.letters["E"]
+        groups = tuple((e,) for e in range(E))
+        found = {}
+        for kind in TYPES:
+            matrices = self._model.matrices(self._checkpoint, layer, kind)
+            if matrices[0].dtype == np.float16:
+                matrices = [m.astype(np.float32) for m in matrices]
+            aligned = [np.require(m, requirements=["C", "A"])[None] for m in matrices]
+            found[kind] = ops.Projection(
+                groups=groups, ranks=(None,) * E, private=tuple(aligned), shared=(None,) * E
+            )
+        return found
+
+    # -------------------------------------------------------------------- parts
+
+    def _place_experts(self, layer: int) -> None:
+        for block in self._model.family.blocks:
+            path = self._model.family.experts.replace("${block}", block)
+            path = path.replace("${layer}", str(layer))
+            try:
+                old: Any = self._net.get_submodule(path)
+            except AttributeError:
+                continue
+            act_fn = getattr(old, "act_fn", None)
+            if act_fn is None or type(act_fn) not in NAMES_BY_TYPE:
+                break
+            new = StreamedExperts(self._model.letters["E"], act_fn)
+            self._net.set_submodule(path, new)
+            return
+        raise CheckpointError(
+            f"{type(self._net).__name__}: the experts of layer {layer} cannot be run here; "
+            "this version of Transformers builds them in another way, or with an activation "
+            "that molae.ops does not have"
+        )
+
+    def _fill_buffers(self) -> None:
+        """Buffers that are in no file, such as the frequencies of rotary embeddings."""
+        for module in [*self._net.modules(), *(m for x in self._layers for m in x.modules())]:
+            own = dict(module.named_buffers(recurse=False))
+            if any(buffer.is_meta for buffer in own.values()):
+                for name, buffer in own.items():
+                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
+                self._net._init_weights(module)
+
+    @contextlib.contextmanager
+    def _loaded(self, module: nn.Module, prefix: str) -> Iterator[None]:
+        """The module with its parameters in memory, which are let go at the end."""
+        before: list[tuple[dict[str, Any], str, Any]] = []
+        found: dict[int, Any] = {}
+        try:
+            for path, owner in module.named_modules():
+                for table in (owner._parameters, owner._buffers):
+                    for leaf, tensor in list(table.items()):
+                        if tensor is None or leaf in owner._non_persistent_buffers_set:
+                            continue
+                        name = f"{prefix}{path}.{leaf}" if path else f"{prefix}{leaf}"
+                        if id(tensor) not in found:
+                            found[id(tensor)] = self._read(name, tensor)
+                        before.append((table, leaf, tensor))
+                        table[leaf] = found[id(tensor)]
+            yield
+        finally:
+            for table, leaf, tensor in before:
+                table[leaf] = tensor
+
+    def _read(self, name: str, like: torch.Tensor) -> Any:
+        array = None
+        for stored in self._stored_names(name):
+            if stored in self._checkpoint.tensors:
+                array = self._checkpoint.array(stored)
+                break
+        if array is None or array.shape != tuple(like.shape):
+            raise CheckpointError(
+                f"{name}: Transformers builds it of shape {tuple(like.shape)}, and the checkpoint "
+                f"has {'nothing of that name' if array is None else array.shape}; "
+                "its layers cannot be run"
+            )
+        if like.is_floating_point():
+            array = array.astype(np.float32)
+        tensor = in_torch(array)
+        if not like.is_floating_point():
+            return tensor
+        return (
+            nn.Parameter(tensor, requires_grad=False) if isinstance(like, nn.Parameter) else tensor
+        )
+
+    def _stored_names(self, name: str) -> Iterator[str]:
+        """What a parameter of Transformers may be called in the files."""
+        yield name
+        for ours in self._model.family.blocks:
+            for theirs in self._model.family.blocks:
+                head, tail = ours.rpartition("${layer}")[2], theirs.rpartition("${layer}")[2]
+                if ours != theirs and f"{head}." in name:
+                    yield name.replace(f"{head}.", f"{tail}.")

@@ -1,0 +1,331 @@
+"""A text run through a checkpoint layer by layer, and conversions that know it."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import numpy as np
+import torch
+from checkpoints import FAMILIES, transformers_checkpoint
+from converting import tree
+from hf_models import SETTINGS, SIZES, load, tokens
+
+import molae
+import molae.demo
+from molae.arch import describe
+from molae.convert import Watcher, convert
+from molae.errors import ArgumentError, CheckpointError, DestinationError, NonFiniteError
+from molae.hf import hide_progress
+from molae.hf.calibrate import Calibration, read_calibration_text
+from molae.hf.evaluate import evaluate_path
+from molae.hf.streaming import LayerStream
+from molae.io import open_checkpoint
+
+hide_progress()
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = np.random.default_rng(0).integers(3, 40, 400)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    src = tmp_path_factory.mktemp("calibrate") / "src"
+    transformers_checkpoint(src, "qwen2_moe", config=SETTINGS, **SIZES)
+    return src
+
+
+def calibration(src, ids=IDS, **options):
+    return Calibration(src, ids, **({"length": 40} | options))
+
+
+def experts_of(model):
+    """Each MoE layer's experts by number, whatever the family calls them."""
+    return {
+        int(name.split(".")[2]): module
+        for name, module in model.named_modules()
+        if name.endswith(".experts")
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_is_the_model(tmp_path, family, original, dtype):
+    transformers_checkpoint(
+        tmp_path, family, original=original, dtype=dtype, config=SETTINGS, **SIZES
+    )
+    ids = tokens()
+    with open_checkpoint(tmp_path) as checkpoint:
+        stream = LayerStream(checkpoint, describe(checkpoint))
+        (hidden,) = stream.embed(iter([ids]))
+        for number in range(len(stream)):
+            with stream.layer(number) as run:
+                hidden = run(hidden)
+        own = stream._loaded(stream._net, "")
+        with own, torch.inference_mode():
+            found = stream._log_probabilities(ids, hidden, torch.arange(ids.shape[1]))
+        # Against a distribution that is not the model's the divergence is not 0.
+        same, other = stream.divergences(ids, hidden, [hidden, hidden.flip(-1)])
+    with torch.no_grad():
+        wanted = torch.log_softmax(load(tmp_path, dtype="float32")(ids).logits, -1)
+    assert (found - wanted).abs().max() < 1e-4
+    assert same == 0.0 < other
+
+
+def test_moments_are_those_of_what_the_experts_read(source):
+    """Against hooks on the whole model, in float64 NumPy."""
+    model = load(source, dtype="float32", experts_implementation="eager")
+    layer = max(experts_of(model))
+    seen = []
+    experts_of(model)[layer].register_forward_hook(lambda m, args, out: seen.append(args))
+    ids = torch.from_numpy(IDS[:400].reshape(10, 40))
+    with torch.no_grad():
+        model(ids)
+    x, index, g = (t.double().numpy() for t in seen[0])
+    E, D, F = SIZES["E"], SIZES["D"], SIZES["F"]
+    with calibration(source) as run:
+        found = run.moments(layer)
+    both, down = (
+        getattr(experts_of(model)[layer], name).detach().double().numpy()
+        for name in ("gate_up_proj", "down_proj")
+    )
+    for e in range(E):
+        t, k = np.nonzero(index == e)
+        w, rows = g[t, k][:, None], x[t]
+        gate, up = rows @ both[e, :F].T, rows @ both[e, F:].T
+        s = 1 / (1 + np.exp(-gate))
+        value, slope = gate * s, s * (1 + gate * (1 - s))
+        C = (w * rows).T @ (w * rows)
+        H = (w * value * up).T @ (w * value * up)
+        assert found.x.count[e] == len(t)
+        assert np.allclose(found.x.moment[e], C, rtol=1e-3, atol=1e-4 * np.abs(C).max())
+        assert np.allclose(found.hidden.moment[e], H, rtol=1e-3, atol=1e-4 * np.abs(H).max())
+        for kind, felt in (("gate_proj", slope * up), ("up_proj", value)):
+            S = (w * felt).T @ (w * felt) / np.square(w).sum() * (down[e].T @ down[e])
+            assert np.allclose(found.row_metric[kind][e], S, rtol=1e-3, atol=1e-4 * np.abs(S).max())
+    assert found.x.moment.shape == (E, D, D)
+
+
+def test_what_is_changed_before_a_layer_is_what_it_reads(source):
+    """`advance` with other experts; the same moments in any order of calls."""
+    with calibration(source) as run:
+        layers = [n for n in range(3) if n in run._model.moe_layers]
+        first, last = layers[0], layers[-1]
+        plain = run.moments(last).x.moment.copy()
+        own = run._stream.experts(first)
+        halved = {"down_proj": molae.ops.Projection(
+            groups=own["down_proj"].groups,
+            ranks=own["down_proj"].ranks,
+            private=tuple(0.5 * p for p in own["down_proj"].private),
+            shared=own["down_proj"].shared,
+        )}  # fmt: skip
+        run.advance(first, halved)
+        changed = run.moments(last).x.moment.copy()
+        run.advance(first)
+        again = run.moments(last).x.moment
+        assert np.array_equal(plain, again)
+        assert np.abs(changed - plain).max() > 1e-3 * np.abs(plain).max()
+
+
+def test_a_trial_of_the_same_experts_moves_nothing(source):
+    def trials(layer, moments):
+        own = stream.experts(layer)
+        lost = molae.ops.Projection(
+            groups=own["down_proj"].groups,
+            ranks=(0,) * SIZES["E"],
+            private=(None,) * SIZES["E"],
+            shared=(None,) * SIZES["E"],
+        )
+        return {"same": own, "lost": {"down_proj": lost}}
+
+    with calibration(source) as run:
+        stream = run._stream
+        moved = run.measure(trials)
+        layers = run._model.moe_layers
+    assert {layer for layer, _ in moved} == set(layers)
+    for layer in layers:
+        assert moved[layer, "same"] == pytest.approx(0, abs=1e-9)
+        assert moved[layer, "lost"] > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", [{}, {"uniform": True}, {"one_shot": True}])
+def test_every_family_is_converted(tmp_path, family, settings):
+    transformers_checkpoint(tmp_path / "src", family, config=SETTINGS, **SIZES)
+    config = molae.ConvertConfig(size=0.6, **settings)
+    with calibration(tmp_path / "src") as run:
+        report = convert(tmp_path / "src", tmp_path / "dst", config, calibration=run)
+    assert report.plan["size_reached"] <= 0.6
+    assert report.settings["calibration"]["length"] == 40
+    assert all(0 <= row.output_error < 1 for row in report.rows)
+    with torch.no_grad():
+        assert torch.isfinite(load(tmp_path / "dst")(tokens()).logits).all()
+    ranks = {row.kind: row.ranks for row in report.rows}
+    assert all(rank >= 1 for own in ranks.values() for rank in own)
+
+
+@pytest.mark.parametrize("one_shot", [False, True])
+@pytest.mark.parametrize("finished", [1, 2])
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(source, tmp_path, finished, one_shot):
+    config = molae.ConvertConfig(size=0.5, one_shot=one_shot)
+    with calibration(source) as run:
+        convert(source, tmp_path / "whole", config, calibration=run)
+
+    def written():
+        return sorted((tmp_path / "dst").glob("model-*.safetensors"))
+
+    class Stop(Watcher):
+        def advanced(self, done, total, what):
+            if what.startswith(f"layer {finished}"):
+                while len(written()) < finished:  # the file before is on its way
+                    time.sleep(0.01)
+                raise KeyboardInterrupt
+
+    with calibration(source) as run, pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "dst", config, calibration=run, watcher=Stop())
+    assert len(written()) == finished
+    with calibration(source) as run:
+        convert(source, tmp_path / "dst", config, calibration=run)
+    assert tree(tmp_path / "dst") == tree(tmp_path / "whole")
+
+
+def test_another_text_is_another_run(source, tmp_path):
+    class Stop(Watcher):
+        def advanced(self, done, total, what):
+            if what.startswith("layer 2"):
+                raise KeyboardInterrupt
+
+    config = molae.ConvertConfig(size=0.5, uniform=True)
+    with calibration(source) as run, pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "dst", config, calibration=run, watcher=Stop())
+    with calibration(source, IDS[::-1]) as run, pytest.raises(DestinationError, match="tokens_sha"):
+        convert(source, tmp_path / "dst", config, calibration=run)
+
+
+def test_threads_change_nothing(source, tmp_path, one_thread):
+    """molae's own; torch's are fixed by the calibration."""
+    config = molae.ConvertConfig(size=0.5)
+    for threads in (1, 3):
+        with calibration(source) as run:
+            run._threads = 1
+            run.facts["torch_threads"] = 1
+            with molae.threads.num_threads(threads):
+                convert(source, tmp_path / str(threads), config, calibration=run)
+    assert tree(tmp_path / "1") == tree(tmp_path / "3")
+
+
+def test_on_a_trained_model_it_is_better_than_without_data(tmp_path):
+    """Perplexity of the demonstration model on text that no fit has seen."""
+    text = _english()
+    half = len(text) // 2
+    config = molae.ConvertConfig(size=0.5)
+    convert(molae.demo.CHECKPOINT, tmp_path / "blind", config)
+    with Calibration(molae.demo.CHECKPOINT, text[:half], length=256) as run:
+        convert(molae.demo.CHECKPOINT, tmp_path / "calibrated", config, calibration=run)
+    blind, known, original = (
+        evaluate_path(path, text[half:], window=256).loss
+        for path in (tmp_path / "blind", tmp_path / "calibrated", molae.demo.CHECKPOINT)
+    )
+    assert original < known
+    assert known - original < 0.7 * (blind - original)
+
+
+def _english():
+    """Docstrings of the running Python, of the kind that the model has learnt."""
+    from molae.demo.corpus import gather
+
+    return "\n\n".join(gather().documentation)[:200_000]
+
+
+# ------------------------------------------------------------------------ bad input
+
+
+def test_texts(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("Some words.")
+    assert read_calibration_text(text) == "Some words."
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"question": "How many?", "n": 3, "answer": "Three."}\n\n{"text": "More."}\n')
+    assert read_calibration_text(lines) == "How many?\nThree.\n\nMore."
+    lines.write_text('{"a": "b"}\nno json\n')
+    with pytest.raises(ArgumentError, match="line 2"):
+        read_calibration_text(lines)
+    lines.write_text("[1]\n")
+    with pytest.raises(ArgumentError, match="line 1"):
+        read_calibration_text(lines)
+    text.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ArgumentError, match="UTF-8"):
+        read_calibration_text(text)
+    text.write_text(" \n")
+    with pytest.raises(ArgumentError, match="empty"):
+        read_calibration_text(text)
+    with pytest.raises(ArgumentError, match="cannot be read"):
+        read_calibration_text(tmp_path / "absent.txt")
+
+
+def test_too_short_a_text(source):
+    with pytest.raises(ArgumentError, match="too short: 20 tokens"):
+        calibration(source, IDS[:20])
+
+
+def test_no_tokenizer(source):
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        Calibration(source, "A text.")
+
+
+def test_tokens_that_the_model_does_not_have(source):
+    with pytest.raises(CheckpointError, match="token 1000000"):
+        calibration(source, [*IDS, 1_000_000])
+
+
+def test_no_room_for_hidden_states(source, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(ArgumentError, match="No space left"):
+        calibration(source)
+
+
+def test_activations_that_are_not_finite_name_the_layer(tmp_path):
+    transformers_checkpoint(tmp_path, "olmoe", config=SETTINGS, **SIZES)
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.1.self_attn.o_proj.weight"
+    file = next(f for f in tmp_path.glob("*.safetensors") if name in load_file(f))
+    own = load_file(file)
+    own[name][0, 0] = float("inf")
+    save_file(own, file, {"format": "pt"})
+    with calibration(tmp_path) as run, pytest.raises(NonFiniteError, match="layer 1"):
+        run.moments(2)
+
+
+def test_options_that_need_a_text(source, tmp_path):
+    for options in ({"uniform": True}, {"one_shot": True}):
+        with pytest.raises(ArgumentError, match="calibration text"):
+            convert(source, tmp_path / "dst", molae.ConvertConfig(**options))
+    with calibration(source) as run, pytest.raises(ArgumentError, match="method"):
+        convert(source, tmp_path / "dst", molae.ConvertConfig(method="molae"), calibration=run)
+
+
+def test_the_command(tmp_path, capsys):
+    from molae.cli import main
+
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "The router sends a token to its experts. " * 60}))
+    src, dst = str(molae.demo.CHECKPOINT), str(tmp_path / "dst")
+    options = ["--calibration", str(text), "--calibration-length", "128", "--size", "0.5"]
+    assert main(["convert", src, dst, *options]) == 0
+    shown = capsys.readouterr()
+    assert "On the calibration text" in shown.out
+    assert "measuring layer 0" in shown.err
+    assert main(["convert", src, dst, "--overwrite", "--uniform"]) == 2
+    assert "--calibration FILE" in capsys.readouterr().err
+    assert main(["convert", src, dst, "--calibration", str(tmp_path / "none")]) == 1
+    assert "cannot be read" in capsys.readouterr().err
