@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoTokenizer
 
 from molae.arch import Family, describe
 from molae.errors import ArgumentError, CheckpointError, NonFiniteError
 from molae.fit import LayerMoments, SecondMoments, second_moments
+from molae.hf.opening import open_tokenizer
 from molae.hf.streaming import LayerStream, Projections, Rows, in_torch
 from molae.hf.windows import decoded, read_text, tokenize
 from molae.io import open_checkpoint
@@ -133,7 +133,7 @@ class Calibration:
             self._model = describe(checkpoint, family=family)
             self._stream = LayerStream(checkpoint, self._model)
             tokens = (
-                _tokens(checkpoint.path, text)
+                tokenize(open_tokenizer(checkpoint.path), text)
                 if isinstance(text, str)
                 else torch.from_numpy(np.array(text, dtype=np.int64).reshape(-1))
             )
@@ -280,10 +280,7 @@ class Calibration:
             other = None
             if projections:
                 other = {**self._stream.experts(layer), **projections}
-            with self._stream.layer(layer, other) as run:
-                for i in range(len(self._store)):
-                    self._store[i] = run(self._hidden(i))[0].numpy()
-            self._next = layer + 1
+            self._pass(layer, other)
 
     def _start(self) -> None:
         rows = iter(self._tokens[i : i + 1] for i in range(len(self._tokens)))
@@ -297,11 +294,15 @@ class Calibration:
         assert self._next is not None
         for number in range(self._next, layer):
             self._progress(number, len(self._stream), f"running layer {number}")
-            with self._stream.layer(number) as run:
-                for i in range(len(self._store)):
-                    self._store[i] = run(self._hidden(i))[0].numpy()
-            self._next = number + 1
+            self._pass(number)
         self._progress(layer, len(self._stream), f"layer {layer}")
+
+    def _pass(self, number: int, projections: Projections | None = None) -> None:
+        """Hidden states from before a layer to behind it."""
+        with self._stream.layer(number, projections) as run:
+            for i in range(len(self._store)):
+                self._store[i] = run(self._hidden(i))[0].numpy()
+        self._next = number + 1
 
     def _hidden(self, i: int) -> torch.Tensor:
         return in_torch(self._store[i : i + 1])
@@ -398,19 +399,3 @@ def _memory_map(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[n
             f"{error.strerror}; name another folder, or take fewer sequences"
         ) from error
     return np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
-
-
-def _tokens(path: Path, text: str) -> torch.Tensor:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: no tokenizer that Transformers can load; copy that of the original here "
-            f"({str(error).strip().partition(chr(10))[0]})"
-        ) from error
-    tokens: torch.Tensor = tokenize(tokenizer, text)
-    if text.strip() and not len(tokens):  # Transformers makes an empty one where files are missing
-        raise CheckpointError(
-            f"{path}: no tokenizer, or one that knows no word; copy that of the original here"
-        )
-    return tokens

@@ -9,7 +9,7 @@ from typing import Any
 from molae.errors import ArgumentError, CheckpointError
 from molae.io.hub import fetch, is_hub_id
 
-__all__ = ["open_model", "use_threads"]
+__all__ = ["first_line", "open_model", "open_tokenizer", "use_threads"]
 
 
 def open_model(
@@ -38,7 +38,7 @@ def open_model(
     molae.errors.CheckpointError
         No checkpoint or no tokenizer there, or one that leaves a weight of the model open.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     import molae.hf.loading  # noqa: F401  (makes converted checkpoints known)
 
@@ -48,24 +48,13 @@ def open_model(
     dtype, device = _checked(dtype, device)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{path}: no checkpoint here (no config.json)")
-    # Without any of these Transformers makes an empty tokenizer up.
-    if not any(
-        any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-    ):
-        raise CheckpointError(f"{path}: no tokenizer here; copy that of the original")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: no tokenizer that Transformers can load; copy that of the original here "
-            f"({_first_line(error)})"
-        ) from error
+    tokenizer = open_tokenizer(folder, path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except OSError as error:  # no weights, an unreadable shard
-        raise CheckpointError(f"{path}: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: {first_line(error)}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
@@ -73,6 +62,31 @@ def open_model(
             "it would run with random numbers in their place"
         )
     return model.to(device), tokenizer
+
+
+def open_tokenizer(folder: Path, name: str | os.PathLike[str] | None = None) -> Any:
+    """Load a checkpoint's tokenizer; `name` is what errors call the folder.
+
+    Raises
+    ------
+    molae.errors.CheckpointError
+        None there, or one that Transformers cannot load.
+    """
+    from transformers import AutoTokenizer
+
+    name = name or folder
+    # Without any of these Transformers makes an empty tokenizer up.
+    if not any(
+        any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+    ):
+        raise CheckpointError(f"{name}: no tokenizer here; copy that of the original")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name}: no tokenizer that Transformers can load; copy that of the original here "
+            f"({first_line(error)})"
+        ) from error
 
 
 def _checked(dtype: Any, device: Any) -> tuple[Any, Any]:
@@ -84,7 +98,7 @@ def _checked(dtype: Any, device: Any) -> tuple[Any, Any]:
     try:
         return dtype, torch.device(device)
     except RuntimeError as error:
-        raise ArgumentError(f"device: {_first_line(error)}") from error
+        raise ArgumentError(f"device: {first_line(error)}") from error
 
 
 def use_threads(count: int | None) -> None:
@@ -95,5 +109,6 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, without what follows."""
     return str(error).strip().partition("\n")[0]

@@ -16,6 +16,7 @@ from molae.arch import Model
 from molae.config import TYPES
 from molae.errors import CheckpointError, NonFiniteError
 from molae.hf.native import NAMES_BY_TYPE
+from molae.hf.opening import first_line
 from molae.io import Checkpoint
 
 __all__ = ["LayerStream", "Projections", "Rows", "StreamedExperts", "in_torch"]
@@ -149,9 +150,8 @@ class LayerStream:
             with torch.device("meta"):
                 net: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
-            first = str(error).strip().partition("\n")[0]
             raise CheckpointError(
-                f"{checkpoint.path}: Transformers cannot build this model ({first})"
+                f"{checkpoint.path}: Transformers cannot build this model ({first_line(error)})"
             ) from error
         net.tie_weights()
         self._net = net.eval().requires_grad_(False)

@@ -167,12 +167,12 @@ class Checkpoint:
             No such tensor, no NumPy type for it, or the file has changed since it was opened.
         """
         info = self._info(name)
-        dtype = numpy_dtype(info.dtype)
-        return self._bytes(info).view(dtype).reshape(info.shape)
+        return _array(info, self._map(info.file))
 
     def raw(self, name: str) -> memoryview:
         """Bytes of a tensor as they lie in the file, of whatever type, without a copy."""
-        return self._bytes(self._info(name)).data
+        info = self._info(name)
+        return _bytes(info, self._map(info.file)).data
 
     def companions(self) -> list[Path]:
         """Files to copy beside converted weights: tokenizer, licence, templates, code.
@@ -230,9 +230,6 @@ class Checkpoint:
             raise CheckpointError(f"{name}: no such tensor in {self.path}")
         return info
 
-    def _bytes(self, info: TensorInfo) -> np.ndarray:
-        return self._map(info.file)[info.offset : info.offset + info.nbytes]
-
     def _map(self, file: str) -> np.ndarray:
         with self._lock:
             if self._maps is None:
@@ -252,12 +249,15 @@ def map_file(path: Path) -> dict[str, np.ndarray]:
     """
     header = read_header(path, path.name)
     whole = _map_file(path, header)
-    return {
-        info.name: whole[info.offset : info.offset + info.nbytes]
-        .view(numpy_dtype(info.dtype))
-        .reshape(info.shape)
-        for info in header.tensors
-    }
+    return {info.name: _array(info, whole) for info in header.tensors}
+
+
+def _bytes(info: TensorInfo, whole: np.ndarray) -> np.ndarray:
+    return whole[info.offset : info.offset + info.nbytes]
+
+
+def _array(info: TensorInfo, whole: np.ndarray) -> np.ndarray:
+    return _bytes(info, whole).view(numpy_dtype(info.dtype)).reshape(info.shape)
 
 
 def _map_file(path: Path, header: FileHeader) -> np.ndarray:
