@@ -201,6 +201,7 @@ def train(
     Parameters
     ----------
     model : transformers.OlmoeForCausalLM
+        On the device that shall train it.
     documentation, source, validation : torch.Tensor
         Rows of tokens.
     settings : Settings
@@ -225,6 +226,7 @@ def train(
     code = Stream(source, settings.length, generator)
     config = model.config
     mixture = config.num_experts > 1
+    device = next(model.parameters()).device
 
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -253,14 +255,14 @@ def train(
     began, spent = 0, 0.0
     running = None
     if state is not None and state.exists():
-        saved = torch.load(state)
+        saved = torch.load(state, map_location=device)
         if saved["settings"] == asdict(settings):
             began, spent, running = saved["step"], saved["seconds"], saved["running"]
             best, best_step, best_weights = (saved[key] for key in ("best", "best_step", "weights"))
             averaged = saved["averaged"]
             _load(model, saved["current"])
             optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["random"])
+            torch.set_rng_state(saved["random"].cpu())
             log(f"going on from step {began}")
 
     started = time.perf_counter() - spent
@@ -271,6 +273,7 @@ def train(
         tokens = torch.stack([next(prose if pick else code) for pick in picks])
         if step < began:
             continue  # drawn again only to come to the same place in the text
+        tokens = tokens.to(device)
         warm = min(1.0, (step + 1) / max(1.0, settings.warmup * settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = (
@@ -360,7 +363,7 @@ def _loss(model: Any, tokens: Any, length: int) -> float:
     rows = tokens[: len(tokens) // length * length].view(-1, length)
     losses = []
     with torch.no_grad():
-        for batch in rows.split(16):
+        for batch in rows.to(next(model.parameters()).device).split(16):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
             losses.append(
                 F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")

@@ -1,0 +1,1 @@
+"""Which method loses least at equal size: ``python -m benchmarks.quality``."""
