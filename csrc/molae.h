@@ -208,6 +208,20 @@ molae_status molae_second_moments_f64(const molae_ctx *ctx, double *C, double *m
                                       int64_t K, int64_t E, int64_t W, void *ws, size_t ws_bytes,
                                       molae_errinfo *err);
 
+/* Each expert's matrix times the inverse of its moments:
+ *
+ *   out_e = W_e (M_e + r I)^-1      r = ridge tr(M_e) / n
+ *
+ * 0 where tr(M_e) is 0. E pointers each: W and out (rows[e],n) and M (n,n), all of type `type`: F32
+ * or F64; out_e may be W_e; rows[e] may be 0. Arithmetic is f64. Threads over experts.
+ * ws: molae_solve_moments_ws() bytes, 64-byte aligned: n^2 + 2 max(rows) n numbers a thread.
+ * Flops: n^3 / 3 + 2 rows n^2 an expert. Errors: NONFINITE, LAPACK, each with the expert. */
+size_t molae_solve_moments_ws(const molae_ctx *ctx, int64_t E, const int64_t *rows, int64_t n);
+molae_status molae_solve_moments(const molae_ctx *ctx, void *const *out, const void *const *W,
+                                 const void *const *M, molae_dtype type, double ridge, int64_t E,
+                                 const int64_t *rows, int64_t n, void *ws, size_t ws_bytes,
+                                 molae_errinfo *err);
+
 /* --------------------------------------------------------- ops: expert layers */
 
 /* Which rows go to which expert: a stable counting sort of top_k_index by expert.
@@ -265,6 +279,15 @@ typedef struct {
 
 /* Latent numbers of a token, at most: min(sum of ranks, K max rank). The width of z and u below. */
 int64_t molae_projection_width(const molae_projection *p, int64_t K);
+
+/* h[i] = act(gate[i], up[i]) for i < n, and where dgate is not NULL its derivatives by both in
+ * dgate and dup. No two arrays overlap. alpha, limit: of the clamped activation. */
+molae_status molae_activate_f32(const molae_ctx *ctx, float *h, float *dgate, float *dup,
+                                const float *gate, const float *up, int64_t n,
+                                molae_activation activation, double alpha, double limit);
+molae_status molae_activate_f64(const molae_ctx *ctx, double *h, double *dgate, double *dup,
+                                const double *gate, const double *up, int64_t n,
+                                molae_activation activation, double alpha, double limit);
 
 /* Tokens that are worked on at once. */
 enum { MOLAE_EXPERTS_CHUNK = 2048 };

@@ -131,6 +131,27 @@ def second_moments(
     /,
 ) -> None: ...
 
+# W: E arrays (rows,n), changed in place; moments: E arrays (n,n)
+def solve_moments(
+    W: list[npt.NDArray[Any]],
+    moments: list[npt.NDArray[Any]],
+    ridge: float,
+    num_threads: int,
+    /,
+) -> None: ...
+
+# outs: (h,) or (h, dgate, dup), of the shape of gate and up
+def activate(
+    outs: tuple[npt.NDArray[Any], ...],
+    gate: npt.NDArray[Any],
+    up: npt.NDArray[Any],
+    activation: int,
+    alpha: float,
+    limit: float,
+    num_threads: int,
+    /,
+) -> None: ...
+
 # W: E arrays (rows,cols) -> (E,rows,cols), used_svd (E)
 def reduce_rank(
     W: list[npt.NDArray[Any]], rank: int, num_threads: int, /

@@ -80,7 +80,9 @@ def _convert(args: argparse.Namespace) -> None:
         raise _UsageError("convert: DST is missing (only --dry-run goes without)")
     if args.dry_run:
         with _calibration(args) as calibration:
-            found = plan(args.src, config, calibration=calibration, family=_family(args))
+            found = plan(
+                args.src, config, calibration=calibration, stats=args.stats, family=_family(args)
+            )
         _show_plan(args, found)
         return
     with _calibration(args) as calibration, _watcher(args) as watcher:
@@ -89,6 +91,7 @@ def _convert(args: argparse.Namespace) -> None:
             args.dst,
             config,
             calibration=calibration,
+            stats=args.stats,
             family=_family(args),
             overwrite=args.overwrite,
             watcher=watcher,
@@ -360,6 +363,15 @@ def _add_convert_options(convert: argparse.ArgumentParser) -> None:
     )
     text_options.add_argument("--uniform", action="store_true", help=text("uniform"))
     text_options.add_argument("--one-shot", action="store_true", help=text("one_shot"))
+    text_options.add_argument(
+        "--no-refit", action="store_true", help="leave out the last step: " + text("refit")
+    )
+    text_options.add_argument(
+        "--stats",
+        metavar="FILE",
+        help="keep what the first pass measures there, or take it from there: another size of the "
+        "same checkpoint with the same text then costs less",
+    )
 
 
 def _count(text: str) -> int:
@@ -395,11 +407,15 @@ def _config(args: argparse.Namespace) -> Any:
             rank=args.rank,
             uniform=args.uniform,
             one_shot=args.one_shot,
+            refit=not args.no_refit,
         )
     except ArgumentError as error:
         raise _UsageError(str(error)) from error
-    if args.calibration is None and (args.uniform or args.one_shot):
-        raise _UsageError("--uniform and --one-shot: only with --calibration FILE")
+    if args.calibration is None:
+        for name in ("uniform", "one_shot", "no_refit", "stats"):
+            if getattr(args, name):
+                option = "--" + name.replace("_", "-")
+                raise _UsageError(f"{option}: only with --calibration FILE")
     return config
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "ProjectionGradients",
     "Routing",
     "Saved",
+    "activate",
     "experts_backward",
     "experts_forward",
     "latent_experts_backward",
@@ -350,6 +351,58 @@ class Gradients:
     gate_bias: Array | None = None
     up_bias: Array | None = None
     down_bias: Array | None = None
+
+
+# ----------------------------------------------------------------- activation
+
+
+def activate(
+    gate: Array,
+    up: Array,
+    *,
+    activation: Activation = "silu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    slopes: bool = False,
+) -> Any:
+    """The intermediate of an expert, ``h = act(gate) · up``, number by number.
+
+    Parameters
+    ----------
+    gate, up : ndarray of float32 or float64
+        Of one shape, such as `Saved` has them.
+    activation, alpha, limit
+        As in `experts_forward`.
+    slopes : bool
+        Give the derivatives of h by gate and by up too.
+
+    Returns
+    -------
+    ndarray, or three
+        h; with `slopes` (h, dgate, dup).
+
+    Raises
+    ------
+    ShapeError, ArgumentError
+        Arrays of different shapes or dtypes, or an activation that there is not.
+
+    Examples
+    --------
+    >>> import numpy as np, molae
+    >>> h, dgate, dup = molae.ops.activate(
+    ...     np.array([1.0, -1.0]), np.array([2.0, 3.0]), activation="relu", slopes=True)
+    >>> h.tolist(), dgate.tolist(), dup.tolist()
+    ([2.0, 0.0], [2.0, 0.0], [1.0, 0.0])
+    """
+    if activation not in ACTIVATIONS:
+        raise ArgumentError(
+            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+    gate, up = _contiguous(np.asarray(gate)), _contiguous(np.asarray(up))
+    outs = tuple(_core.empty(gate.shape, gate.dtype) for _ in range(3 if slopes else 1))
+    kind = ACTIVATIONS.index(activation)
+    _core.activate(outs, gate, up, kind, float(alpha), float(limit), get_num_threads())
+    return outs if slopes else outs[0]
 
 
 # -------------------------------------------------------------------- forward

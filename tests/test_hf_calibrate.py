@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 
 import pytest
@@ -42,6 +44,13 @@ def source(tmp_path_factory):
 
 def calibration(src, ids=IDS, **options):
     return Calibration(src, ids, **({"length": 40} | options))
+
+
+def moments(run, layer):
+    own = run.experts(layer)
+    return molae.fit.layer_moments(
+        run.reading(layer), *(own[kind] for kind in ("gate_proj", "up_proj", "down_proj"))
+    )
 
 
 def experts_of(model):
@@ -90,7 +99,7 @@ def test_moments_are_those_of_what_the_experts_read(source):
     x, index, g = (t.double().numpy() for t in seen[0])
     E, D, F = SIZES["E"], SIZES["D"], SIZES["F"]
     with calibration(source) as run:
-        found = run.moments(layer)
+        found = moments(run, layer)
     both, down = (
         getattr(experts_of(model)[layer], name).detach().double().numpy()
         for name in ("gate_up_proj", "down_proj")
@@ -117,7 +126,7 @@ def test_what_is_changed_before_a_layer_is_what_it_reads(source):
     with calibration(source) as run:
         layers = [n for n in range(3) if n in run._model.moe_layers]
         first, last = layers[0], layers[-1]
-        plain = run.moments(last).x.moment.copy()
+        plain = moments(run, last).x.moment.copy()
         own = run._stream.experts(first)
         halved = {"down_proj": molae.ops.Projection(
             groups=own["down_proj"].groups,
@@ -126,16 +135,36 @@ def test_what_is_changed_before_a_layer_is_what_it_reads(source):
             shared=own["down_proj"].shared,
         )}  # fmt: skip
         run.advance(first, halved)
-        changed = run.moments(last).x.moment.copy()
+        changed = moments(run, last).x.moment.copy()
         run.advance(first)
-        again = run.moments(last).x.moment
+        again = moments(run, last).x.moment
         assert np.array_equal(plain, again)
         assert np.abs(changed - plain).max() > 1e-3 * np.abs(plain).max()
 
 
+def test_what_the_layers_before_have_lost(source):
+    """Added to a layer's answer it gives what the original hands on."""
+    with calibration(source) as run:
+        layers = [n for n in range(3) if n in run._model.moe_layers]
+        first, last = layers[0], layers[-1]
+        assert run.reading(last, anchored=True).lost is None
+        run.advance(last)
+        original = run._walk.states.copy()
+        own = run.experts(first)["down_proj"]
+        halved = molae.ops.Projection(
+            own.groups, own.ranks, tuple(0.5 * p for p in own.private), own.shared
+        )
+        run.advance(first, {"down_proj": halved})
+        given = run.reading(last, anchored=True)
+        assert given.lost is not None
+        lost = given.lost.reshape(original.shape).copy()
+        run.advance(last)
+        assert np.abs(lost).max() > 1e-3 * np.abs(original).max()
+        assert np.allclose(run._walk.states + lost, original, atol=1e-5 * np.abs(original).max())
+
+
 def test_a_trial_of_the_same_experts_moves_nothing(source):
-    def trials(layer, moments):
-        own = stream.experts(layer)
+    def trials(layer, given, own):
         lost = molae.ops.Projection(
             groups=own["down_proj"].groups,
             ranks=(0,) * SIZES["E"],
@@ -145,7 +174,6 @@ def test_a_trial_of_the_same_experts_moves_nothing(source):
         return {"same": own, "lost": {"down_proj": lost}}
 
     with calibration(source) as run:
-        stream = run._stream
         moved = run.measure(trials)
         layers = run._model.moe_layers
     assert {layer for layer, _ in moved} == set(layers)
@@ -303,11 +331,11 @@ def test_activations_that_are_not_finite_name_the_layer(tmp_path):
     own[name][0, 0] = float("inf")
     save_file(own, file, {"format": "pt"})
     with calibration(tmp_path) as run, pytest.raises(NonFiniteError, match="layer 1"):
-        run.moments(2)
+        run.reading(2)
 
 
 def test_options_that_need_a_text(source, tmp_path):
-    for options in ({"uniform": True}, {"one_shot": True}):
+    for options in ({"uniform": True}, {"one_shot": True}, {"refit": False}):
         with pytest.raises(ArgumentError, match="calibration text"):
             convert(source, tmp_path / "dst", molae.ConvertConfig(**options))
     with calibration(source) as run, pytest.raises(ArgumentError, match="method"):
@@ -325,7 +353,68 @@ def test_the_command(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "On the calibration text" in shown.out
     assert "measuring layer 0" in shown.err
-    assert main(["convert", src, dst, "--overwrite", "--uniform"]) == 2
-    assert "--calibration FILE" in capsys.readouterr().err
+    for option in (["--uniform"], ["--one-shot"], ["--no-refit"], ["--stats", "FILE"]):
+        assert main(["convert", src, dst, "--overwrite", *option]) == 2
+        assert f"{option[0]}: only with --calibration FILE" in capsys.readouterr().err
     assert main(["convert", src, dst, "--calibration", str(tmp_path / "none")]) == 1
     assert "cannot be read" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- kept measurements
+
+
+class _Unmeasured(Calibration):
+    def measure(self, trials):
+        raise AssertionError("measured again")
+
+
+def test_measurements_are_kept_and_change_nothing(source, tmp_path):
+    """With them, or without: the same bytes, for the same size and for others."""
+    stats = tmp_path / "stats"
+    for number, size in enumerate((0.5, 0.3)):
+        config = molae.ConvertConfig(size=size, group_size=2)
+        with calibration(source) as run:
+            convert(source, tmp_path / f"alone{size}", config, calibration=run)
+        kind = _Unmeasured if number else Calibration
+        with kind(source, IDS, length=40) as run:
+            convert(source, tmp_path / f"kept{size}", config, calibration=run, stats=stats)
+        assert tree(tmp_path / f"alone{size}") == tree(tmp_path / f"kept{size}")
+
+
+def test_measurements_of_another_group_size_are_added(source, tmp_path):
+    stats = tmp_path / "stats"
+    for k in (2, 4):
+        with calibration(source) as run:
+            molae.plan(
+                source, molae.ConvertConfig(size=0.5, group_size=k), calibration=run, stats=stats
+            )
+    for k in (2, 4):
+        with _Unmeasured(source, IDS, length=40) as run:
+            molae.plan(
+                source, molae.ConvertConfig(size=0.4, group_size=k), calibration=run, stats=stats
+            )
+    with _Unmeasured(source, IDS, length=40) as run, pytest.raises(AssertionError, match="again"):
+        molae.plan(
+            source, molae.ConvertConfig(size=0.4, group_size=1), calibration=run, stats=stats
+        )
+
+
+def test_measurements_of_something_else_are_refused(source, tmp_path):
+    stats = tmp_path / "stats"
+    config = molae.ConvertConfig(size=0.5, group_size=2)
+    with calibration(source) as run:
+        molae.plan(source, config, calibration=run, stats=stats)
+    before = stats.read_bytes()
+    with calibration(source, IDS[::-1]) as run, pytest.raises(ArgumentError, match="tokens_sha256"):
+        molae.plan(source, config, calibration=run, stats=stats)
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    os.utime(next(other.glob("*.safetensors")), (1, 1))
+    with calibration(other) as run, pytest.raises(ArgumentError, match="another checkpoint"):
+        molae.plan(other, config, calibration=run, stats=stats)
+    assert stats.read_bytes() == before
+    stats.write_bytes(before[:-9])
+    with calibration(source) as run, pytest.raises(ArgumentError, match="holds no measurements"):
+        molae.plan(source, config, calibration=run, stats=stats)
+    with calibration(source) as run, pytest.raises(DestinationError, match="cannot be written"):
+        molae.plan(source, config, calibration=run, stats=tmp_path / "none" / "stats")

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from ref import ops as ref
 
+import molae
 from molae import _core
-from molae.ops import ACTIVATIONS
+from molae.errors import ArgumentError, ShapeError
+from molae.ops import ACTIVATIONS, activate
 
 ISAS = _core.build_info()["isas"]
 F32, F64 = np.float32, np.float64
@@ -130,3 +132,34 @@ def test_nan_stays_nan(isa, kind, dtype):
     x, one = np.array([np.nan, 1.0], dtype), np.ones(2, dtype)
     for h in (act(isa, kind, x, one), act(isa, kind, one, x)):
         assert np.isnan(h).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_many_rows_on_any_threads_are_the_kernels_own(kind, dtype):
+    gate = values(dtype)[:40000].reshape(-1, 2)
+    up = np.random.default_rng(1).permutation(gate)
+    ones = np.ones(gate.size, dtype)
+    isa = _core.build_info()["isa"]
+    dgate, dup, h, _ = act(isa, kind, gate.ravel(), up.ravel(), ones)
+    for threads in (1, 3):
+        with molae.num_threads(threads):
+            found = activate(gate, up, activation=kind, slopes=True)
+            alone = activate(gate, up, activation=kind)
+        assert alone.tobytes() == h.tobytes()
+        assert [a.tobytes() for a in found] == [h.tobytes(), dgate.tobytes(), dup.tobytes()]
+        assert found[0].shape == gate.shape
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "options", "error", "message"),
+    [
+        (np.ones(3), np.ones(4), {}, ShapeError, "up: expected the shape of gate"),
+        (np.ones(3), np.ones(3, F32), {}, ArgumentError, "all the same"),
+        (np.ones(3, np.int64), np.ones(3), {}, ArgumentError, "gate"),
+        (np.ones(3), np.ones(3), {"activation": "tanh"}, ArgumentError, "activation: expected"),
+    ],
+)
+def test_activate_refuses(gate, up, options, error, message):
+    with pytest.raises(error, match=message):
+        activate(gate, up, **options)

@@ -225,8 +225,118 @@ py_second_moments(PyObject *mod, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* ---------------------------------------------------------- solve_moments */
+
+PyDoc_STRVAR(
+    solve_moments_doc,
+    "solve_moments($module, W, moments, ridge, num_threads, /)\n--\n\n"
+    "Multiplies each W (rows,n) of a list, in place, with the inverse of its moments (n,n) plus\n"
+    "ridge times their mean diagonal. All float32 or all float64.");
+
+/* Pointers to the data of a list of matrices of n columns, or with square also n rows; rows (or
+ * NULL) gets their lengths. -1 with an exception set. */
+static int
+matrices_at(mli_pystate *st, const char *name, PyObject *list, int64_t n, int square,
+            molae_dtype type, void **data, int64_t *rows)
+{
+    const npy_intp dims[2] = {square ? n : -1, n};
+
+    for (Py_ssize_t e = 0; e < PyList_GET_SIZE(list); e++) {
+        PyObject *item = PyList_GET_ITEM(list, e);
+        PyArrayObject *a = (PyArrayObject *)item;
+        molae_dtype own;
+        if (!PyArray_Check(item)) {
+            PyErr_Format(st->ArgumentError, "%s[%zd]: expected an array", name, e);
+            return -1;
+        }
+        if (mli_py_dtype(st, name, a, &own) < 0 || mli_py_check_layout(st, name, a) < 0 ||
+            mli_py_check_shape(st, name, a, 2, dims, "RN") < 0 ||
+            (rows != NULL && PyArray_FailUnlessWriteable(a, name) < 0))
+            return -1;
+        if (own != type) {
+            PyErr_Format(st->ArgumentError, "%s: expected all of one dtype", name);
+            return -1;
+        }
+        data[e] = PyArray_DATA(a);
+        if (rows != NULL)
+            rows[e] = PyArray_DIM(a, 0);
+    }
+    return 0;
+}
+
+static PyObject *
+py_solve_moments(PyObject *mod, PyObject *args)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    PyObject *W, *M, *first, *ret = NULL;
+    void **at = NULL, *ws = NULL;
+    double ridge;
+    Py_ssize_t num_threads, E;
+    int64_t *rows = NULL, n;
+    molae_dtype type;
+    molae_ctx ctx;
+    molae_errinfo err = {0};
+    molae_status rc;
+    size_t ws_bytes;
+
+    if (!PyArg_ParseTuple(args, "O!O!dn:solve_moments", &PyList_Type, &W, &PyList_Type, &M, &ridge,
+                          &num_threads))
+        return NULL;
+    E = PyList_GET_SIZE(W);
+    if (E < 1 || PyList_GET_SIZE(M) != E)
+        return PyErr_Format(st->ShapeError,
+                            "moments: expected %zd matrices, one a matrix of W, "
+                            "and at least 1",
+                            E);
+    first = PyList_GET_ITEM(M, 0);
+    if (!PyArray_Check(first) || PyArray_NDIM((PyArrayObject *)first) != 2) {
+        PyErr_SetString(st->ArgumentError, "moments[0]: expected a matrix");
+        return NULL;
+    }
+    n = PyArray_DIM((PyArrayObject *)first, 1);
+    if (mli_py_ctx(st, num_threads, 0, &ctx) < 0 ||
+        mli_py_dtype(st, "moments", (PyArrayObject *)first, &type) < 0)
+        return NULL;
+    if (type != MOLAE_F32 && type != MOLAE_F64) {
+        PyErr_SetString(st->ArgumentError, "moments: expected float32 or float64");
+        return NULL;
+    }
+    at = mli_alloc(2 * (size_t)E * sizeof(void *));
+    rows = mli_alloc((size_t)E * sizeof(int64_t));
+    if (at == NULL || rows == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    if (matrices_at(st, "W", W, n, 0, type, at, rows) < 0 ||
+        matrices_at(st, "moments", M, n, 1, type, at + E, NULL) < 0)
+        goto done;
+    ws_bytes = molae_solve_moments_ws(&ctx, E, rows, n);
+    ws = mli_lend(ws_bytes);
+    if (ws == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+
+    Py_BEGIN_ALLOW_THREADS
+    mli_blas_enter();
+    rc = molae_solve_moments(&ctx, at, (const void *const *)at, (const void *const *)(at + E), type,
+                             ridge, E, rows, n, ws, ws_bytes, &err);
+    mli_blas_leave();
+    Py_END_ALLOW_THREADS
+
+    if (mli_py_raise(st, rc, &err) < 0)
+        goto done;
+    ret = Py_NewRef(Py_None);
+done:
+    mli_return(ws);
+    mli_free(at);
+    mli_free(rows);
+    return ret;
+}
+
 PyMethodDef mli_py_fit_methods[] = {
     {"second_moments", py_second_moments, METH_VARARGS, second_moments_doc},
+    {"solve_moments", py_solve_moments, METH_VARARGS, solve_moments_doc},
     {"reduce_rank", py_reduce_rank, METH_VARARGS, reduce_rank_doc},
     {"gauge", py_gauge, METH_VARARGS, gauge_doc},
     {NULL, NULL, 0, NULL},

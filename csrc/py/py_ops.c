@@ -226,6 +226,82 @@ done:
     return ret;
 }
 
+/* --------------------------------------------------------------- activate */
+
+PyDoc_STRVAR(activate_doc,
+             "activate($module, outs, gate, up, activation, alpha, limit, "
+             "num_threads, /)\n--\n\n"
+             "Sets outs, (h,) or (h, dgate, dup); all of one shape and of float32 or\n"
+             "float64. See molae.ops.activate.");
+
+static PyObject *
+py_activate(PyObject *mod, PyObject *args)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    PyObject *outs;
+    PyArrayObject *a[5] = {NULL}; /* gate, up, h, dgate, dup */
+    static const char *const name[] = {"gate", "up", "h", "dgate", "dup"};
+    int activation;
+    double alpha, limit;
+    Py_ssize_t num_threads, count;
+    molae_dtype type = MOLAE_F32, own;
+    molae_ctx ctx;
+    molae_errinfo err = {0};
+    molae_status rc;
+    int64_t n;
+
+    if (!PyArg_ParseTuple(args, "O!O!O!iddn:activate", &PyTuple_Type, &outs, &PyArray_Type, &a[0],
+                          &PyArray_Type, &a[1], &activation, &alpha, &limit, &num_threads))
+        return NULL;
+    count = PyTuple_GET_SIZE(outs);
+    if (mli_py_ctx(st, num_threads, 0, &ctx) < 0)
+        return NULL;
+    if ((count != 1 && count != 3) || activation < 0 || activation > MOLAE_ACT_SWIGLU_CLAMPED) {
+        PyErr_SetString(st->ArgumentError, "outs: expected 1 or 3; activation: a known one");
+        return NULL;
+    }
+    for (int i = 0; i < 2 + (int)count; i++) {
+        if (i >= 2) {
+            PyObject *item = PyTuple_GET_ITEM(outs, i - 2);
+            if (!PyArray_Check(item)) {
+                PyErr_Format(st->ArgumentError, "%s: expected an array", name[i]);
+                return NULL;
+            }
+            a[i] = (PyArrayObject *)item;
+            if (PyArray_FailUnlessWriteable(a[i], name[i]) < 0)
+                return NULL;
+        }
+        if (mli_py_check_layout(st, name[i], a[i]) < 0 || mli_py_dtype(st, name[i], a[i], &own) < 0)
+            return NULL;
+        if (i == 0)
+            type = own;
+        if (own != type || (own != MOLAE_F32 && own != MOLAE_F64)) {
+            PyErr_Format(st->ArgumentError, "%s: expected float32 or float64, all the same",
+                         name[i]);
+            return NULL;
+        }
+        if (!PyArray_SAMESHAPE(a[i], a[0])) {
+            PyErr_Format(st->ShapeError, "%s: expected the shape of gate", name[i]);
+            return NULL;
+        }
+    }
+    n = PyArray_SIZE(a[0]);
+    void *to[5] = {NULL};
+    for (int i = 0; i < 5; i++)
+        to[i] = a[i] ? PyArray_DATA(a[i]) : NULL;
+
+    Py_BEGIN_ALLOW_THREADS
+    rc = type == MOLAE_F64 ? molae_activate_f64(&ctx, to[2], to[3], to[4], to[0], to[1], n,
+                                                (molae_activation)activation, alpha, limit)
+                           : molae_activate_f32(&ctx, to[2], to[3], to[4], to[0], to[1], n,
+                                                (molae_activation)activation, alpha, limit);
+    Py_END_ALLOW_THREADS
+
+    if (mli_py_raise(st, rc, &err) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *
 py_release_scratch(PyObject *mod, PyObject *unused)
 {
@@ -258,6 +334,7 @@ PyMethodDef mli_py_ops_methods[] = {
     {"empty", py_empty, METH_VARARGS, empty_doc},
     {"route", py_route, METH_VARARGS, route_doc},
     {"experts_forward", py_experts_forward, METH_VARARGS, experts_forward_doc},
+    {"activate", py_activate, METH_VARARGS, activate_doc},
     {"experts_backward", py_experts_backward, METH_VARARGS, experts_backward_doc},
     {"release_scratch", py_release_scratch, METH_NOARGS,
      "release_scratch($module, /)\n--\n\nSee molae.ops.release_scratch."},

@@ -48,6 +48,7 @@ def convert(
     config: ConvertConfig | None = None,
     *,
     calibration: Calibration | None = None,
+    stats: str | os.PathLike[str] | None = None,
     family: Family | None = None,
     overwrite: bool = False,
     watcher: Watcher | None = None,
@@ -65,6 +66,9 @@ def convert(
     calibration : Calibration, optional
         A text run through the same checkpoint, such as a `molae.hf.calibrate.Calibration`: the
         fit then knows what the experts read, and the size is spent where it does most good.
+    stats : str or path, optional
+        File for what the first pass over the original measures: read where it is there, so that
+        another size of the same checkpoint with the same text costs less; else written.
     family : Family, optional
         Describes the model where molae does not know its family; see `molae.arch.load_family`.
     overwrite : bool
@@ -108,7 +112,7 @@ def convert(
         check_apart(checkpoint.path, Path(dst))
         check_usable(Path(dst), overwrite=overwrite)  # before the work of planning
         conversion = Conversion(
-            os.fspath(src), checkpoint, config or ConvertConfig(), family, calibration
+            os.fspath(src), checkpoint, config or ConvertConfig(), family, calibration, _path(stats)
         )
         return execute(conversion, Path(dst), overwrite=overwrite, watcher=watcher)
 
@@ -118,13 +122,14 @@ def plan(
     config: ConvertConfig | None = None,
     *,
     calibration: Calibration | None = None,
+    stats: str | os.PathLike[str] | None = None,
     family: Family | None = None,
 ) -> Plan:
     """What `convert` would do, without writing anything.
 
     Parameters
     ----------
-    src, config, calibration, family
+    src, config, calibration, stats, family
         As in `convert`. With a calibration the original is run to decide groups and ranks.
 
     Returns
@@ -146,7 +151,7 @@ def plan(
     """
     with open_checkpoint(src) as checkpoint:
         conversion = Conversion(
-            os.fspath(src), checkpoint, config or ConvertConfig(), family, calibration
+            os.fspath(src), checkpoint, config or ConvertConfig(), family, calibration, _path(stats)
         )
         return conversion.plan(timed=True)
 
@@ -207,6 +212,10 @@ def plan_materialize(src: Source, *, family: Family | None = None) -> Plan:
     """What `materialize` would do, without writing anything."""
     with open_checkpoint(src) as checkpoint:
         return Materialization(os.fspath(src), checkpoint, family).plan(timed=True)
+
+
+def _path(file: str | os.PathLike[str] | None) -> Path | None:
+    return None if file is None else Path(file)
 
 
 class _Callable(types.ModuleType):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +21,13 @@ from molae import fit
 from molae.arch import Model
 from molae.config import TYPES, ConvertConfig
 from molae.convert.allocation import Allocation, Candidate, gauge_ranks, group_size
-from molae.convert.budget import Curve, spend
+from molae.convert.budget import spend
 from molae.convert.fitting import Fitted, Groups, Matrices
+from molae.convert.measuring import TRIAL_SIZES, Look, Measurements
 from molae.convert.naming import named
 from molae.errors import ArgumentError, PrecisionWarning
 from molae.factored import Split, group_tensors, index_groups
-from molae.fit import LayerMoments, SecondMoments
+from molae.fit import LayerInput, LayerMoments, SecondMoments
 from molae.fit.factors import SharedFactors
 from molae.io import Checkpoint, map_file
 from molae.ops import Projection
@@ -36,18 +37,12 @@ __all__ = ["Calibrated", "Calibration"]
 #: Group sizes that are tried where the settings leave them open; those above E are left out.
 GROUP_SIZES = (1, 2, 4, 8, 16, 32)
 
-#: A second trial of each layer and type keeps this share of the size of the first.
-DEEPER = 0.6
-
-#: The effect of an error grows at most as this power of its square.
-STEEPEST = 3.0
-
 #: Share of the mean expert's moments, spread evenly over all directions, that each expert has
 #: besides its own: a text of another kind may send rows where this one sends none.
 FLOOR = 0.02
 
-#: A trial counts as at least this share of the median effect of all, whatever was measured.
-LEAST_EFFECT = 0.02
+#: Private factors are fitted to the layer's answers: which, in turn, and in how many steps.
+REFITS = (("down_proj", 2), ("up_proj", 4), ("down_proj", 2))
 
 
 class Calibration(Protocol):
@@ -56,11 +51,17 @@ class Calibration(Protocol):
     facts: dict[str, Any]
 
     def measure(
-        self, trials: Callable[[int, LayerMoments], Mapping[str, Mapping[str, Projection]]]
+        self,
+        trials: Callable[
+            [int, LayerInput, Mapping[str, Projection]], Mapping[str, Mapping[str, Projection]]
+        ],
     ) -> dict[tuple[int, str], float]:
         """Run the original; by layer and name how far its answers move with a trial's experts."""
 
-    def moments(self, layer: int) -> LayerMoments:
+    def experts(self, layer: int) -> Mapping[str, Projection]:
+        """A layer's own experts."""
+
+    def reading(self, layer: int, *, anchored: bool = False) -> LayerInput:
         """What a layer's experts read after all that was advanced."""
 
     def advance(self, layer: int, projections: Mapping[str, Projection] | None = None) -> None:
@@ -76,6 +77,8 @@ class Calibrated:
     model : Model
     config : ConvertConfig
     calibration : Calibration
+    stats : Path, optional
+        Where measurements are kept: taken from there where they are, added where they are not.
     """
 
     def __init__(
@@ -84,18 +87,21 @@ class Calibrated:
         model: Model,
         config: ConvertConfig,
         calibration: Calibration,
+        stats: Path | None = None,
     ) -> None:
         if config.method != "latent":
             raise ArgumentError(
                 f"calibration: method {config.method!r} knows no data; take method 'latent'"
             )
         self._checkpoint, self._model, self._config = checkpoint, model, config
-        self._calibration = calibration
+        self._calibration, self._stats = calibration, stats
+        facts = {"checkpoint": checkpoint.fingerprint(), **_lasting(calibration.facts)}
+        self._measurements = (
+            Measurements(facts) if stats is None else Measurements.load(stats, facts)
+        )
         self._layers: Mapping[int, Mapping[str, Split]] = {}
         self._finished: dict[int, Path] = {}
-        self._at: int | None = None
-        self._moments: LayerMoments | None = None
-        self._fitted: dict[str, Projection] = {}
+        self._fitted: dict[tuple[int, str], Fitted] = {}
 
     # --------------------------------------------------------------- allocation
 
@@ -109,30 +115,52 @@ class Calibrated:
         if size == 1.0:
             return Allocation("gauge", {})
         sizes, candidates = self._group_sizes(size)
-        looks: dict[tuple[int, str], _Look] = {}
-
-        def trials(layer: int, moments: LayerMoments) -> dict[str, dict[str, Projection]]:
-            firm, found = with_floor(moments), {}
-            for kind in TYPES:
-                look = looks[layer, kind] = _Look(by_mass(firm.x, sizes[kind]))
-                for share in (1.0, DEEPER):
-                    ranks = self._even_ranks(kind, look.groups, share * size)
-                    factors = self._factor(layer, kind, firm, look.groups, ranks, errors=False)
-                    look.spectra = factors.spectrum
-                    look.ranks.append(ranks)
-                    found[f"{kind} {share:g}"] = {kind: Projection.from_factors(factors)}
-            return found
-
-        moved = self._calibration.measure(trials)
+        looks = self._measured(sizes)
         if self._config.uniform:
-            ranks = {place: look.ranks[0] for place, look in looks.items()}
+            ranks = {
+                (layer, kind): self._even_ranks(kind, look.groups, size)
+                for (layer, kind), look in looks.items()
+            }
         else:
-            ranks = self._spend(size, looks, moved)
+            ranks = self._spend(size, looks)
         layers: dict[int, dict[str, Split]] = {}
         for (layer, kind), look in looks.items():
             layers.setdefault(layer, {})[kind] = Split(tuple(look.groups), ranks[layer, kind])
         self._layers = layers
         return Allocation("gauge", layers, candidates)
+
+    def _measured(self, sizes: Mapping[str, int]) -> dict[tuple[int, str], Look]:
+        """Of every layer and type in groups of these sizes; what is not known yet is measured."""
+        known = self._measurements.looks
+        missing = [k for k in TYPES if (self._model.moe_layers[0], k, sizes[k]) not in known]
+
+        def trials(
+            layer: int, given: LayerInput, own: Mapping[str, Projection]
+        ) -> dict[str, dict[str, Projection]]:
+            firm, found = _firm_moments(given, own), {}
+            for kind in missing:
+                groups, ranks = by_mass(firm.x, sizes[kind]), []
+                for share in TRIAL_SIZES:
+                    ranks.append(self._even_ranks(kind, groups, share))
+                    factors = self._factor(layer, kind, firm, groups, ranks[-1], errors=False)
+                    found[f"{kind} {share:g}"] = {kind: Projection.from_factors(factors)}
+                known[layer, kind, sizes[kind]] = Look(groups, factors.spectrum, ranks)
+            return found
+
+        if missing:
+            for (layer, name), effect in self._calibration.measure(trials).items():
+                kind = name.partition(" ")[0]
+                known[layer, kind, sizes[kind]].effects.append(effect)
+            self._keep()
+        return {
+            (layer, kind): known[layer, kind, sizes[kind]]
+            for layer in self._model.moe_layers
+            for kind in TYPES
+        }
+
+    def _keep(self) -> None:
+        if self._stats is not None:
+            self._measurements.save(self._stats)
 
     def _group_sizes(self, size: float) -> tuple[dict[str, int], tuple[Candidate, ...]]:
         """For each type as asked for, or what loses least in the middle layer."""
@@ -141,17 +169,13 @@ class Calibrated:
         chosen = {kind: k for kind, k in asked.items() if k is not None}
         if len(chosen) == len(TYPES):
             return chosen, ()
-        layer = self._model.moe_layers[len(self._model.moe_layers) // 2]
-        moments = with_floor(self._calibration.moments(layer))
         candidates: list[Candidate] = []
         for kind in (kind for kind in TYPES if kind not in chosen):
             tried = []
-            for k in (k for k in GROUP_SIZES if k <= E):
-                groups = by_mass(moments.x, k)
+            for k, (groups, spectra) in self._middle(kind).items():
                 ranks = gauge_ranks(groups, size, F=F, D=D)
                 if min(ranks) < 1:
                     continue
-                spectra = self._spectra(layer, kind, moments, groups)
                 lost = sum(_beyond(s, rank) for s, rank in zip(spectra, ranks, strict=True))
                 total = sum(_beyond(s, 0) for s in spectra)
                 tried.append((math.sqrt(lost / total) if total > 0 else 0.0, k, ranks[0]))
@@ -165,6 +189,21 @@ class Calibrated:
             candidates += [Candidate(kind, k, r, e, (e, k, r) == best) for e, k, r in tried]
         return chosen, tuple(candidates)
 
+    def _middle(self, kind: str) -> dict[int, tuple[Groups, tuple[np.ndarray, ...]]]:
+        """Groups and spectra of a layer in the middle, by group size."""
+        known, E = self._measurements.middle, self._model.letters["E"]
+        sizes = [k for k in GROUP_SIZES if k <= E]
+        if (kind, sizes[0]) not in known:
+            layer = self._model.moe_layers[len(self._model.moe_layers) // 2]
+            given, own = self._calibration.reading(layer), self._calibration.experts(layer)
+            moments = _firm_moments(given, own)
+            for other in TYPES:
+                for k in sizes:
+                    groups = by_mass(moments.x, k)
+                    known[other, k] = groups, self._spectra(layer, other, moments, groups)
+            self._keep()
+        return {k: known[kind, k] for k in sizes}
+
     def _even_ranks(self, kind: str, groups: Groups, size: float) -> tuple[int, ...]:
         F, D = self._model.letters["F"], self._model.letters["D"]
         ranks = gauge_ranks(groups, size, F=F, D=D)
@@ -176,36 +215,15 @@ class Calibrated:
         return tuple(max(rank, 1) for rank in ranks)
 
     def _spend(
-        self,
-        size: float,
-        looks: Mapping[tuple[int, str], _Look],
-        moved: Mapping[tuple[int, str], float],
+        self, size: float, looks: Mapping[tuple[int, str], Look]
     ) -> dict[tuple[int, str], tuple[int, ...]]:
         """Ranks that cost the model's answers least, by the curves and what the trials did."""
         E, F, D = (self._model.letters[x] for x in "EFD")
-        effects = {
-            (layer, kind): tuple(moved[layer, f"{kind} {share:g}"] for share in (1.0, DEEPER))
-            for layer, kind in looks
+        usual = {
+            share: float(np.median([look.effects[n] for look in looks.values()]))
+            for n, share in enumerate(TRIAL_SIZES)
         }
-        usual = float(np.median([there for there, _ in effects.values()]))
-        curves: list[Curve] = []
-        for place, look in looks.items():
-            there, deeper = (max(x, LEAST_EFFECT * usual) for x in effects[place])
-            before, after = (
-                sum(_beyond(s, rank) for s, rank in zip(look.spectra, ranks, strict=True))
-                for ranks in look.ranks
-            )
-            # The effect grows as a power of the squared error, faster than in proportion.
-            power = 1.0
-            if 0 < before < after and deeper > there:
-                power = math.log(deeper / there) / math.log(after / before)
-                power = min(max(power, 1.0), STEEPEST)
-            for s, rank, own in zip(look.spectra, look.ranks[0], look.groups, strict=True):
-                lost = Curve.of(s, 1.0, k=len(own), F=F, D=D).lost
-                at = float(lost[rank])
-                effect = there * at / before if before > 0 else 0.0
-                scaled = effect * (lost / at) ** power if at > 0 else np.zeros_like(lost)
-                curves.append(Curve(scaled, len(own), F, D))
+        curves = [curve for look in looks.values() for curve in look.curves(F, D, usual)]
         ranks = iter(spend(curves, size * len(looks) * E * F * D))
         return {place: tuple(next(ranks) for _ in look.groups) for place, look in looks.items()}
 
@@ -216,23 +234,54 @@ class Calibrated:
         self._finished = {number: finished[number] for number in sorted(finished)}
 
     def fit(self, layer: int, kind: str, matrices: Matrices, split: Split) -> Fitted:
-        """Factors of one layer's matrix type; layers and types come in order."""
-        if layer != self._at:
+        """Factors of one layer's matrix type; layers come in order."""
+        if (layer, kind) not in self._fitted:
             for earlier in [number for number in self._finished if number < layer]:
                 stored = self._stored(earlier)
                 del self._finished[earlier]  # once: to go back is to start from the embedding
                 self._calibration.advance(earlier, None if self._config.one_shot else stored)
-            self._at, self._fitted = layer, {}
-            self._moments = with_floor(self._calibration.moments(layer))
-        assert self._moments is not None
-        ranks = [rank for rank in split.ranks if rank is not None]
-        factors = self._factor(layer, kind, self._moments, list(split.groups), ranks, errors=True)
-        self._fitted[kind] = Projection.from_factors(factors)
-        if len(self._fitted) == len(self._layers[layer]):
-            self._moments = None
-            self._calibration.advance(layer, None if self._config.one_shot else self._fitted)
-            self._fitted = {}
-        return _fitted(factors, matrices)
+            self._fitted = self._fit_layer(layer)
+        return self._fitted.pop((layer, kind))
+
+    def _fit_layer(self, layer: int) -> dict[tuple[int, str], Fitted]:
+        given = self._calibration.reading(layer, anchored=not self._config.one_shot)
+        own = self._calibration.experts(layer)
+        moments = _firm_moments(given, own)
+        factors = {}
+        for kind, split in self._layers[layer].items():
+            ranks = [rank for rank in split.ranks if rank is not None]
+            groups = list(split.groups)
+            factors[kind] = self._factor(layer, kind, moments, groups, ranks, errors=True)
+        student = {**own, **{k: Projection.from_factors(f) for k, f in factors.items()}}
+        errors: dict[str, list[float]] = {}
+        if self._config.refit:
+            for kind, steps in REFITS:
+                if kind not in factors:
+                    continue
+                found = fit.refit(
+                    given,
+                    _in_order(student),
+                    _in_order(own),
+                    "up" if kind == "up_proj" else "down",
+                    moments=moments,
+                    steps=steps,
+                )
+                student[kind] = found.projection
+                seen = errors.setdefault(kind, [float(found.error[0])])
+                seen.append(float(found.error[-1]))
+            factors = {
+                k: replace(f, private=tuple(p for p in student[k].private if p is not None))
+                for k, f in factors.items()
+            }
+        self._calibration.advance(
+            layer, None if self._config.one_shot else {k: student[k] for k in factors}
+        )
+        return {
+            (layer, kind): _fitted(
+                f, self._model.matrices(self._checkpoint, layer, kind), errors.get(kind)
+            )
+            for kind, f in factors.items()
+        }
 
     def _factor(
         self,
@@ -300,13 +349,9 @@ class Calibrated:
         return names
 
 
-@dataclass
-class _Look:
-    """What the measuring pass has seen of one layer's matrix type."""
-
-    groups: Groups
-    spectra: tuple[np.ndarray, ...] = ()
-    ranks: list[tuple[int, ...]] = field(default_factory=list)
+def _lasting(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What measurements depend on: not what the text is called."""
+    return {key: value for key, value in facts.items() if key != "text"}
 
 
 def _beyond(singular_values: np.ndarray, rank: int) -> float:
@@ -318,6 +363,14 @@ def by_mass(moments: SecondMoments, k: int) -> Groups:
     traces = moments.moment.trace(axis1=1, axis2=2)
     order = np.argsort(-traces, kind="stable")
     return [tuple(int(order[i]) for i in part) for part in index_groups(len(order), k)]
+
+
+def _in_order(experts: Mapping[str, Projection]) -> tuple[Projection, Projection, Projection]:
+    return experts["gate_proj"], experts["up_proj"], experts["down_proj"]
+
+
+def _firm_moments(given: LayerInput, own: Mapping[str, Projection]) -> LayerMoments:
+    return with_floor(fit.layer_moments(given, *_in_order(own)))
 
 
 def with_floor(moments: LayerMoments, share: float = FLOOR) -> LayerMoments:
@@ -332,7 +385,7 @@ def with_floor(moments: LayerMoments, share: float = FLOOR) -> LayerMoments:
     return LayerMoments(raised(moments.x), raised(moments.hidden), moments.row_metric)
 
 
-def _fitted(factors: SharedFactors, matrices: Matrices) -> Fitted:
+def _fitted(factors: SharedFactors, matrices: Matrices, layer_error: list[float] | None) -> Fitted:
     """With errors of the weights, as for every other method; those of the outputs besides."""
     assert factors.error is not None
     E = len(matrices)
@@ -355,4 +408,6 @@ def _fitted(factors: SharedFactors, matrices: Matrices) -> Fitted:
         name: getattr(factors, name).tolist()
         for name in ("discarded_energy", "effective_rank", "kernel_dim", "used_svd")
     }
-    return Fitted(stored, error, energy, facts, output_error=float(np.sqrt(output)))
+    return Fitted(
+        stored, error, energy, facts, output_error=float(np.sqrt(output)), layer_error=layer_error
+    )

@@ -47,6 +47,7 @@ class Conversion:
         config: ConvertConfig,
         family: Family | None = None,
         calibration: Calibration | None = None,
+        stats: Path | None = None,
     ) -> None:
         self.source_name = source
         self.checkpoint = checkpoint
@@ -56,10 +57,10 @@ class Conversion:
         self.calibration = calibration
         self.calibrated: Calibrated | None = None
         if calibration is not None:
-            self.calibrated = Calibrated(checkpoint, self.model, config, calibration)
+            self.calibrated = Calibrated(checkpoint, self.model, config, calibration, stats)
             allocation = self.calibrated.allocate()
-        elif config.uniform or config.one_shot:
-            raise ArgumentError("uniform, one_shot: only with a calibration text")
+        elif config.uniform or config.one_shot or not config.refit or stats is not None:
+            raise ArgumentError("uniform, one_shot, refit, stats: only with a calibration text")
         else:
             allocation = self.method.allocate(self.model, config, Probe(checkpoint, self.model))
         self.allocation: Allocation = complete_fused(allocation, self.model)
@@ -129,6 +130,7 @@ class Conversion:
             expert_error_max=float(fitted.error.max()),
             seconds=seconds,
             output_error=fitted.output_error,
+            layer_error=fitted.layer_error,
             **fitted.diagnostics,
         )
         return tensors, [dataclasses.asdict(row)]

@@ -49,6 +49,8 @@ class Fitted:
         used_svd.
     output_error : float, optional
         Relative error of the type's outputs on the calibration text, where there was one.
+    layer_error : list of float, optional
+        Relative error of the layer's answers there before a refit and after each.
     """
 
     factors: Mapping[tuple[int, str], np.ndarray]
@@ -56,6 +58,7 @@ class Fitted:
     energy: np.ndarray
     diagnostics: Mapping[str, list[Any]]
     output_error: float | None = None
+    layer_error: list[float] | None = None
 
     @property
     def total_error(self) -> float:

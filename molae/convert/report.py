@@ -46,8 +46,11 @@ class TypeRow:
     seconds : float
         Time of the factorization.
     output_error : float or None
-        Relative error of the type's outputs on the calibration text, to first order; None without
-        one.
+        Relative error of the type's outputs on the calibration text, to first order and before
+        the refit; None without a text.
+    layer_error : list of float or None
+        Relative error of the layer's answers on the calibration text before this type's refit and
+        after each; None where it had none.
     """
 
     layer: int
@@ -65,6 +68,7 @@ class TypeRow:
     used_svd: list[bool]
     seconds: float
     output_error: float | None = None
+    layer_error: list[float] | None = None
 
 
 def total_error(rows: Sequence[TypeRow]) -> float:

@@ -14,13 +14,17 @@ next to the output, ``W_i ≈ Bᵀ A_i``. ``B`` is (R, D) either way.
 
 from molae.fit.basis import gauge, stored_numbers, ungauge
 from molae.fit.factors import SharedFactors
+from molae.fit.layerwise import Refit, refit
 from molae.fit.moments import LayerMoments, SecondMoments, second_moments
+from molae.fit.reading import LayerInput, layer_moments
 from molae.fit.shared import factor_shared, reduce_rank, spectrum
 from molae.fit.spectra import common_kernel_dim, discarded_energy, effective_rank
 from molae.fit.weighted import factor_weighted, weighted_spectrum
 
 __all__ = [
+    "LayerInput",
     "LayerMoments",
+    "Refit",
     "SecondMoments",
     "SharedFactors",
     "common_kernel_dim",
@@ -29,7 +33,9 @@ __all__ = [
     "factor_shared",
     "factor_weighted",
     "gauge",
+    "layer_moments",
     "reduce_rank",
+    "refit",
     "second_moments",
     "spectrum",
     "stored_numbers",

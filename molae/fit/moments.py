@@ -44,6 +44,12 @@ class SecondMoments:
     mass: Array
     count: Array
 
+    @classmethod
+    def nothing(cls, E: int, W: int, dtype: npt.DTypeLike) -> SecondMoments:
+        """Of no row yet."""
+        moment = np.zeros((E, W, W), dtype=dtype)
+        return cls(moment, np.zeros(E), np.zeros(E, dtype=np.int64))
+
 
 @dataclass(frozen=True, eq=False)
 class LayerMoments:
@@ -139,8 +145,7 @@ def second_moments(
     index = np.require(index.astype(np.int64, copy=False), requirements=["C", "A"])
     weights = np.require(np.asarray(top_k_weights, dtype=work), requirements=["C", "A"])
     if out is None:
-        moment = np.zeros((num_experts, W, W), dtype=work)
-        out = SecondMoments(moment, np.zeros(num_experts), np.zeros(num_experts, dtype=np.int64))
+        out = SecondMoments.nothing(num_experts, W, work)
     elif out.moment.shape[:1] != (num_experts,):
         raise ShapeError(f"out: of {len(out.moment)} experts, expected {num_experts}")
     for name in ("moment", "mass", "count"):

@@ -17,12 +17,13 @@ import numpy.typing as npt
 import torch
 
 from molae.arch import Family, describe
-from molae.errors import ArgumentError, CheckpointError, NonFiniteError
-from molae.fit import LayerMoments, SecondMoments, second_moments
+from molae.errors import ArgumentError, CheckpointError
+from molae.fit import LayerInput
 from molae.hf.opening import open_tokenizer
-from molae.hf.streaming import LayerStream, Projections, Rows, in_torch
+from molae.hf.streaming import LayerStream, Projections, in_torch
 from molae.hf.windows import decoded, read_text, tokenize
 from molae.io import open_checkpoint
+from molae.ops import Activation
 from molae.threads import get_num_threads
 
 __all__ = ["Calibration", "read_calibration_text"]
@@ -33,7 +34,7 @@ LEAST_TOKENS = 64
 #: Tokens that the trials of single layers are carried through.
 TRIAL_TOKENS = 2048
 
-Trials = Callable[[int, LayerMoments], Mapping[str, Projections]]
+Trials = Callable[[int, LayerInput, Projections], Mapping[str, Projections]]
 
 
 def read_calibration_text(path: str | os.PathLike[str]) -> str:
@@ -105,9 +106,9 @@ class Calibration:
     >>> from molae.hf.calibrate import Calibration
     >>> text = "The experts of a layer read what the router sends them. " * 50
     >>> with Calibration(molae.demo.CHECKPOINT, text, length=128) as calibration:
-    ...     moments = calibration.moments(0)
-    >>> moments.x.moment.shape
-    (32, 128, 128)
+    ...     given = calibration.reading(0).given
+    ...     given.x.shape == (calibration.tokens, 128), given.index.shape[1], given.activation
+    (True, 4, 'silu')
     """
 
     def __init__(
@@ -141,8 +142,10 @@ class Calibration:
             place = held.enter_context(
                 tempfile.TemporaryDirectory(prefix="molae-calibration-", dir=folder)
             )
-            shape = (*self._tokens.shape, self._model.letters["D"])
-            self._store = _memory_map(Path(place) / "hidden", shape)
+            self._place = Path(place)
+            self._maps: dict[str, np.memmap[Any, np.dtype[np.float32]]] = {}
+            self._walk = self._new_walk("hidden")
+            self._original: _Walk | None = None
             self._threads = get_num_threads()
             self._held = held.pop_all()
         self.facts: dict[str, Any] = {
@@ -153,7 +156,6 @@ class Calibration:
             "torch": str(torch.__version__),
             "torch_threads": self._threads,
         }
-        self._next: int | None = None
 
     def __enter__(self) -> Calibration:
         return self
@@ -165,6 +167,11 @@ class Calibration:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def tokens(self) -> int:
+        """How many are read."""
+        return self._tokens.numel()
 
     def close(self) -> None:
         """Let the files go."""
@@ -199,8 +206,8 @@ class Calibration:
         Parameters
         ----------
         trials : callable
-            Of each MoE layer's number and `LayerMoments`; gives by name other experts for that
-            layer alone. The moments are for the call only.
+            Of each MoE layer's number, `molae.fit.LayerInput` and own experts; gives by name
+            other experts for that layer alone. The input is for the call only.
 
         Returns
         -------
@@ -209,26 +216,28 @@ class Calibration:
             of the next-token distributions from the original's.
         """
         with self._fixed_threads():
-            self._start()
+            walk = self._walk
+            walk.start()
             some = max(1, min(len(self._tokens), -(-TRIAL_TOKENS // self._tokens.shape[1])))
             variants: dict[tuple[int, str], torch.Tensor] = {}
             for number in range(len(self._stream)):
                 self._progress(number, len(self._stream), f"measuring layer {number}")
-                gathered = self._gatherer(number)
-                before = in_torch(self._store[:some])
+                moe = number in self._model.moe_layers
+                taken = self._taken() if moe else None
+                before = in_torch(walk.states[:some])
                 with self._stream.layer(number) as run:
-                    for i in range(len(self._store)):
-                        hidden = run(self._hidden(i), seen=gathered and gathered.add)
-                        self._store[i] = hidden[0].numpy()
+                    for i in range(len(walk.states)):
+                        walk.states[i] = run(walk.hidden(i), seen=taken and taken.add)[0].numpy()
                     for key, hidden in variants.items():
                         variants[key] = _all(run, hidden)
-                    if gathered is not None:
+                    if taken is not None:
                         own = self._stream.experts(number)
-                        for name, other in trials(number, gathered.moments()).items():
+                        given = taken.given(self._stream.activation(number))
+                        for name, other in trials(number, given, own).items():
                             variants[number, name] = _all(run, before, projections={**own, **other})
             found = self._divergences(variants, some)
             self._progress(len(self._stream), len(self._stream), "measured")
-            self._next = None
+            walk.next = None
             return found
 
     def _divergences(
@@ -239,32 +248,57 @@ class Calibration:
         for i in range(some):
             own = self._stream.divergences(
                 self._tokens[i : i + 1],
-                self._hidden(i),
+                self._walk.hidden(i),
                 [hidden[i : i + 1] for hidden in variants.values()],
             )
             for key, value in zip(variants, own, strict=True):
                 sums[key] += value
         return {key: value / (some * self._tokens.shape[1]) for key, value in sums.items()}
 
-    def moments(self, layer: int) -> LayerMoments:
+    def reading(self, layer: int, *, anchored: bool = False) -> LayerInput:
         """What the experts of a layer read, after all that `advance` has changed before it.
 
         The layers before it that were not advanced run as the checkpoint has them.
+
+        Parameters
+        ----------
+        layer : int
+        anchored : bool
+            Follow the original beside it, so that ``lost`` says what the layers before have
+            changed; as many hidden states again.
+
+        Returns
+        -------
+        LayerInput
+            In mapped files, which the next call writes anew.
 
         Raises
         ------
         molae.errors.NonFiniteError
             NaN or infinity in the hidden states; the layer is named.
         """
+        if layer not in self._model.moe_layers:
+            raise ArgumentError(f"layer: {layer} has no experts")
         with self._fixed_threads():
-            self._run_up_to(layer)
-            gathered = self._gatherer(layer)
-            if gathered is None:
-                raise ArgumentError(f"layer: {layer} has no experts")
+            self._walk.up_to(layer, self._tell)
+            lost = None
+            if anchored and self._walk.changed:
+                if self._original is None:
+                    self._original = self._new_walk("original")
+                self._original.up_to(layer + 1, self._tell)
+                lost = self._mapped("lost", self._walk.states.shape)
+            taken = self._taken()
             with self._stream.layer(layer) as run:
-                for i in range(len(self._store)):
-                    run(self._hidden(i), seen=gathered.add)
-            return gathered.moments()
+                for i in range(len(self._walk.states)):
+                    out = run(self._walk.hidden(i), seen=taken.add)[0].numpy()
+                    if lost is not None:
+                        assert self._original is not None
+                        np.subtract(self._original.states[i], out, out=lost[i])
+            return taken.given(self._stream.activation(layer), lost)
+
+    def experts(self, layer: int) -> Projections:
+        """The checkpoint's own experts of a layer."""
+        return self._stream.experts(layer)
 
     def advance(self, layer: int, projections: Projections | None = None) -> None:
         """Go on behind a layer, with other experts in it.
@@ -276,42 +310,28 @@ class Calibration:
             For each of gate_proj, up_proj and down_proj that is not the checkpoint's own.
         """
         with self._fixed_threads():
-            self._run_up_to(layer)
+            self._walk.up_to(layer, self._tell)
             other = None
             if projections:
                 other = {**self._stream.experts(layer), **projections}
-            self._pass(layer, other)
+            self._walk.over(layer, other)
 
-    def _start(self) -> None:
-        rows = iter(self._tokens[i : i + 1] for i in range(len(self._tokens)))
-        for i, hidden in enumerate(self._stream.embed(rows)):
-            self._store[i] = hidden[0].numpy()
-        self._next = 0
+    def _tell(self, layer: int, what: str) -> None:
+        self._progress(layer, len(self._stream), what)
 
-    def _run_up_to(self, layer: int) -> None:
-        if self._next is None or self._next > layer:
-            self._start()
-        assert self._next is not None
-        for number in range(self._next, layer):
-            self._progress(number, len(self._stream), f"running layer {number}")
-            self._pass(number)
-        self._progress(layer, len(self._stream), f"layer {layer}")
+    def _mapped(self, name: str, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float32]]:
+        """One file a name, mapped once: what holds on to it sees it written anew."""
+        if name not in self._maps:
+            self._maps[name] = _memory_map(self._place / name, shape)
+        return self._maps[name].reshape(shape)  # type: ignore[return-value]
 
-    def _pass(self, number: int, projections: Projections | None = None) -> None:
-        """Hidden states from before a layer to behind it."""
-        with self._stream.layer(number, projections) as run:
-            for i in range(len(self._store)):
-                self._store[i] = run(self._hidden(i))[0].numpy()
-        self._next = number + 1
+    def _new_walk(self, name: str) -> _Walk:
+        shape = (*self._tokens.shape, self._model.letters["D"])
+        return _Walk(self._stream, self._tokens, self._mapped(name, shape))
 
-    def _hidden(self, i: int) -> torch.Tensor:
-        return in_torch(self._store[i : i + 1])
-
-    def _gatherer(self, layer: int) -> _Gatherer | None:
-        if layer not in self._model.moe_layers:
-            return None
-        down = [p[0] for p in self._stream.experts(layer)["down_proj"].private if p is not None]
-        return _Gatherer(layer, self._model.letters, down)
+    def _taken(self) -> _Taken:
+        N, D = self._tokens.numel(), self._model.letters["D"]
+        return _Taken(self._mapped("input", (N, D)))
 
     @contextlib.contextmanager
     def _fixed_threads(self) -> Iterator[None]:
@@ -324,63 +344,68 @@ class Calibration:
             torch.set_num_threads(before)
 
 
-class _Gatherer:
-    """Adds up the moments of one layer."""
+class _Walk:
+    """The hidden states of a text, on their way through the layers."""
 
-    def __init__(self, layer: int, letters: Mapping[str, int], down: list[np.ndarray]) -> None:
-        E, D, F = (letters[x] for x in "EDF")
-        self._layer, self._E, self._down = layer, E, down
-        self._x, self._hidden = _nothing(E, D), _nothing(E, F)
-        self._felt = {kind: _nothing(E, F) for kind in ("gate_proj", "up_proj")}
+    def __init__(self, stream: LayerStream, tokens: torch.Tensor, states: np.memmap) -> None:
+        self._stream, self._tokens = stream, tokens
+        self.states = states
+        #: The layer that they are before; None where they are of no use.
+        self.next: int | None = None
+        #: Whether other experts than the checkpoint's own have worked on them.
+        self.changed = False
 
-    def add(self, rows: Rows) -> None:
-        value, slope = _activation(rows)
-        up = rows.up.numpy()
-        try:
-            second_moments(rows.x, rows.index, rows.weights, self._E, out=self._x)
-            self._add(rows, value * up, self._hidden)
-            self._add(rows, slope * up, self._felt["gate_proj"])
-            self._add(rows, value, self._felt["up_proj"])
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"layer {self._layer}: NaN or Inf in what its experts read; "
-                "check the source checkpoint and the text"
-            ) from error
+    def hidden(self, i: int) -> torch.Tensor:
+        """Of one sequence, (1, T, D)."""
+        return in_torch(self.states[i : i + 1])
 
-    def _add(self, rows: Rows, of_rows: np.ndarray, to: SecondMoments) -> None:
-        (N, K), routing = rows.index.shape, rows.routing
-        slots = np.zeros((N * K, of_rows.shape[1]), dtype=np.float32)
-        slots[routing.token * K + routing.slot] = of_rows
-        second_moments(slots.reshape(N, K, -1), rows.index, rows.weights, self._E, out=to)
+    def start(self) -> None:
+        rows = iter(self._tokens[i : i + 1] for i in range(len(self._tokens)))
+        for i, hidden in enumerate(self._stream.embed(rows)):
+            self.states[i] = hidden[0].numpy()
+        self.next, self.changed = 0, False
 
-    def moments(self) -> LayerMoments:
-        mass = self._x.mass
-        for felt in self._felt.values():
-            means = felt.moment
-            means /= np.where(mass > 0, mass, 1)[:, None, None].astype(np.float32)
-            usual = 1.0
-            if mass.any():
-                usual = means[mass > 0].trace(axis1=1, axis2=2).mean() / means.shape[1]
-            means[mass == 0] = np.float32(usual)  # of an expert that nothing reached
-            for S, W in zip(means, self._down, strict=True):
-                W = W.astype(np.float32)
-                S *= W.T @ W
-        metric = {kind: felt.moment for kind, felt in self._felt.items()}
-        return LayerMoments(self._x, self._hidden, metric)
+    def up_to(self, layer: int, tell: Callable[[int, str], object]) -> None:
+        """To before a layer; from the embedding where they are past it."""
+        if self.next is None or self.next > layer:
+            self.start()
+        assert self.next is not None
+        for number in range(self.next, layer):
+            tell(number, f"running layer {number}")
+            self.over(number)
+        tell(min(layer, len(self._stream)), f"layer {layer}")
+
+    def over(self, number: int, projections: Projections | None = None) -> None:
+        """From before a layer to behind it."""
+        with self._stream.layer(number, projections) as run:
+            for i in range(len(self.states)):
+                self.states[i] = run(self.hidden(i))[0].numpy()
+        self.next = number + 1
+        self.changed |= projections is not None
 
 
-def _nothing(E: int, W: int) -> SecondMoments:
-    moment = np.zeros((E, W, W), dtype=np.float32)
-    return SecondMoments(moment, np.zeros(E), np.zeros(E, dtype=np.int64))
+class _Taken:
+    """Keeps what the experts of one layer are given."""
 
+    def __init__(self, x: np.memmap) -> None:
+        self._x, self._at = x, 0
+        self._index: list[np.ndarray] = []
+        self._weights: list[np.ndarray] = []
 
-def _activation(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """act(gate) and its derivative."""
-    with torch.inference_mode(False), torch.enable_grad():
-        gate = rows.gate.clone().requires_grad_()
-        value = rows.act_fn(gate)
-        (slope,) = torch.autograd.grad(value.sum(), gate)
-    return value.detach().numpy(), slope.numpy()
+    def add(self, x: np.ndarray, index: np.ndarray, weights: np.ndarray) -> None:
+        self._x[self._at : self._at + len(x)] = x
+        self._at += len(x)
+        self._index.append(index.copy())
+        self._weights.append(weights.copy())
+
+    def given(self, activation: Activation, lost: np.ndarray | None = None) -> LayerInput:
+        return LayerInput(
+            self._x,
+            np.concatenate(self._index),
+            np.concatenate(self._weights),
+            activation,
+            None if lost is None else lost.reshape(self._x.shape),
+        )
 
 
 def _all(run: Any, hidden: torch.Tensor, **options: Any) -> torch.Tensor:

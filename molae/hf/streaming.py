@@ -19,10 +19,13 @@ from molae.hf.native import NAMES_BY_TYPE
 from molae.hf.opening import first_line
 from molae.io import Checkpoint
 
-__all__ = ["LayerStream", "Projections", "Rows", "StreamedExperts", "in_torch"]
+__all__ = ["LayerStream", "Projections", "StreamedExperts", "in_torch"]
 
 #: Gate, up and down of a layer.
 Projections = Mapping[str, ops.Projection]
+
+#: Is told x (N, D), the experts (N, K), E for none, and the routing weights of what comes by.
+Seen = Callable[[np.ndarray, np.ndarray, np.ndarray], object]
 
 #: Tokens that go through the experts at once.
 CHUNK = 2048
@@ -36,36 +39,6 @@ def in_torch(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"])).clone()
 
 
-class Rows:
-    """What the experts of a layer met in a chunk of tokens.
-
-    Attributes
-    ----------
-    x : (N, D) ndarray of float32
-    index, weights : (N, K) ndarray
-        Experts of each token (E: none), and routing weights.
-    gate, up : (rows, F) tensor of float32
-        Of each row in expert order, before the activation.
-    routing : Routing
-        Of those rows.
-    """
-
-    def __init__(
-        self,
-        x: np.ndarray,
-        index: np.ndarray,
-        weights: np.ndarray,
-        gate: torch.Tensor,
-        up: torch.Tensor,
-        act_fn: Callable[[torch.Tensor], torch.Tensor],
-        num_experts: int,
-    ) -> None:
-        self.x, self.index, self.weights = x, index, weights
-        self.routing = ops.route(index, num_experts)
-        rows = len(self.routing.token)
-        self.gate, self.up, self.act_fn = gate[:rows], up[:rows], act_fn
-
-
 class StreamedExperts(nn.Module):
     """The experts of one layer as `molae.ops` computes them, of mapped arrays; no parameters."""
 
@@ -73,7 +46,11 @@ class StreamedExperts(nn.Module):
         super().__init__()
         self.num_experts, self.act_fn = num_experts, act_fn
         self.projections: Projections | None = None
-        self.seen: Callable[[Rows], object] | None = None
+        self.seen: Seen | None = None
+
+    @property
+    def activation(self) -> ops.Activation:
+        return NAMES_BY_TYPE[type(self.act_fn)]  # type: ignore[return-value]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -83,31 +60,23 @@ class StreamedExperts(nn.Module):
         x = hidden_states.reshape(-1, shape[-1]).contiguous().numpy()
         index = top_k_index.clamp(max=self.num_experts).to(torch.int64).contiguous().numpy()
         weights = top_k_weights.to(torch.float32).contiguous().numpy()
+        if self.seen is not None:
+            self.seen(x, index, weights)
         y = np.empty_like(x)
+        gate, up, down = (self.projections[kind] for kind in TYPES)
         for at in range(0, len(x), CHUNK):
             some = slice(at, at + CHUNK)
-            self._chunk(x[some], index[some], weights[some], y[some])
+            ops.latent_experts_forward(
+                x[some],
+                index[some],
+                weights[some],
+                gate,
+                up,
+                down,
+                activation=self.activation,
+                out=y[some],
+            )
         return torch.from_numpy(y).reshape(shape)
-
-    def _chunk(self, x: np.ndarray, index: np.ndarray, weights: np.ndarray, y: np.ndarray) -> None:
-        assert self.projections is not None
-        gate, up, down = (self.projections[kind] for kind in TYPES)
-        activation: Any = NAMES_BY_TYPE[type(self.act_fn)]
-        found = ops.latent_experts_forward(
-            x,
-            index,
-            weights,
-            gate,
-            up,
-            down,
-            activation=activation,
-            save=self.seen is not None,
-            out=y,
-        )
-        if self.seen is not None:
-            saved = found[1]
-            parts = (torch.from_numpy(saved.gate), torch.from_numpy(saved.up))
-            self.seen(Rows(x, index, weights, *parts, self.act_fn, self.num_experts))
 
 
 class _Recorder(nn.Module):
@@ -246,8 +215,8 @@ class LayerStream:
         Yields
         ------
         callable
-            Of hidden states (n, T, D), with ``seen=`` a function of `Rows` and ``projections=``
-            other experts for this call.
+            Of hidden states (n, T, D), with ``seen=`` told what the experts read, and
+            ``projections=`` other experts for this call.
         """
         module = self._layers[number]
         experts = next((m for m in module.modules() if isinstance(m, StreamedExperts)), None)
@@ -259,7 +228,7 @@ class LayerStream:
         def run(
             hidden: torch.Tensor,
             *,
-            seen: Callable[[Rows], object] | None = None,
+            seen: Seen | None = None,
             projections: Projections | None = None,
         ) -> torch.Tensor:
             args, kwargs = self._calls[number]
@@ -278,6 +247,12 @@ class LayerStream:
             yield run
         if experts is not None:
             experts.projections = experts.seen = None
+
+    def activation(self, layer: int) -> ops.Activation:
+        """Of a layer's experts, as `molae.ops` calls it."""
+        return next(
+            m for m in self._layers[layer].modules() if isinstance(m, StreamedExperts)
+        ).activation
 
     def experts(self, layer: int) -> Projections:
         """The checkpoint's own experts of a layer, each a dense group of its own."""

@@ -14,6 +14,7 @@ main(void)
     test_eigen();
     test_fit();
     test_gram();
+    test_solve();
     test_weighted();
     test_kern();
     test_ops();

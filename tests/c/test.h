@@ -30,6 +30,7 @@ void test_blas(void);
 void test_eigen(void);
 void test_fit(void);
 void test_gram(void);
+void test_solve(void);
 void test_weighted(void);
 void test_kern(void);
 void test_ops(void);

@@ -1,0 +1,202 @@
+"""What the first pass over the original finds out, and keeps for another conversion.
+
+For each layer and matrix type the spectra of its groups, and how far the model's answers move
+when that type alone is small. See ``docs/theory.md``, section 8.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from molae.convert.budget import Curve
+from molae.convert.fitting import Groups
+from molae.errors import ArgumentError, DestinationError
+
+__all__ = ["TRIAL_SIZES", "Look", "Measurements"]
+
+#: Each layer and type is tried at these sizes; what lies between is read off in log scale.
+TRIAL_SIZES = (0.7, 0.45, 0.25, 0.12)
+
+#: Beyond the trials the effect of an error grows as a power of its square between these.
+FLATTEST, STEEPEST = 1.0, 3.0
+
+#: A trial counts as at least this share of the median effect of all, whatever was measured.
+LEAST_EFFECT = 0.02
+
+#: Raised by one when what is measured changes.
+FORMAT = "1"
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """One layer's matrix type in groups of one size.
+
+    Attributes
+    ----------
+    groups : list of tuple of int
+    spectra : tuple of (p,) ndarray of float64
+        Singular values of each group's weighted stack.
+    ranks : list of tuple of int
+        For each of `TRIAL_SIZES` what the groups had.
+    effects : list of float
+        For each of them how far the answers moved, in nats a token.
+    """
+
+    groups: Groups
+    spectra: tuple[np.ndarray, ...]
+    ranks: list[tuple[int, ...]] = field(default_factory=list)
+    effects: list[float] = field(default_factory=list)
+
+    def curves(self, F: int, D: int, usual: Mapping[float, float]) -> list[Curve]:
+        """Of each group, in nats a token; `usual` has the median effect of each trial."""
+        effects = np.array(
+            [
+                max(effect, LEAST_EFFECT * usual[share])
+                for share, effect in zip(TRIAL_SIZES, self.effects, strict=True)
+            ]
+        )
+        lost = [
+            Curve.of(spectrum, 1.0, k=len(group), F=F, D=D).lost
+            for spectrum, group in zip(self.spectra, self.groups, strict=True)
+        ]
+        at = np.array(
+            [[curve[rank] for curve, rank in zip(lost, ranks, strict=True)] for ranks in self.ranks]
+        )
+        totals = np.maximum(at.sum(axis=1), np.finfo(np.float64).tiny)
+        return [
+            Curve(_effect(lost[n], at[:, n], effects * at[:, n] / totals), len(group), F, D)
+            for n, group in enumerate(self.groups)
+        ]
+
+
+def _effect(lost: np.ndarray, at: np.ndarray, effect: np.ndarray) -> np.ndarray:
+    """The effect of each of the errors `lost`, from that of those in `at`: straight lines in
+    log scale."""
+    points: list[tuple[float, float]] = []
+    for x, y in sorted(zip(at, effect, strict=True)):
+        if x > 0 and y > 0 and (not points or x > points[-1][0] * 1.0001):
+            points.append((x, max(y, points[-1][1]) if points else y))
+    found = np.zeros_like(lost)
+    if not points:
+        return found
+    x, y = np.log(np.array(points)).T
+    slopes = np.clip(np.diff(y) / np.diff(x), FLATTEST, STEEPEST) if len(x) > 1 else np.ones(1)
+    some = lost > 0
+    there = np.log(lost[some])
+    value = np.interp(there, x, y)
+    value += np.where(there < x[0], (there - x[0]) * slopes[0], 0.0)
+    value += np.where(there > x[-1], (there - x[-1]) * slopes[-1], 0.0)
+    found[some] = np.exp(value)
+    return found
+
+
+class Measurements:
+    """All that was measured of one checkpoint with one text.
+
+    Parameters
+    ----------
+    facts : mapping
+        What it depends on: the checkpoint's fingerprint and the text's tokens.
+
+    Attributes
+    ----------
+    middle : dict of (str, int) to (groups, spectra)
+        Of a layer in the middle, by matrix type and group size: what the size is chosen by.
+    looks : dict of (int, str, int) to Look
+        By layer, matrix type and group size.
+    """
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self.facts = {"trial_sizes": list(TRIAL_SIZES), "format": FORMAT, **facts}
+        self.middle: dict[tuple[str, int], tuple[Groups, tuple[np.ndarray, ...]]] = {}
+        self.looks: dict[tuple[int, str, int], Look] = {}
+
+    @classmethod
+    def load(cls, path: Path, facts: Mapping[str, Any]) -> Measurements:
+        """What a file has; nothing where there is none.
+
+        Raises
+        ------
+        ArgumentError
+            The file is none of these, or of another checkpoint or text.
+        """
+        found = cls(facts)
+        if not path.exists():
+            return found
+        try:
+            with safe_open(path, framework="numpy") as file:
+                known = json.loads((file.metadata() or {})["molae_measurements"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise ArgumentError(
+                f"stats: {path} holds no measurements of molae's ({error}); name another file"
+            ) from error
+        wanted = json.loads(json.dumps(found.facts))
+        if known["facts"] != wanted:
+            others = sorted(k for k in wanted if known["facts"].get(k) != wanted[k])
+            raise ArgumentError(
+                f"stats: {path} was measured with another {' and '.join(others)}; name another "
+                "file, or delete this one"
+            )
+        for entry in known["entries"]:
+            groups = [tuple(group) for group in entry["groups"]]
+            values, ends = tensors[entry["name"]], np.cumsum(entry["lengths"])[:-1]
+            spectra = tuple(np.split(values, ends))
+            if entry["layer"] is None:
+                found.middle[entry["kind"], entry["k"]] = groups, spectra
+            else:
+                ranks = [tuple(r) for r in entry["ranks"]]
+                look = Look(groups, spectra, ranks, entry["effects"])
+                found.looks[entry["layer"], entry["kind"], entry["k"]] = look
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write all to a file, whole or not at all.
+
+        Raises
+        ------
+        DestinationError
+            It cannot be written.
+        """
+        tensors, entries = {}, []
+        for layer, kind, k, look in self._all():
+            name = f"{'middle' if layer is None else layer}.{kind}.{k}"
+            tensors[name] = np.concatenate(look.spectra)
+            entries.append(
+                {
+                    "name": name,
+                    "layer": layer,
+                    "kind": kind,
+                    "k": k,
+                    "groups": look.groups,
+                    "lengths": [len(s) for s in look.spectra],
+                    "ranks": look.ranks,
+                    "effects": look.effects,
+                }
+            )
+        text = json.dumps({"facts": self.facts, "entries": entries})
+        data = save(tensors, {"molae_measurements": text})
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as f:
+                f.write(data)
+            os.replace(f.name, path)
+        except OSError as error:
+            raise DestinationError(
+                f"stats: {path} cannot be written: {error.strerror}; name another file"
+            ) from error
+
+    def _all(self) -> Iterator[tuple[int | None, str, int, Look]]:
+        for (kind, k), (groups, spectra) in self.middle.items():
+            yield None, kind, k, Look(groups, spectra)
+        for (layer, kind, k), look in self.looks.items():
+            yield layer, kind, k, look

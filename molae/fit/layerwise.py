@@ -1,0 +1,384 @@
+"""Private factors fitted to what the whole layer should answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from molae import _core
+from molae.errors import ArgumentError, ShapeError
+from molae.fit.basis import ungauge
+from molae.fit.moments import LayerMoments, SecondMoments
+from molae.fit.reading import LayerInput, Routed
+from molae.ops import (
+    Gradients,
+    Projection,
+    ProjectionGradients,
+    activate,
+    latent_experts_backward,
+    latent_experts_forward,
+)
+from molae.threads import get_num_threads
+
+__all__ = ["Refit", "refit"]
+
+Array = npt.NDArray[Any]
+Layer = tuple[Projection, Projection, Projection]
+
+#: How firmly factors are held to where they were: this share of their mean moments.
+HOLD = 0.03
+
+#: Steps of the conjugate gradients: more lower the error by less than a hundredth.
+STEPS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Refit:
+    """What `refit` has found.
+
+    Attributes
+    ----------
+    projection : Projection
+        With new private factors, rounded to their dtype.
+    error : (steps + 1,) ndarray of float64
+        Before, and after each step, ‖target − y‖ / ‖target‖, before that rounding.
+    objective : (steps + 1,) ndarray of float64
+        ``‖target − y‖²`` and what holds the factors; it never rises.
+    """
+
+    projection: Projection
+    error: Array
+    objective: Array
+
+
+def refit(
+    given: LayerInput,
+    student: Layer,
+    teacher: Layer,
+    which: Literal["up", "down"],
+    *,
+    moments: LayerMoments | None = None,
+    steps: int = STEPS,
+    hold: float = HOLD,
+) -> Refit:
+    """Fit the private factors of up or of down to the answers of other experts.
+
+    `factor_weighted` looks at each expert alone, and at its output only to first order. Here all
+    experts of the layer together are fitted to its answers, so that they make up for each
+    other's errors and for those of the other two types. The layer's output is linear in the
+    private factors of up, and in those of down: a problem of least squares.
+
+    Parameters
+    ----------
+    given : LayerInput
+    student : (gate, up, down) of Projection
+        What is fitted, latent groups of rank 1 or more, or dense ones.
+    teacher : (gate, up, down) of Projection
+        Whose answers to the same input and routing, and ``given.lost``, are the target.
+    which : {'up', 'down'}
+    moments : LayerMoments, optional
+        As `layer_moments` gives them; for up, which is conditioned by them.
+    steps : int
+        Of preconditioned conjugate gradients; 0 measures only.
+    hold : float
+        More than 0. Changes are held back by that share of the mean moments of what they act on.
+
+    Returns
+    -------
+    Refit
+
+    Raises
+    ------
+    ShapeError, ArgumentError
+        An argument is not as described.
+    NonFiniteError
+        NaN or Inf in what the experts read.
+
+    Notes
+    -----
+    Minimizes ``Σ_t ‖target − y‖² + Σ_i h_i ‖ΔA_i‖²``: for down with ``h_i = hold tr(H_i) / F`` in
+    the metric of the shared factor, H_i the student's intermediate; for up with the mean of the
+    rows' weights and the moments of the latent rows. Preconditioned by the exact inverse of each
+    expert's own block (down), or of its Kronecker form ``S_i ⊗ B C_i Bᵀ`` (up). Each step is one
+    pass over the tokens, forward and backward in that one factor.
+
+    References
+    ----------
+    Refit of down on compressed activations, expert by expert: MergeMoE, arXiv 2510.14436.
+
+    Examples
+    --------
+    >>> import numpy as np, molae
+    >>> from molae.fit import LayerInput, factor_shared, refit
+    >>> from molae.ops import Projection
+    >>> rng = np.random.default_rng(0)
+    >>> W = [rng.standard_normal((4, 8, 8)) for _ in range(3)]
+    >>> teacher = tuple(Projection.dense(w) for w in W)
+    >>> alone = [[0], [1], [2], [3]]
+    >>> down = Projection.from_factors(factor_shared(W[2], 5, groups=alone, side="output"))
+    >>> given = LayerInput(rng.standard_normal((200, 8)), rng.integers(0, 4, (200, 2)),
+    ...                    rng.random((200, 2)))
+    >>> found = refit(given, (*teacher[:2], down), teacher, "down")
+    >>> bool(found.error[-1] < found.error[0])
+    True
+    """
+    if which not in ("up", "down"):
+        raise ArgumentError(f"which: expected up or down, got {which!r}")
+    if which == "up" and moments is None:
+        raise ArgumentError("moments: needed to fit up")
+    if steps < 0 or not hold > 0:
+        raise ArgumentError(f"expected steps >= 0 and hold > 0, got {steps} and {hold}")
+    if given.lost is not None and given.lost.shape != given.x.shape:
+        raise ShapeError(f"lost: expected the shape of x, {given.x.shape}, got {given.lost.shape}")
+    return _Problem(given, student, which, moments, hold).solve(teacher, steps)
+
+
+class _Problem:
+    """Normal equations in lists of private factors, one an expert; None where there is none."""
+
+    def __init__(
+        self,
+        given: LayerInput,
+        student: Layer,
+        which: Literal["up", "down"],
+        moments: LayerMoments | None,
+        hold: float,
+    ) -> None:
+        self._given, self._which, self._hold = given, which, hold
+        self._at = ("gate", "up", "down").index(which)
+        self._stored = student[self._at]
+        self._own = _widened(self._stored, given.x.dtype)
+        self._student = list(student)
+        self._student[self._at] = self._own
+        self._E = self._own.num_experts
+        self._members = [
+            e
+            for group, rank in zip(self._own.groups, self._own.ranks, strict=True)
+            for e in group
+            if rank != 0
+        ]
+        self._gram = self._shared_grams()
+        self._rows: list[Array] = []  # metric on the side of F: H_i, or S_i
+        self._latent: list[Array] = []  # up: B C_i Bᵀ
+        if which == "up":
+            assert moments is not None
+            self._rows = [
+                moments.row_metric["up_proj"][e].astype(np.float64) for e in self._members
+            ]
+            self._latent = [self._project(moments.x.moment[e], e) for e in self._members]
+
+    # ------------------------------------------------------------------ the problem
+
+    def solve(self, teacher: Layer, steps: int) -> Refit:
+        gradient, squared, target = self._start(teacher)
+        errors, objectives = [squared], [squared]
+        change = [np.zeros_like(g) for g in gradient]
+        z = self._precondition(gradient)
+        direction, rz = z, _dot(gradient, z)
+        for _ in range(steps):
+            if not rz > 0:
+                break  # there already
+            normal, length = self._apply(direction)
+            held = self._held(direction)
+            along = length + _dot(direction, held)
+            alpha = rz / along
+            change = [a + alpha * p for a, p in zip(change, direction, strict=True)]
+            gradient = [g - alpha * (n + h) for g, n, h in zip(gradient, normal, held, strict=True)]
+            objectives.append(objectives[-1] - alpha * rz)
+            errors.append(objectives[-1] - _dot(change, self._held(change)))
+            z = self._precondition(gradient)
+            before, rz = rz, _dot(gradient, z)
+            direction = [a + rz / before * p for a, p in zip(z, direction, strict=True)]
+        scale = target if target > 0 else 1.0
+        return Refit(
+            self._changed(change),
+            np.sqrt(np.maximum(errors, 0) / scale),
+            np.array(objectives),
+        )
+
+    def _start(self, teacher: Layer) -> tuple[list[Array], float, float]:
+        """Gradient at the student, its squared error, the target's squared length."""
+        grads = self._zeros()
+        squared = target = 0.0
+        hidden: SecondMoments | None = None
+        for some, x, index, weights in self._given.chunks():
+            call = (x, index, weights)
+            aim = latent_experts_forward(*call, *teacher, activation=self._given.activation)
+            if self._given.lost is not None:
+                aim += self._given.lost[some]
+            y, saved = self._forward(call, self._student)
+            missing = aim - y
+            squared += float(np.square(missing, dtype=np.float64).sum())
+            target += float(np.square(aim, dtype=np.float64).sum())
+            self._backward(missing, saved, call, self._student, grads)
+            if self._which == "down":
+                routed = Routed.of(index, weights, self._E)
+                h = activate(
+                    routed.cut(saved.gate),
+                    routed.cut(saved.up),
+                    activation=self._given.activation,
+                )
+                if hidden is None:
+                    hidden = SecondMoments.nothing(self._E, h.shape[1], h.dtype)
+                routed.add(h, hidden)
+        if hidden is not None:
+            self._rows = [hidden.moment[e].astype(np.float64) for e in self._members]
+        return self._listed(grads), squared, target
+
+    def _apply(self, direction: list[Array]) -> tuple[list[Array], float]:
+        """JᵀJ p, and ‖J p‖² for the layer's output J p."""
+        layer = list(self._student)
+        layer[self._at] = self._with(direction)
+        grads = self._zeros()
+        length = 0.0
+        for _, x, index, weights in self._given.chunks():
+            call = (x, index, weights)
+            y, saved = self._forward(call, layer)
+            length += float(np.square(y, dtype=np.float64).sum())
+            self._backward(y, saved, call, layer, grads)
+        return self._listed(grads), length
+
+    def _forward(self, call: tuple[Array, Array, Array], layer: Sequence[Projection]) -> Any:
+        return latent_experts_forward(*call, *layer, activation=self._given.activation, save=True)
+
+    def _backward(
+        self,
+        dy: Array,
+        saved: Any,
+        call: tuple[Array, Array, Array],
+        layer: Sequence[Projection],
+        grads: ProjectionGradients,
+    ) -> None:
+        out = Gradients(up=grads) if self._which == "up" else Gradients(down=grads)
+        latent_experts_backward(
+            dy, saved, *call, *layer, activation=self._given.activation, out=out
+        )
+
+    # ------------------------------------------------------------- metrics of a factor
+
+    def _held(self, factors: list[Array]) -> list[Array]:
+        """Gradient of half of what holds the factors."""
+        found = []
+        for a, rows, e, n in zip(
+            factors, self._rows, self._members, range(len(factors)), strict=True
+        ):
+            level = self._hold * rows.trace() / len(rows)
+            if self._which == "up":
+                found.append(level * (a @ self._latent[n]))
+            else:
+                found.append(level * (a if self._gram[e] is None else self._gram[e] @ a))
+        return found
+
+    def _precondition(self, gradient: list[Array]) -> list[Array]:
+        threads = get_num_threads()
+        if self._which == "up":
+            turned = [np.array(g.T, order="C") for g in gradient]
+            _core.solve_moments(turned, self._rows, self._hold, threads)
+            found = [np.array(t.T, order="C") for t in turned]
+            self._solve_each(found, self._latent)
+            return found
+        found = [g.copy() for g in gradient]
+        _core.solve_moments(found, self._rows, self._hold, threads)
+        turned = [np.array(a.T, order="C") for a in found]
+        grams = [self._gram[e] for e in self._members]
+        some = [n for n, gram in enumerate(grams) if gram is not None]
+        self._solve_each([turned[n] for n in some], [grams[n] for n in some])
+        return [np.ascontiguousarray(t.T) for t in turned]
+
+    @staticmethod
+    def _solve_each(matrices: list[Array], metrics: list[Any]) -> None:
+        """In place; metrics may be of several sizes, one size a call."""
+        for size in sorted({len(m) for m in metrics}):
+            some = [n for n, m in enumerate(metrics) if len(m) == size]
+            _core.solve_moments(
+                [matrices[n] for n in some], [metrics[n] for n in some], 1e-9, get_num_threads()
+            )
+
+    def _shared_grams(self) -> dict[int, Array | None]:
+        """B Bᵀ for each expert of a latent group."""
+        found: dict[int, Array | None] = {}
+        for group, B in zip(self._own.groups, self._bases(), strict=True):
+            gram = None if B is None else B @ B.T
+            found.update(dict.fromkeys(group, gram))
+        return found
+
+    def _bases(self) -> list[Array | None]:
+        p = self._own
+        bases: list[Array | None] = []
+        for rank, shared, perm in zip(p.ranks, p.shared, p.perm, strict=True):
+            if not rank:
+                bases.append(None)
+            elif p.form == "gauge":
+                assert shared is not None
+                assert perm is not None
+                bases.append(ungauge(shared.astype(np.float64), perm))
+            else:
+                assert shared is not None
+                bases.append(shared.astype(np.float64))
+        return bases
+
+    def _project(self, moment: Array, expert: int) -> Array:
+        """B C Bᵀ of an expert; C of a dense one."""
+        C = moment.astype(np.float64)
+        for group, B in zip(self._own.groups, self._bases(), strict=True):
+            if expert in group and B is not None:
+                return np.ascontiguousarray(B @ C @ B.T)
+        return C
+
+    # ------------------------------------------------------------------ as projections
+
+    def _zeros(self) -> ProjectionGradients:
+        private = tuple(None if a is None else np.zeros_like(a) for a in self._own.private)
+        return ProjectionGradients(private, (None,) * len(private))
+
+    def _listed(self, grads: ProjectionGradients) -> list[Array]:
+        by_expert = self._own._split(grads.private)
+        found = []
+        for e in self._members:
+            a = by_expert[e]
+            assert a is not None
+            found.append(a.astype(np.float64))
+        return found
+
+    def _with(self, factors: list[Array]) -> Projection:
+        """The student's projection with these private factors."""
+        by_expert = dict(zip(self._members, factors, strict=True))
+        private = tuple(
+            None
+            if a is None
+            else np.stack([by_expert[e] for e in group]).astype(a.dtype)
+            if rank != 0
+            else a
+            for group, rank, a in zip(
+                self._own.groups, self._own.ranks, self._own.private, strict=True
+            )
+        )
+        return replace(self._own, private=private)
+
+    def _changed(self, change: list[Array]) -> Projection:
+        by_expert = dict(zip(self._members, change, strict=True))
+        private = []
+        for group, rank, wide, stored in zip(
+            self._own.groups, self._own.ranks, self._own.private, self._stored.private, strict=True
+        ):
+            if rank == 0 or wide is None or stored is None:
+                private.append(stored)
+                continue
+            new = wide.astype(np.float64) + np.stack([by_expert[e] for e in group])
+            private.append(new.astype(stored.dtype))
+        return replace(self._stored, private=tuple(private))
+
+
+def _widened(p: Projection, dtype: np.dtype[Any]) -> Projection:
+    def wide(arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
+        return tuple(None if a is None else a.astype(dtype) for a in arrays)
+
+    return replace(p, private=wide(p.private), shared=wide(p.shared))
+
+
+def _dot(a: Sequence[Array], b: Sequence[Array]) -> float:
+    return float(sum(np.vdot(x, y) for x, y in zip(a, b, strict=True)))

@@ -1,0 +1,112 @@
+#include "test.h"
+
+#include "../../csrc/base/mem.h"
+#include "../../csrc/molae.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { E = 3, N = 21, ROWS = 9 };
+
+/* W (M + r I)^-1 (M + r I) is W again; an expert without moments gives 0. */
+static void
+solves_are_undone(void)
+{
+    static double M[E * N * N], W[E * ROWS * N], out[E * ROWS * N], first[E * ROWS * N];
+    const int64_t rows[E] = {ROWS, 1, 4};
+    const void *m[E], *w[E];
+    void *o[E];
+    const double ridge = 0.01;
+    uint64_t seed = 5;
+    molae_errinfo err;
+
+    memset(M, 0, sizeof M);
+    for (int e = 0; e < E - 1; e++)
+        for (int t = 0; t < 2 * N; t++) {
+            double x[N];
+            for (int i = 0; i < N; i++)
+                x[i] = test_random(&seed);
+            for (int i = 0; i < N; i++)
+                for (int j = 0; j < N; j++)
+                    M[(e * N + i) * N + j] += x[i] * x[j];
+        }
+    for (int i = 0; i < E * ROWS * N; i++)
+        W[i] = test_random(&seed);
+    for (int e = 0; e < E; e++) {
+        m[e] = M + e * N * N;
+        w[e] = W + e * ROWS * N;
+        o[e] = out + e * ROWS * N;
+    }
+    for (int32_t threads = 1; threads <= 3; threads += 2) {
+        const molae_ctx ctx = {threads, NULL};
+        const size_t need = molae_solve_moments_ws(&ctx, E, rows, N);
+        void *ws = mli_alloc(need);
+        CHECK(ws != NULL);
+        CHECK(molae_solve_moments(&ctx, o, w, m, MOLAE_F64, ridge, E, rows, N, ws, need, &err) ==
+              MOLAE_OK);
+        CHECK(molae_solve_moments(&ctx, o, w, m, MOLAE_F64, ridge, E, rows, N, ws, need - 1,
+                                  &err) == MOLAE_E_ARG);
+        CHECK(molae_solve_moments(&ctx, o, w, m, MOLAE_F64, 0, E, rows, N, ws, need, &err) ==
+              MOLAE_E_ARG);
+        W[ROWS * N] = NAN; /* of expert 1 */
+        CHECK(molae_solve_moments(&ctx, o, w, m, MOLAE_F64, ridge, E, rows, N, ws, need, &err) ==
+                  MOLAE_E_NONFINITE &&
+              err.expert == 1);
+        W[ROWS * N] = 0.5;
+        CHECK(molae_solve_moments(&ctx, o, w, m, MOLAE_F64, ridge, E, rows, N, ws, need, &err) ==
+              MOLAE_OK);
+        mli_free(ws);
+        if (threads == 1)
+            memcpy(first, out, sizeof out);
+        CHECK(memcmp(first, out, sizeof out) == 0);
+    }
+    for (int e = 0; e < E; e++) {
+        double trace = 0, worst = 0;
+        for (int i = 0; i < N; i++)
+            trace += M[(e * N + i) * N + i];
+        for (int r = 0; r < rows[e]; r++)
+            for (int j = 0; j < N; j++) {
+                const double *row = out + (e * ROWS + r) * N;
+                double sum = ridge * trace / N * row[j];
+                for (int i = 0; i < N; i++)
+                    sum += row[i] * M[(e * N + i) * N + j];
+                worst = fmax(worst, fabs(sum - (e < E - 1 ? W[(e * ROWS + r) * N + j] : 0)));
+            }
+        CHECK(worst < 1e-12);
+        CHECK(e < E - 1 || out[e * ROWS * N] == 0);
+    }
+}
+
+/* More numbers than a piece, in pieces of all threads, are those of single calls. */
+static void
+activations_of_many(void)
+{
+    enum { COUNT = 40001 };
+    static double gate[COUNT], up[COUNT], h[COUNT], dgate[COUNT], dup[COUNT], alone[COUNT];
+    const molae_ctx one = {1, NULL}, three = {3, NULL};
+    uint64_t seed = 11;
+
+    for (int i = 0; i < COUNT; i++) {
+        gate[i] = 4 * test_random(&seed);
+        up[i] = test_random(&seed);
+    }
+    CHECK(molae_activate_f64(&three, h, dgate, dup, gate, up, COUNT, MOLAE_ACT_SILU, 0, 0) ==
+          MOLAE_OK);
+    CHECK(molae_activate_f64(&one, alone, NULL, NULL, gate, up, COUNT, MOLAE_ACT_SILU, 0, 0) ==
+          MOLAE_OK);
+    CHECK(memcmp(alone, h, sizeof h) == 0);
+    for (int i = 0; i < COUNT; i += 997) {
+        const double s = 1 / (1 + exp(-gate[i]));
+        CHECK(fabs(h[i] - gate[i] * s * up[i]) < 1e-14);
+        CHECK(fabs(dup[i] - gate[i] * s) < 1e-14);
+        CHECK(fabs(dgate[i] - up[i] * s * (1 + gate[i] * (1 - s))) < 1e-14);
+    }
+    CHECK(molae_activate_f64(&three, h, NULL, NULL, gate, up, 0, MOLAE_ACT_SILU, 0, 0) == MOLAE_OK);
+}
+
+void
+test_solve(void)
+{
+    solves_are_undone();
+    activations_of_many();
+}
