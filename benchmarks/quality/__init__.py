@@ -1,1 +1,1 @@
-"""Which method loses least at equal size: ``python -m benchmarks.quality``."""
+"""``python -m benchmarks.quality``: what every method costs at equal stored numbers."""

@@ -173,6 +173,16 @@ class Calibration:
         """How many are read."""
         return self._tokens.numel()
 
+    @property
+    def sequences(self) -> np.ndarray:
+        """(S, T) what they are."""
+        return self._tokens.numpy().copy()
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have experts."""
+        return tuple(self._model.moe_layers)
+
     def close(self) -> None:
         """Let the files go."""
         self._held.close()

@@ -1,0 +1,295 @@
+"""``python -m benchmarks.quality``: every method at equal stored numbers, and what it costs.
+
+Without a model: the demonstration's. With ``--train-text FILE`` a second one is trained on that
+text first, which takes about an hour. Rows that are done are kept in the folder for the work, and
+the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import molae
+import molae.demo
+import molae.hf
+from benchmarks import RESULTS, ROOT
+from benchmarks.header import header, usable_cpus
+from benchmarks.quality import second, tables
+from benchmarks.quality.errors import output_error, weight_error
+from benchmarks.quality.layer import OutOfReach
+from benchmarks.quality.model import Scores, Text, layers_of, load, replaced, score
+from benchmarks.quality.noise import gaussian_twin
+from benchmarks.quality.rows import ROWS, Attempt, Bench
+from molae.demo import corpus
+from molae.hf.calibrate import read_calibration_text
+from molae.hf.windows import ratio, tokenize
+
+FORMAT = 1
+SIZES = (0.75, 0.6, 0.5, 0.4, 0.3, 0.2)
+
+Found = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    molae.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
+    molae.hf.hide_progress()
+    args.work.mkdir(parents=True, exist_ok=True)
+    path, text, held_out, names = _inputs(args)
+    result = _run(args, path, text, held_out, names)
+    print(tables.quality(result))
+    out = args.json or _usual_place(args)
+    if out is None:
+        _say("not kept: --json names a file")
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        _say(f"kept in {out}; python -m benchmarks.readme writes the tables")
+    return 0
+
+
+def _inputs(args: argparse.Namespace) -> tuple[Path, str, str, dict[str, str]]:
+    """The checkpoint, the text to calibrate with, the one to score, and what they are called."""
+    names = {"model": str(args.model or "demonstration")}
+    if args.train_text is not None:
+        folder = args.work / "second"
+        path = second.train(args.train_text, folder, _say)
+        texts = {"calibration": folder / "training.txt", "test": folder / "heldout.txt"}
+        names = {"model": f"second, trained on {args.train_text.name}"}
+    elif args.model is None:
+        path = molae.demo.CHECKPOINT
+        texts = {"calibration": None, "test": molae.demo.HELDOUT}
+    else:
+        path, texts = args.model, {"calibration": None, "test": None}
+    for what in ("calibration", "test"):
+        texts[what] = getattr(args, what) or texts[what]
+    if texts["calibration"] is not None:
+        text = read_calibration_text(texts["calibration"])
+        names["calibration"] = texts["calibration"].name
+    elif args.model is None:
+        text = "\n".join(corpus.gather().documentation)
+        names["calibration"] = "documentation of CPython"
+    else:
+        raise SystemExit("--calibration FILE: what to calibrate with")
+    if texts["test"] is None:
+        raise SystemExit("--test FILE: what to score")
+    names["test"] = texts["test"].name
+    return path, text, read_calibration_text(texts["test"]), names
+
+
+def _run(
+    args: argparse.Namespace, path: Path, text: str, held_out: str, names: dict[str, str]
+) -> Found:
+    """Each row at each size, and the noise floor."""
+    began = time.perf_counter()
+    model, tokenizer = load(path)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    length = min(args.length, longest or args.length)
+    sequences = max(1, args.tokens // length)
+    scored = Text(tokenizer, held_out, args.test_tokens, longest)
+    base = score(model, scored)
+    bench = Bench(path, tokenize(tokenizer, text).numpy(), sequences, length, [], args.work)
+    with bench.calibration() as calibration:
+        bench.layers.extend(layers_of(model, calibration))
+    layers = bench.layers
+    own = ratio(list(base.sums), list(base.sizes))
+    result: Found = {
+        "molae_quality": FORMAT,
+        "header": header(args.threads),
+        "names": names,
+        "model": {
+            "kind": model.config.model_type,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "layers": len(layers),
+            "experts": layers[0].num_experts,
+            "num_experts_per_tok": int(layers[0].index.shape[1]),
+            "hidden_size": int(layers[0].x.shape[1]),
+            "intermediate_size": int(layers[0].weights["gate_proj"].shape[1]),
+            "tokens_per_expert": [
+                [int(layer.counts.min()), round(float(layer.counts.mean())),
+                 int(layer.counts.max())] for layer in layers
+            ],
+            "perplexity": math.exp(own.mean),
+            "perplexity_se": math.exp(own.mean) * own.se,
+        },
+        "calibration_tokens": int(sum(len(layer.x) for layer in layers[:1])),
+        "test_tokens": int(base.sizes.sum()),
+    }  # fmt: skip
+    key = hashlib.sha256(
+        json.dumps([str(path), text, held_out, args.tokens, length, args.test_tokens]).encode()
+    ).hexdigest()
+    rows = _Rows(args.work / "unfinished.json", key)
+    for size in args.sizes:
+        for name in args.rows:
+            if rows.find(name, size) is not None:
+                continue
+            start = time.perf_counter()
+            _say(f"{name} at {size:g} ({start - began:.0f} s)")
+            row = _row(bench, model, scored, base, name, size)
+            rows.add({**row, "seconds": round(time.perf_counter() - start, 1)})
+            _say(f"  {row.get('note', '')}: {_short(row)}")
+    result["rows"] = _ranked(
+        [row for size in args.sizes for name in args.rows if (row := rows.find(name, size))]
+    )
+    if args.noise_size:
+        result["noise"] = _noise(args, bench, rows, began)
+    return result
+
+
+def _row(bench: Bench, model: Any, scored: Text, base: Scores, name: str, size: float) -> Found:
+    best: Found | None = None
+    try:
+        for attempt in ROWS[name](bench, size):
+            found = _scored(bench, model, scored, base, attempt)
+            if best is None or found["loss"] < best["loss"]:
+                best = found
+    except OutOfReach as error:
+        if best is None:
+            return {"name": name, "size": size, "out_of_reach": str(error)}
+    assert best is not None
+    return {"name": name, "size": size, **best}
+
+
+def _scored(bench: Bench, model: Any, scored: Text, base: Scores, attempt: Attempt) -> Found:
+    if attempt.model is not None:
+        found = score(attempt.model, scored)
+    else:
+        with replaced(model, attempt.layers):
+            found = score(model, scored)
+    loss = ratio(list(found.sums), list(found.sizes))
+    rise = ratio(list(found.sums - base.sums), list(found.sizes))
+    stored = sum(layer.stored for layer in attempt.layers)
+    return {
+        "note": attempt.note,
+        "reached": stored / sum(layer.numbers for layer in bench.layers),
+        "loss": loss.mean,
+        "perplexity": math.exp(loss.mean),
+        "perplexity_se": math.exp(loss.mean) * loss.se,
+        "rise": math.expm1(rise.mean),
+        "rise_se": math.exp(rise.mean) * rise.se,
+        "weight_error": weight_error(bench.layers, attempt.layers),
+        "output_error": output_error(bench.layers, attempt.layers),
+        "sums": found.sums.tolist(),
+        "sizes": found.sizes.tolist(),
+    }
+
+
+def _ranked(rows: list[Found]) -> list[Found]:
+    """With each row's distance to the best of its size, by paired windows."""
+    found = []
+    for row in rows:
+        others = [o for o in rows if o["size"] == row["size"] and "loss" in o]
+        row = dict(row)
+        if "loss" in row:
+            best = min(others, key=lambda other: other["loss"])
+            apart = ratio(
+                list(np.subtract(row["sums"], best["sums"])), [int(n) for n in row["sizes"]]
+            )
+            row["behind"], row["behind_se"] = apart.mean, apart.se
+            del row["sums"], row["sizes"]
+        found.append(row)
+    return found
+
+
+def _noise(args: argparse.Namespace, bench: Bench, rows: _Rows, began: float) -> Found:
+    """Weight errors of the same methods on Gaussian experts, at one size."""
+    size, twin = args.noise_size, bench.work / "gaussian"
+    missing = [name for name in args.rows if rows.find(f"noise {name}", size) is None]
+    if missing:
+        _say(f"Gaussian experts ({time.perf_counter() - began:.0f} s)")
+        gaussian_twin(bench.path, twin)
+        work = bench.work / "noise"
+        work.mkdir(exist_ok=True)
+        other = replace(bench, path=twin, layers=[], work=work)
+        with other.calibration() as calibration:
+            other.layers.extend(layers_of(load(twin)[0], calibration))
+        for name in missing:
+            row: Found = {"name": f"noise {name}", "size": size, "weight_error": None}
+            try:
+                tried = [
+                    weight_error(other.layers, attempt.layers)
+                    for attempt in ROWS[name](other, size)
+                ]
+                row["weight_error"] = min(tried)
+            except OutOfReach:
+                pass
+            rows.add(row)
+    found = {name: rows.find(f"noise {name}", size) for name in args.rows}
+    return {
+        "size": size,
+        "weight_error": {name: row["weight_error"] for name, row in found.items() if row},
+    }
+
+
+class _Rows:
+    """Rows that are done, kept in a file: a run of hours may be cut off."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path, self._key = path, key
+        self._rows: list[Found] = []
+        if path.exists():
+            known = json.loads(path.read_text())
+            self._rows = known["rows"] if known["key"] == key else []
+
+    def find(self, name: str, size: float) -> Found | None:
+        return next((r for r in self._rows if (r["name"], r["size"]) == (name, size)), None)
+
+    def add(self, row: Found) -> None:
+        self._rows.append(row)
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps({"key": self._key, "rows": self._rows}))
+        part.replace(self._path)
+
+
+def _short(row: Found) -> str:
+    if "out_of_reach" in row:
+        return f"out of reach, {row['out_of_reach']}"
+    return f"{row['rise']:+.2%} ± {row['rise_se']:.2%}"
+
+
+def _usual_place(args: argparse.Namespace) -> Path | None:
+    """Only a whole run goes where the tables come from."""
+    whole = tuple(args.sizes) == SIZES and args.rows == list(ROWS) and args.noise_size
+    if not whole or args.model is not None or args.calibration or args.test:
+        return None
+    return RESULTS / ("quality.json" if args.train_text is None else "quality_second.json")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--model", type=Path, help="a checkpoint; default: the demonstration's")
+    parser.add_argument("--train-text", type=Path, help="train the second model on this text")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate with")
+    parser.add_argument("--test", type=Path, metavar="FILE", help="text to score")
+    parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--noise-size", type=float, default=0.5, help="0: no noise floor")
+    parser.add_argument("--tokens", type=int, default=65536, help="to calibrate with")
+    parser.add_argument("--length", type=int, default=512, help="of each sequence")
+    parser.add_argument("--test-tokens", type=int, default=10**9, help="to score at most")
+    parser.add_argument("--threads", type=int, default=usable_cpus())
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="keep the figures in this file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
