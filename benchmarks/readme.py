@@ -1,4 +1,5 @@
-"""Write the README's tables from the JSON results: ``python -m benchmarks.readme [--check]``."""
+"""Write the tables of the README and of docs from the JSON results:
+``python -m benchmarks.readme [--check]``."""
 
 from __future__ import annotations
 
@@ -11,27 +12,39 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS, ROOT, tables
+from benchmarks.quality.tables import quality, transfer
 
 __all__ = ["SECTIONS", "update"]
 
-#: Section of the README: the file it is made from, in benchmarks/results, and how.
-SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+#: What is between two markers: the file it is made from, in benchmarks/results, and how.
+Sections = Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]]
+
+SECTIONS: Sections = {
     "demo": ("demo.json", tables.demo),
     "benchmarks": ("benchmarks.json", tables.benchmarks),
     "layers": ("layers.json", tables.benchmarks),
     "models": ("models.json", tables.benchmarks),
+    "quality": ("quality.json", quality),
+}
+
+#: Other pages, by their place beside the README.
+PAGES: Mapping[str, Sections] = {
+    "docs/quality.md": {
+        "second": ("quality_second.json", quality),
+        "transfer": ("quality_transfer.json", transfer),
+    }
 }
 
 
-def update(text: str, results: Path = RESULTS) -> str:
-    """The README with its tables made anew. A section without a result is left empty.
+def update(text: str, results: Path = RESULTS, sections: Sections = SECTIONS) -> str:
+    """A page with its tables made anew. A section without a result is left empty.
 
     Raises
     ------
     ValueError
         The markers of a section are not there exactly once, or not in order.
     """
-    for name, (file, render) in SECTIONS.items():
+    for name, (file, render) in sections.items():
         source = results / file
         body = f"{render(json.loads(source.read_text()))}\n" if source.exists() else ""
         text = _replace(text, name, body)
@@ -41,7 +54,9 @@ def update(text: str, results: Path = RESULTS) -> str:
 def _replace(text: str, name: str, body: str) -> str:
     start, end = f"<!-- {name}:start -->\n", f"<!-- {name}:end -->"
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise ValueError(f"README: expected one {start.strip()} line and one {end} after it")
+        raise ValueError(
+            f"README or docs: expected one {start.strip()} line and one {end} after it"
+        )
     pattern = re.escape(start) + ".*?" + re.escape(end)
     return re.sub(pattern, lambda _: f"{start}{body}{end}", text, flags=re.S)
 
@@ -52,21 +67,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    before = args.readme.read_text(encoding="utf-8")
-    after = update(before, args.results)
-    if before == after:
-        print(f"{args.readme.name} is up to date")
-        return 0
-    if args.check:
-        print(
-            f"{args.readme.name} does not agree with {args.results.name}; "
-            "run: python -m benchmarks.readme",
-            file=sys.stderr,
-        )
-        return 1
-    args.readme.write_text(after, encoding="utf-8")
-    print(f"{args.readme.name} written")
-    return 0
+    pages = {args.readme: SECTIONS}
+    for place, sections in PAGES.items():
+        if (args.readme.parent / place).exists():
+            pages[args.readme.parent / place] = sections
+    stale = 0
+    for page, sections in pages.items():
+        before = page.read_text(encoding="utf-8")
+        after = update(before, args.results, sections)
+        if before == after:
+            print(f"{page.name} is up to date")
+        elif args.check:
+            stale += 1
+            print(
+                f"{page.name} does not agree with {args.results.name}; "
+                "run: python -m benchmarks.readme",
+                file=sys.stderr,
+            )
+        else:
+            page.write_text(after, encoding="utf-8")
+            print(f"{page.name} written")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

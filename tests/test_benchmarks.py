@@ -322,6 +322,8 @@ old
 <!-- layers:end -->
 <!-- models:start -->
 <!-- models:end -->
+<!-- quality:start -->
+<!-- quality:end -->
 """
 
 
@@ -360,6 +362,22 @@ def test_readme_check_sees_one_changed_digit(page):
     readme.main(args)
     path.write_text(path.read_text().replace("0.4991", "0.4992"))
     assert readme.main([*args, "--check"]) == 1
+
+
+def test_pages_beside_the_readme(page):
+    path, args = page
+    readme.main(args)
+    assert list(readme.PAGES) == ["docs/quality.md"]
+    other = path.parent / "docs" / "quality.md"
+    other.parent.mkdir()
+    other.write_text(
+        "<!-- second:start -->\nold\n<!-- second:end -->\n"
+        "<!-- transfer:start -->\n<!-- transfer:end -->\n"
+    )
+    assert readme.main([*args, "--check"]) == 1
+    assert readme.main(args) == 0
+    assert "old" not in other.read_text()
+    assert readme.main([*args, "--check"]) == 0
 
 
 def test_readme_without_results_has_empty_sections(tmp_path):
