@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+#: Stands for a calibration text that needs no file.
+BUILTIN = "builtin"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,6 +109,7 @@ def _calibration(args: argparse.Namespace) -> Iterator[Any]:
     if args.calibration is None:
         yield None
         return
+    from molae.errors import CalibrationWarning
     from molae.hf import hide_progress
     from molae.hf.calibrate import Calibration, read_calibration_text
 
@@ -113,17 +118,26 @@ def _calibration(args: argparse.Namespace) -> Iterator[Any]:
             _say(f"calibration, {done} of {total} layers: {what}")
 
     hide_progress()
-    text = read_calibration_text(args.calibration)
-    with Calibration(
-        args.src,
-        text,
-        name=Path(args.calibration).name,
-        sequences=args.calibration_sequences,
-        length=args.calibration_length,
-        family=_family(args),
-        folder=args.scratch,
-        progress=progress,
-    ) as calibration:
+    if args.calibration == BUILTIN:
+        from molae.demo.corpus import builtin_text
+
+        text, name = builtin_text()
+    else:
+        text, name = read_calibration_text(args.calibration), Path(args.calibration).name
+    with (
+        warnings.catch_warnings(),
+        Calibration(
+            args.src,
+            text,
+            name=name,
+            sequences=args.calibration_sequences,
+            length=args.calibration_length,
+            family=_family(args),
+            folder=args.scratch,
+            progress=progress,
+        ) as calibration,
+    ):
+        warnings.simplefilter("ignore", CalibrationWarning)  # the report has it too
         yield calibration
 
 
@@ -348,7 +362,7 @@ def _add_convert_options(convert: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="FILE",
         help="a text, or .jsonl, that is run through the model: the fit then knows what the "
-        "experts read",
+        f"experts read; '{BUILTIN}' takes English that comes with Python",
     )
     text_options.add_argument(
         "--calibration-sequences", type=_count, default=128, metavar="N",

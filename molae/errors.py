@@ -14,6 +14,7 @@ from molae._core import (
 
 __all__ = [
     "ArgumentError",
+    "CalibrationWarning",
     "CheckpointError",
     "ConvergenceWarning",
     "DestinationError",
@@ -37,6 +38,10 @@ class UnknownFamilyError(CheckpointError):
 
 class DestinationError(MolaeError, OSError):
     """The place to write to cannot be used."""
+
+
+class CalibrationWarning(UserWarning):
+    """A calibration text says too little of some experts."""
 
 
 class MissingExtraError(MolaeError, ImportError):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import molae
 from molae import _core
 from molae.errors import ArgumentError, NonFiniteError, ShapeError
-from molae.fit import LayerInput, factor_shared, layer_moments, refit
+from molae.fit import LayerInput, answer_error, factor_shared, layer_moments, refit
 from molae.ops import Projection, latent_experts_forward
 
 F64 = np.float64
@@ -306,3 +306,47 @@ def test_solve_moments(dtype):
 def test_solve_moments_refuses(W, M, error, message):
     with pytest.raises(error, match=message):
         _core.solve_moments(W, M, 1e-3, 1)
+
+
+# --------------------------------------------------------------- the error of the answers
+
+
+def test_the_error_of_answers_is_that_of_the_sums(rng):
+    """Errors of a token's experts may cancel, and then there are none."""
+    E, F, D, K, N = 4, 6, 5, 2, 40
+    gate, up, down = (rng.standard_normal((E, *shape)) for shape in ((F, D), (F, D), (D, F)))
+    down[1] = down[0]
+    gate[1], up[1] = gate[0], up[0]
+    x = rng.standard_normal((N, D))
+    index = np.sort(np.argsort(rng.random((N, E)), axis=1)[:, :K], axis=1)
+    weights = rng.random((N, K))
+
+    def answers(down):
+        y = np.zeros((N, D))
+        for t in range(N):
+            for e, g in zip(index[t], weights[t], strict=True):
+                a = gate[e] @ x[t]
+                y[t] += g * down[e] @ (a / (1 + np.exp(-a)) * (up[e] @ x[t]))
+        return y
+
+    other = down + rng.standard_normal(down.shape) / 5
+    given = LayerInput(x, index, weights)
+    own = tuple(Projection.dense(W) for W in (gate, up, down))
+    found = answer_error(given, (*own[:2], Projection.dense(other)), own)
+    lost = np.linalg.norm(answers(other) - answers(down)) / np.linalg.norm(answers(down))
+    assert found == pytest.approx(lost, rel=1e-10)
+    assert answer_error(given, own, own) == 0
+
+    pairs = LayerInput(x, np.tile([0, 1], (N, 1)), np.full((N, K), 0.5))
+    gap = rng.standard_normal((D, F))
+    other = down + np.stack([gap, -gap, 0 * gap, 0 * gap])
+    found = answer_error(pairs, (*own[:2], Projection.dense(other)), own)
+    assert found < 1e-12
+    part = given.first(7)
+    assert len(part.x) == len(part.index) == len(part.weights) == 7
+
+
+def test_the_error_of_no_answer_is_none(rng):
+    nothing = Projection.dense(np.zeros((2, 3, 3)))
+    given = LayerInput(rng.standard_normal((4, 3)), np.zeros((4, 1), np.int64), np.ones((4, 1)))
+    assert answer_error(given, (nothing,) * 3, (nothing,) * 3) == 0

@@ -21,8 +21,15 @@ from hf_models import SETTINGS, SIZES, load, tokens
 import molae
 import molae.demo
 from molae.arch import describe
-from molae.convert import Watcher, convert
-from molae.errors import ArgumentError, CheckpointError, DestinationError, NonFiniteError
+from molae.convert import Report, Watcher, convert
+from molae.demo.corpus import builtin_text
+from molae.errors import (
+    ArgumentError,
+    CalibrationWarning,
+    CheckpointError,
+    DestinationError,
+    NonFiniteError,
+)
 from molae.hf import hide_progress
 from molae.hf.calibrate import Calibration, read_calibration_text
 from molae.hf.evaluate import evaluate_path
@@ -353,6 +360,13 @@ def test_the_command(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "On the calibration text" in shown.out
     assert "measuring layer 0" in shown.err
+    report = Report.from_file(dst)
+    counts = {row.layer: row.tokens for row in report.rows}
+    few = sum(count < 128 for own in counts.values() for count in own)
+    assert all(sum(own) % 4 == 0 for own in counts.values())
+    assert report.little_read() == (few, 96)
+    assert 0 < few <= 96
+    assert f"{few} of 96 experts read fewer tokens" in shown.out
     for option in (["--uniform"], ["--one-shot"], ["--no-refit"], ["--stats", "FILE"]):
         assert main(["convert", src, dst, "--overwrite", *option]) == 2
         assert f"{option[0]}: only with --calibration FILE" in capsys.readouterr().err
@@ -418,3 +432,36 @@ def test_measurements_of_something_else_are_refused(source, tmp_path):
         molae.plan(source, config, calibration=run, stats=stats)
     with calibration(source) as run, pytest.raises(DestinationError, match="cannot be written"):
         molae.plan(source, config, calibration=run, stats=tmp_path / "none" / "stats")
+
+
+# ------------------------------------------------------------------------- what is said
+
+
+def test_experts_that_read_too_little_are_named_once(source, tmp_path):
+    config = molae.ConvertConfig(size=0.5, group_size=2)
+    with (
+        calibration(source, length=16, sequences=1) as run,
+        pytest.warns(CalibrationWarning, match=r"layer 0: \d of 6 experts") as seen,
+    ):
+        report = convert(source, tmp_path / "dst", config, calibration=run)
+    assert len([w for w in seen if w.category is CalibrationWarning]) == 1
+    few, total = report.little_read()
+    assert 0 < few <= total == 18
+    assert convert(source, tmp_path / "blind", config).little_read() is None
+
+
+def test_the_plan_shows_where_the_numbers_go(source):
+    with calibration(source) as run:
+        plan = molae.plan(source, molae.ConvertConfig(size=0.5, group_size=2), calibration=run)
+    shares = [own.share for kinds in plan.spread.values() for own in kinds.values()]
+    assert len(shares) == 9
+    assert sum(shares) / 9 == pytest.approx(plan.size_reached)
+    assert max(shares) > min(shares)
+    assert molae.plan(source, molae.ConvertConfig(size=0.5, group_size=2)).spread == {}
+
+
+def test_the_built_in_text():
+    text, name = builtin_text()
+    assert name.startswith("documentation of CPython 3.")
+    assert len(text) > 1_000_000
+    assert builtin_text() == (text, name)

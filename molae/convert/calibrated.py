@@ -25,7 +25,7 @@ from molae.convert.budget import spend
 from molae.convert.fitting import Fitted, Groups, Matrices
 from molae.convert.measuring import TRIAL_SIZES, Look, Measurements
 from molae.convert.naming import named
-from molae.errors import ArgumentError, PrecisionWarning
+from molae.errors import ArgumentError, CalibrationWarning, PrecisionWarning
 from molae.factored import Split, group_tensors, index_groups
 from molae.fit import LayerInput, LayerMoments, SecondMoments
 from molae.fit.factors import SharedFactors
@@ -36,6 +36,9 @@ __all__ = ["Calibrated", "Calibration"]
 
 #: Group sizes that are tried where the settings leave them open; those above E are left out.
 GROUP_SIZES = (1, 2, 4, 8, 16, 32)
+
+#: Tokens on which group sizes are compared.
+TRIED_TOKENS = 8192
 
 #: Share of the mean expert's moments, spread evenly over all directions, that each expert has
 #: besides its own: a text of another kind may send rows where this one sends none.
@@ -102,6 +105,7 @@ class Calibrated:
         self._layers: Mapping[int, Mapping[str, Split]] = {}
         self._finished: dict[int, Path] = {}
         self._fitted: dict[tuple[int, str], Fitted] = {}
+        self._warned = False
 
     # --------------------------------------------------------------- allocation
 
@@ -163,22 +167,22 @@ class Calibrated:
             self._measurements.save(self._stats)
 
     def _group_sizes(self, size: float) -> tuple[dict[str, int], tuple[Candidate, ...]]:
-        """For each type as asked for, or what loses least in the middle layer."""
+        """For each type as asked for, or what moves a layer's answers least."""
         E, F, D = (self._model.letters[x] for x in "EFD")
         asked = {kind: group_size(self._config, kind, E) for kind in TYPES}
         chosen = {kind: k for kind, k in asked.items() if k is not None}
         if len(chosen) == len(TYPES):
             return chosen, ()
+        missing = [kind for kind in TYPES if kind not in chosen]
+        errors = self._tried(size, missing)
         candidates: list[Candidate] = []
-        for kind in (kind for kind in TYPES if kind not in chosen):
+        for kind in missing:
             tried = []
-            for k, (groups, spectra) in self._middle(kind).items():
-                ranks = gauge_ranks(groups, size, F=F, D=D)
-                if min(ranks) < 1:
-                    continue
-                lost = sum(_beyond(s, rank) for s, rank in zip(spectra, ranks, strict=True))
-                total = sum(_beyond(s, 0) for s in spectra)
-                tried.append((math.sqrt(lost / total) if total > 0 else 0.0, k, ranks[0]))
+            for k in (k for k in GROUP_SIZES if k <= E):
+                error = errors[kind, k, size]
+                if error is not None:
+                    (rank,) = gauge_ranks([range(k)], size, F=F, D=D)
+                    tried.append((error, k, rank))
             if not tried:
                 raise ArgumentError(
                     f"size: {size:g} leaves no rank for {kind} in groups of any size; take a "
@@ -189,20 +193,40 @@ class Calibrated:
             candidates += [Candidate(kind, k, r, e, (e, k, r) == best) for e, k, r in tried]
         return chosen, tuple(candidates)
 
-    def _middle(self, kind: str) -> dict[int, tuple[Groups, tuple[np.ndarray, ...]]]:
-        """Groups and spectra of a layer in the middle, by group size."""
-        known, E = self._measurements.middle, self._model.letters["E"]
-        sizes = [k for k in GROUP_SIZES if k <= E]
-        if (kind, sizes[0]) not in known:
-            layer = self._model.moe_layers[len(self._model.moe_layers) // 2]
+    def _tried(
+        self, size: float, kinds: Sequence[str]
+    ) -> dict[tuple[str, int, float], float | None]:
+        """Relative error of a layer's answers with one type alone in groups of k, at even ranks;
+        root mean square over two layers. None where there is no rank."""
+        F, D = self._model.letters["F"], self._model.letters["D"]
+        known = self._measurements.tried
+        wanted = [
+            (kind, k, size)
+            for kind in kinds
+            for k in GROUP_SIZES
+            if k <= self._model.letters["E"] and (kind, k, size) not in known
+        ]
+        if not wanted:
+            return known
+        layers = self._model.moe_layers
+        squares: dict[tuple[str, int, float], list[float]] = {place: [] for place in wanted}
+        for layer in sorted({layers[len(layers) // 4], layers[3 * len(layers) // 4]}):
             given, own = self._calibration.reading(layer), self._calibration.experts(layer)
             moments = _firm_moments(given, own)
-            for other in TYPES:
-                for k in sizes:
-                    groups = by_mass(moments.x, k)
-                    known[other, k] = groups, self._spectra(layer, other, moments, groups)
-            self._keep()
-        return {k: known[kind, k] for k in sizes}
+            some = given.first(TRIED_TOKENS)
+            for kind, k, _ in wanted:
+                groups = by_mass(moments.x, k)
+                ranks = gauge_ranks(groups, size, F=F, D=D)
+                if min(ranks) < 1:
+                    continue
+                factors = self._factor(layer, kind, moments, groups, ranks, errors=False)
+                other = {**own, kind: Projection.from_factors(factors)}
+                error = fit.answer_error(some, _in_order(other), _in_order(own))
+                squares[kind, k, size].append(error**2)
+        for place, found in squares.items():
+            known[place] = math.sqrt(sum(found) / len(found)) if found else None
+        self._keep()
+        return known
 
     def _even_ranks(self, kind: str, groups: Groups, size: float) -> tuple[int, ...]:
         F, D = self._model.letters["F"], self._model.letters["D"]
@@ -247,6 +271,7 @@ class Calibrated:
         given = self._calibration.reading(layer, anchored=not self._config.one_shot)
         own = self._calibration.experts(layer)
         moments = _firm_moments(given, own)
+        self._warn(layer, moments.x.count)
         factors = {}
         for kind, split in self._layers[layer].items():
             ranks = [rank for rank in split.ranks if rank is not None]
@@ -278,10 +303,28 @@ class Calibrated:
         )
         return {
             (layer, kind): _fitted(
-                f, self._model.matrices(self._checkpoint, layer, kind), errors.get(kind)
+                f,
+                self._model.matrices(self._checkpoint, layer, kind),
+                errors.get(kind),
+                moments.x.count.tolist(),
             )
             for kind, f in factors.items()
         }
+
+    def _warn(self, layer: int, tokens: np.ndarray) -> None:
+        """Once, of experts with too few tokens; the report has them all."""
+        width = self._model.letters["D"]
+        few = int((tokens < width).sum())
+        if few and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"layer {layer}: {few} of {len(tokens)} experts read fewer tokens of the "
+                f"calibration text than hidden_size={width}, the least {tokens.min()}; their fit "
+                "leans on their group's moments. A longer text is better; later layers: see "
+                "`tokens` in the report",
+                CalibrationWarning,
+                stacklevel=2,
+            )
 
     def _factor(
         self,
@@ -306,20 +349,6 @@ class Calibrated:
                 side=side,
                 row_metric=moments.row_metric.get(kind),
                 errors=errors,
-            )
-
-    def _spectra(
-        self, layer: int, kind: str, moments: LayerMoments, groups: Groups
-    ) -> tuple[np.ndarray, ...]:
-        matrices = self._model.matrices(self._checkpoint, layer, kind)
-        side = self._model.side(kind)
-        with named(self._model, layer, kind):
-            return fit.weighted_spectrum(
-                matrices,
-                (moments.x if side == "input" else moments.hidden).moment,
-                groups=groups,
-                side=side,
-                row_metric=moments.row_metric.get(kind),
             )
 
     def _stored(self, layer: int) -> dict[str, Projection]:
@@ -354,10 +383,6 @@ def _lasting(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if key != "text"}
 
 
-def _beyond(singular_values: np.ndarray, rank: int) -> float:
-    return float(np.square(singular_values[rank:]).sum())
-
-
 def by_mass(moments: SecondMoments, k: int) -> Groups:
     """Groups of k experts, the busiest first, by the energy of what they read."""
     traces = moments.moment.trace(axis1=1, axis2=2)
@@ -385,7 +410,12 @@ def with_floor(moments: LayerMoments, share: float = FLOOR) -> LayerMoments:
     return LayerMoments(raised(moments.x), raised(moments.hidden), moments.row_metric)
 
 
-def _fitted(factors: SharedFactors, matrices: Matrices, layer_error: list[float] | None) -> Fitted:
+def _fitted(
+    factors: SharedFactors,
+    matrices: Matrices,
+    layer_error: list[float] | None,
+    tokens: list[int],
+) -> Fitted:
     """With errors of the weights, as for every other method; those of the outputs besides."""
     assert factors.error is not None
     E = len(matrices)
@@ -409,5 +439,11 @@ def _fitted(factors: SharedFactors, matrices: Matrices, layer_error: list[float]
         for name in ("discarded_energy", "effective_rank", "kernel_dim", "used_svd")
     }
     return Fitted(
-        stored, error, energy, facts, output_error=float(np.sqrt(output)), layer_error=layer_error
+        stored,
+        error,
+        energy,
+        facts,
+        output_error=float(np.sqrt(output)),
+        layer_error=layer_error,
+        tokens=tokens,
     )

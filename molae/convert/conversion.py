@@ -21,7 +21,7 @@ from molae.convert.jsontext import json_text
 from molae.convert.methods import find_method
 from molae.convert.naming import named
 from molae.convert.pipeline import Data
-from molae.convert.planning import Plan, storage, summarize
+from molae.convert.planning import Plan, spread, storage, summarize
 from molae.convert.probe import Probe
 from molae.convert.report import TypeRow
 from molae.convert.shards import Job, convert_shards
@@ -131,6 +131,7 @@ class Conversion:
             seconds=seconds,
             output_error=fitted.output_error,
             layer_error=fitted.layer_error,
+            tokens=fitted.tokens,
             **fitted.diagnostics,
         )
         return tensors, [dataclasses.asdict(row)]
@@ -181,6 +182,7 @@ class Conversion:
             before=before,
             after=after,
             types=summarize(layers),
+            spread=spread(layers, form, F=model.letters["F"], D=model.letters["D"]),
             candidates=self.allocation.candidates,
             memory_bytes=memory_bytes(self),
             disk_bytes=sum(shard.nbytes for shard in self.shards),

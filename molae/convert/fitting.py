@@ -51,6 +51,8 @@ class Fitted:
         Relative error of the type's outputs on the calibration text, where there was one.
     layer_error : list of float, optional
         Relative error of the layer's answers there before a refit and after each.
+    tokens : list of int, optional
+        Of that text, by expert.
     """
 
     factors: Mapping[tuple[int, str], np.ndarray]
@@ -59,6 +61,7 @@ class Fitted:
     diagnostics: Mapping[str, list[Any]]
     output_error: float | None = None
     layer_error: list[float] | None = None
+    tokens: list[int] | None = None
 
     @property
     def total_error(self) -> float:

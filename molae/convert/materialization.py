@@ -100,6 +100,7 @@ class Materialization:
             before=before,
             after=after,
             types=summarize(self.factored.layers),
+            spread={},
             candidates=(),
             memory_bytes=BASE_BYTES + 6 * 4 * rows * cols + 2 * 4 * cols * cols,
             disk_bytes=sum(shard.nbytes for shard in self.shards),

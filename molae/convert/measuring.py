@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,15 +110,15 @@ class Measurements:
 
     Attributes
     ----------
-    middle : dict of (str, int) to (groups, spectra)
-        Of a layer in the middle, by matrix type and group size: what the size is chosen by.
+    tried : dict of (str, int, float) to float or None
+        By matrix type, group size and size: the error of some layers' answers.
     looks : dict of (int, str, int) to Look
         By layer, matrix type and group size.
     """
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.facts = {"trial_sizes": list(TRIAL_SIZES), "format": FORMAT, **facts}
-        self.middle: dict[tuple[str, int], tuple[Groups, tuple[np.ndarray, ...]]] = {}
+        self.tried: dict[tuple[str, int, float], float | None] = {}
         self.looks: dict[tuple[int, str, int], Look] = {}
 
     @classmethod
@@ -152,12 +152,11 @@ class Measurements:
             groups = [tuple(group) for group in entry["groups"]]
             values, ends = tensors[entry["name"]], np.cumsum(entry["lengths"])[:-1]
             spectra = tuple(np.split(values, ends))
-            if entry["layer"] is None:
-                found.middle[entry["kind"], entry["k"]] = groups, spectra
-            else:
-                ranks = [tuple(r) for r in entry["ranks"]]
-                look = Look(groups, spectra, ranks, entry["effects"])
-                found.looks[entry["layer"], entry["kind"], entry["k"]] = look
+            ranks = [tuple(r) for r in entry["ranks"]]
+            look = Look(groups, spectra, ranks, entry["effects"])
+            found.looks[entry["layer"], entry["kind"], entry["k"]] = look
+        for kind, k, size, value in known["tried"]:
+            found.tried[kind, k, size] = value
         return found
 
     def save(self, path: Path) -> None:
@@ -169,8 +168,8 @@ class Measurements:
             It cannot be written.
         """
         tensors, entries = {}, []
-        for layer, kind, k, look in self._all():
-            name = f"{'middle' if layer is None else layer}.{kind}.{k}"
+        for (layer, kind, k), look in self.looks.items():
+            name = f"{layer}.{kind}.{k}"
             tensors[name] = np.concatenate(look.spectra)
             entries.append(
                 {
@@ -184,7 +183,8 @@ class Measurements:
                     "effects": look.effects,
                 }
             )
-        text = json.dumps({"facts": self.facts, "entries": entries})
+        tried = [[*place, error] for place, error in self.tried.items()]
+        text = json.dumps({"facts": self.facts, "entries": entries, "tried": tried})
         data = save(tensors, {"molae_measurements": text})
         try:
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as f:
@@ -194,9 +194,3 @@ class Measurements:
             raise DestinationError(
                 f"stats: {path} cannot be written: {error.strerror}; name another file"
             ) from error
-
-    def _all(self) -> Iterator[tuple[int | None, str, int, Look]]:
-        for (kind, k), (groups, spectra) in self.middle.items():
-            yield None, kind, k, Look(groups, spectra)
-        for (layer, kind, k), look in self.looks.items():
-            yield layer, kind, k, look

@@ -11,12 +11,12 @@ from typing import Any
 
 from molae.arch import Model, dense_flops, latent_flops
 from molae.config import TYPES
-from molae.convert.allocation import Candidate
+from molae.convert.allocation import Candidate, split_numbers
 from molae.factored import Form, Split, numbers_by_role
 from molae.io import DTYPES
 from molae.io.hub import is_hub_id
 
-__all__ = ["Plan", "Storage", "TypeSummary"]
+__all__ = ["Plan", "Spent", "Storage", "TypeSummary"]
 
 ROLES = ("shared", "private", "perm", "dense")
 
@@ -117,6 +117,34 @@ def summarize(layers: Mapping[int, Mapping[str, Split]]) -> dict[str, TypeSummar
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What one layer's matrix type keeps of its numbers, and the ranks of its groups."""
+
+    share: float
+    ranks: tuple[int | None, ...]
+
+
+def spread(
+    layers: Mapping[int, Mapping[str, Split]], form: Form, *, F: int, D: int
+) -> dict[int, dict[str, Spent]]:
+    """By layer and type, where they differ; else nothing."""
+    found = {
+        layer: {
+            kind: Spent(
+                split_numbers(split, F=F, D=D, form=form) / (sum(map(len, split.groups)) * F * D),
+                split.ranks,
+            )
+            for kind, split in kinds.items()
+        }
+        for layer, kinds in layers.items()
+    }
+    ranks = {rank for kinds in found.values() for own in kinds.values() for rank in own.ranks}
+    each = [{own.ranks for kinds in found.values() for k, own in kinds.items() if k == kind}
+            for kind in TYPES]  # fmt: skip
+    return found if len(ranks) > 1 and any(len(own) > 1 for own in each) else {}
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will do.
 
@@ -136,6 +164,8 @@ class Plan:
     before, after : Storage
     types : dict of str to TypeSummary
         Types in molae's form.
+    spread : dict of int to dict of str to Spent
+        By layer and matrix type what is kept, where not all layers keep the same.
     candidates : tuple of Candidate
         Group sizes that were tried, where they were chosen by molae.
     memory_bytes : int
@@ -160,6 +190,7 @@ class Plan:
     before: Storage
     after: Storage
     types: Mapping[str, TypeSummary]
+    spread: Mapping[int, Mapping[str, Spent]]
     candidates: tuple[Candidate, ...]
     memory_bytes: int
     disk_bytes: int

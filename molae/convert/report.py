@@ -51,6 +51,8 @@ class TypeRow:
     layer_error : list of float or None
         Relative error of the layer's answers on the calibration text before this type's refit and
         after each; None where it had none.
+    tokens : list of int or None
+        Of the calibration text, by expert.
     """
 
     layer: int
@@ -69,6 +71,7 @@ class TypeRow:
     seconds: float
     output_error: float | None = None
     layer_error: list[float] | None = None
+    tokens: list[int] | None = None
 
 
 def total_error(rows: Sequence[TypeRow]) -> float:
@@ -115,6 +118,16 @@ class Report:
     def error(self, kind: str | None = None) -> float:
         """`total_error` of one matrix type, or of all that are in molae's form."""
         return total_error([row for row in self.rows if kind in (None, row.kind)])
+
+    def little_read(self) -> tuple[int, int] | None:
+        """Experts that fewer tokens of the calibration text reached than the model is wide, and
+        experts in all; None without a text. Their fit leans on their group's moments."""
+        tokens = {row.layer: row.tokens for row in self.rows if row.tokens is not None}
+        if not tokens:
+            return None
+        width = self.plan["letters"]["D"]
+        counts = [count for own in tokens.values() for count in own]
+        return sum(count < width for count in counts), len(counts)
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"molae_report": REPORT_VERSION}

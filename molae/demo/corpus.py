@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import platform
 import re
 import sysconfig
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Corpus", "gather"]
+__all__ = ["Corpus", "builtin_text", "gather"]
 
 #: Folders of the standard library that are left out: other people's packages,
 #: the test suite (little prose), and tables of character codes.
@@ -100,6 +101,20 @@ def gather() -> Corpus:
         validation=tuple(validation),
         heldout="\n\n".join(heldout) + "\n",
     )
+
+
+def builtin_text() -> tuple[str, str]:
+    """English that every Python brings along, and what it is called in reports.
+
+    The documentation in CPython's standard library, which the running Python has: technical
+    prose. A text like those that the model is meant for is better.
+
+    Returns
+    -------
+    text, name : str
+    """
+    name = f"documentation of CPython {platform.python_version()}"
+    return "\n".join(gather().documentation), name
 
 
 def _part(name: str) -> str:

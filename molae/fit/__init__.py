@@ -16,7 +16,7 @@ from molae.fit.basis import gauge, stored_numbers, ungauge
 from molae.fit.factors import SharedFactors
 from molae.fit.layerwise import Refit, refit
 from molae.fit.moments import LayerMoments, SecondMoments, second_moments
-from molae.fit.reading import LayerInput, layer_moments
+from molae.fit.reading import LayerInput, answer_error, layer_moments
 from molae.fit.shared import factor_shared, reduce_rank, spectrum
 from molae.fit.spectra import common_kernel_dim, discarded_energy, effective_rank
 from molae.fit.weighted import factor_weighted, weighted_spectrum
@@ -27,6 +27,7 @@ __all__ = [
     "Refit",
     "SecondMoments",
     "SharedFactors",
+    "answer_error",
     "common_kernel_dim",
     "discarded_energy",
     "effective_rank",

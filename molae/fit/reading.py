@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from molae.fit.moments import LayerMoments, SecondMoments, second_moments
 from molae.ops import Activation, Projection, activate, latent_experts_forward, route
 
-__all__ = ["LayerInput", "Routed", "layer_moments"]
+__all__ = ["LayerInput", "Routed", "answer_error", "layer_moments"]
 
 Array = npt.NDArray[Any]
 
@@ -44,6 +45,13 @@ class LayerInput:
     weights: Array
     activation: Activation = "silu"
     lost: Array | None = None
+
+    def first(self, tokens: int) -> LayerInput:
+        """The first tokens alone."""
+        lost = None if self.lost is None else self.lost[:tokens]
+        return LayerInput(
+            self.x[:tokens], self.index[:tokens], self.weights[:tokens], self.activation, lost
+        )
 
     def chunks(self) -> Iterator[tuple[slice, Array, Array, Array]]:
         """Where in N, x, index, weights: a few tokens at a time, in memory."""
@@ -132,6 +140,48 @@ def layer_moments(
         for slopes in metric.values():
             slopes[e] *= outer
     return LayerMoments(x, hidden, metric)
+
+
+def answer_error(
+    given: LayerInput,
+    student: tuple[Projection, Projection, Projection],
+    teacher: tuple[Projection, Projection, Projection],
+) -> float:
+    """How far a layer's answers are from those of other experts.
+
+    Parameters
+    ----------
+    given : LayerInput
+    student, teacher : (gate, up, down) of Projection
+
+    Returns
+    -------
+    float
+        ``‖y_student − y_teacher‖ / ‖y_teacher‖`` over all tokens, their experts' outputs summed
+        by routing weight; 0 where the teacher answers nothing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from molae.fit import LayerInput, answer_error
+    >>> from molae.ops import Projection
+    >>> rng = np.random.default_rng(0)
+    >>> gate, up, down = (Projection.dense(rng.standard_normal((2, 3, 3))) for _ in range(3))
+    >>> given = LayerInput(rng.standard_normal((9, 3)), np.arange(18).reshape(9, 2) % 2,
+    ...                    np.full((9, 2), 0.5))
+    >>> half = Projection.dense(np.stack(down.private).reshape(2, 3, 3) / 2)
+    >>> round(answer_error(given, (gate, up, half), (gate, up, down)), 6)
+    0.5
+    """
+    lost = total = 0.0
+    for _, rows, index, weights in given.chunks():
+        one, other = (
+            latent_experts_forward(rows, index, weights, *layer, activation=given.activation)
+            for layer in (student, teacher)
+        )
+        lost += float(np.square(one - other, dtype=np.float64).sum())
+        total += float(np.square(other, dtype=np.float64).sum())
+    return math.sqrt(lost / total) if total > 0 else 0.0
 
 
 @dataclass(frozen=True, eq=False)

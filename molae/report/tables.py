@@ -33,6 +33,9 @@ def plan_view(plan: Plan) -> RenderableType:
         parts += [_parts(plan)]
     if plan.candidates:
         parts += [_candidates(plan)]
+    if plan.spread:
+        parts += [Text("Share of the numbers that each layer and type keeps, and its ranks:")]
+        parts += [_spread(plan)]
     parts += [_needs(plan), *_remarks(plan)]
     return Group(*parts)
 
@@ -62,6 +65,13 @@ def report_view(report: Report) -> RenderableType:
                 if any(row.kind == kind for row in report.rows)
             )
             parts += [Text(f"On the calibration text, by type and to first order: {errors}.")]
+        if (little := report.little_read()) and little[0]:
+            parts += [
+                Text(
+                    f"{little[0]:,} of {little[1]:,} experts read fewer tokens of it than the "
+                    "model is wide; their fit leans on their group's (more text is better)."
+                )
+            ]
         svd = sum(any(row.used_svd) for row in report.rows)
         if svd:
             parts += [Text(f"A direct SVD was needed for {svd} of {len(report.rows)} stacks.")]
@@ -155,6 +165,25 @@ def _candidates(plan: Plan) -> Table:
             c.kind, str(c.group_size), str(c.rank), f"{c.error:.4f}", "taken" if c.chosen else ""
         )
     return table
+
+
+def _spread(plan: Plan) -> Table:
+    table = _table("layer", *TYPES)
+    for layer, kinds in plan.spread.items():
+        cells = [
+            f"{kinds[kind].share:.3f} ({_range(kinds[kind].ranks)})" if kind in kinds else ""
+            for kind in TYPES
+        ]
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _range(ranks: Sequence[int | None]) -> str:
+    known = [rank for rank in ranks if rank is not None]
+    if not known:
+        return "dense"
+    low, high = min(known), max(known)
+    return str(low) if low == high else f"{low}–{high}"
 
 
 def _needs(plan: Plan) -> Table:
