@@ -375,6 +375,7 @@ def _add_convert_options(convert: argparse.ArgumentParser) -> None:
     text_options.add_argument(
         "--scratch", metavar="DIR", help="folder for the hidden states meanwhile"
     )
+    text_options.add_argument("--flops", type=float, metavar="SHARE", help=text("flops"))
     text_options.add_argument("--uniform", action="store_true", help=text("uniform"))
     text_options.add_argument("--one-shot", action="store_true", help=text("one_shot"))
     text_options.add_argument(
@@ -419,6 +420,7 @@ def _config(args: argparse.Namespace) -> Any:
             size=args.size,
             group_size=args.group_size,
             rank=args.rank,
+            flops=args.flops,
             uniform=args.uniform,
             one_shot=args.one_shot,
             refit=not args.no_refit,
@@ -426,7 +428,7 @@ def _config(args: argparse.Namespace) -> Any:
     except ArgumentError as error:
         raise _UsageError(str(error)) from error
     if args.calibration is None:
-        for name in ("uniform", "one_shot", "no_refit", "stats"):
+        for name in ("flops", "uniform", "one_shot", "no_refit", "stats"):
             if getattr(args, name):
                 option = "--" + name.replace("_", "-")
                 raise _UsageError(f"{option}: only with --calibration FILE")

@@ -81,6 +81,13 @@ class ConvertConfig:
         default=None,
         metadata={"help": "Latent rank, method 'molae' only. None means min(F, D)."},
     )
+    flops: float | None = field(
+        default=None,
+        metadata={
+            "help": "With a calibration text: share of the experts' operations a token to keep at "
+            "most, above 0 and at most 1, beside `size` or, where that is None, instead of it."
+        },
+    )
     uniform: bool = field(
         default=False,
         metadata={
@@ -107,14 +114,11 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
             raise ArgumentError(f"method: expected a name, got {self.method!r}")
-        if self.size is not None:
-            if isinstance(self.size, bool) or not isinstance(self.size, (int, float)):
-                raise ArgumentError(f"size: expected a number, got {self.size!r}")
-            if not (math.isfinite(self.size) and 0 < self.size <= 1):
-                raise ArgumentError(
-                    f"size: expected a share above 0 and at most 1, got {self.size!r}"
-                )
-            object.__setattr__(self, "size", float(self.size))
+        for name in ("size", "flops"):
+            if (share := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _share(name, share))
+        if self.flops is not None and self.uniform:
+            raise ArgumentError("flops: the same share everywhere (uniform) knows no such budget")
         if self.rank is not None and not (_is_int(self.rank) and self.rank >= 1):
             raise ArgumentError(f"rank: expected a whole number of at least 1, got {self.rank!r}")
         for name in ("uniform", "one_shot", "refit"):
@@ -124,7 +128,10 @@ class ConvertConfig:
 
     @property
     def target_size(self) -> float | None:
-        """The size to reach: as given, 0.75, or None where rank and group size decide."""
+        """The size to reach: as given, 0.75, or None where rank and group size decide; with
+        `flops` alone nothing but that bounds it."""
+        if self.size is None and self.flops is not None:
+            return 1.0
         if self.size is None and not (
             self.rank and self.group_size_of("gate_proj") and self.group_size_of("up_proj")
         ):
@@ -165,6 +172,14 @@ class ConvertConfig:
         if unknown:
             raise ArgumentError(f"unknown settings {unknown}; known are {known}")
         return cls(**data)
+
+
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentError(f"{name}: expected a number, got {value!r}")
+    if not (math.isfinite(value) and 0 < value <= 1):
+        raise ArgumentError(f"{name}: expected a share above 0 and at most 1, got {value!r}")
+    return float(value)
 
 
 def _check_group_size(value: Any) -> int | str | dict[str, int]:

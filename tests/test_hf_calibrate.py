@@ -367,7 +367,13 @@ def test_the_command(tmp_path, capsys):
     assert report.little_read() == (few, 96)
     assert 0 < few <= 96
     assert f"{few} of 96 experts read fewer tokens" in shown.out
-    for option in (["--uniform"], ["--one-shot"], ["--no-refit"], ["--stats", "FILE"]):
+    for option in (
+        ["--flops", "0.5"],
+        ["--uniform"],
+        ["--one-shot"],
+        ["--no-refit"],
+        ["--stats", "FILE"],
+    ):
         assert main(["convert", src, dst, "--overwrite", *option]) == 2
         assert f"{option[0]}: only with --calibration FILE" in capsys.readouterr().err
     assert main(["convert", src, dst, "--calibration", str(tmp_path / "none")]) == 1
@@ -458,6 +464,21 @@ def test_the_plan_shows_where_the_numbers_go(source):
     assert sum(shares) / 9 == pytest.approx(plan.size_reached)
     assert max(shares) > min(shares)
     assert molae.plan(source, molae.ConvertConfig(size=0.5, group_size=2)).spread == {}
+
+
+def test_a_budget_of_operations(source):
+    """Alone, and beside a size."""
+    for size, flops in ((None, 0.5), (0.9, 0.5), (0.4, 0.9)):
+        config = molae.ConvertConfig(size=size, flops=flops, group_size=2)
+        with calibration(source) as run:
+            plan = molae.plan(source, config, calibration=run)
+        assert plan.flops_ratio <= flops
+        assert plan.size_reached <= (size or 1.0)
+        assert plan.flops_ratio > 0.9 * flops or plan.size_reached > 0.9 * size
+    with pytest.raises(ArgumentError, match="flops, uniform"):
+        molae.plan(source, molae.ConvertConfig(flops=0.5))
+    with pytest.raises(ArgumentError, match="uniform"):
+        molae.ConvertConfig(flops=0.5, uniform=True)
 
 
 def test_the_built_in_text():

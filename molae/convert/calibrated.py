@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from molae import fit
-from molae.arch import Model
+from molae.arch import Model, dense_flops
 from molae.config import TYPES, ConvertConfig
 from molae.convert.allocation import Allocation, Candidate, gauge_ranks, group_size
-from molae.convert.budget import spend
+from molae.convert.budget import Flops, spend
 from molae.convert.fitting import Fitted, Groups, Matrices
 from molae.convert.measuring import TRIAL_SIZES, Look, Measurements
 from molae.convert.naming import named
@@ -116,9 +116,10 @@ class Calibrated:
             raise ArgumentError(
                 f"rank: method 'latent' finds its ranks from the size, got {self._config.rank}"
             )
-        if size == 1.0:
+        flops = self._config.flops
+        if size == 1.0 and flops in (None, 1.0):
             return Allocation("gauge", {})
-        sizes, candidates = self._group_sizes(size)
+        sizes, candidates = self._group_sizes(min(size, flops or 1.0))
         looks = self._measured(sizes)
         if self._config.uniform:
             ranks = {
@@ -248,7 +249,12 @@ class Calibrated:
             for n, share in enumerate(TRIAL_SIZES)
         }
         curves = [curve for look in looks.values() for curve in look.curves(F, D, usual)]
-        ranks = iter(spend(curves, size * len(looks) * E * F * D))
+        flops = None
+        if self._config.flops is not None:
+            K = self._model.letters["K"]
+            whole = len(looks) * dense_flops(K, F, D)
+            flops = Flops(self._config.flops * whole, E, K)
+        ranks = iter(spend(curves, size * len(looks) * E * F * D, flops=flops))
         return {place: tuple(next(ranks) for _ in look.groups) for place, look in looks.items()}
 
     # --------------------------------------------------------------------- fits

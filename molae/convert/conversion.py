@@ -59,8 +59,16 @@ class Conversion:
         if calibration is not None:
             self.calibrated = Calibrated(checkpoint, self.model, config, calibration, stats)
             allocation = self.calibrated.allocate()
-        elif config.uniform or config.one_shot or not config.refit or stats is not None:
-            raise ArgumentError("uniform, one_shot, refit, stats: only with a calibration text")
+        elif (
+            config.uniform
+            or config.one_shot
+            or not config.refit
+            or config.flops is not None
+            or stats is not None
+        ):
+            raise ArgumentError(
+                "flops, uniform, one_shot, refit, stats: only with a calibration text"
+            )
         else:
             allocation = self.method.allocate(self.model, config, Probe(checkpoint, self.model))
         self.allocation: Allocation = complete_fused(allocation, self.model)
