@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS, ROOT, tables
-from benchmarks.quality.tables import quality, transfer
+from benchmarks.quality.tables import quality
 
 __all__ = ["SECTIONS", "update"]
 
@@ -31,7 +31,8 @@ SECTIONS: Sections = {
 PAGES: Mapping[str, Sections] = {
     "docs/quality.md": {
         "second": ("quality_second.json", quality),
-        "transfer": ("quality_transfer.json", transfer),
+        "to-books": ("quality_to_books.json", quality),
+        "to-mathematics": ("quality_to_mathematics.json", quality),
     }
 }
 

@@ -372,7 +372,8 @@ def test_pages_beside_the_readme(page):
     other.parent.mkdir()
     other.write_text(
         "<!-- second:start -->\nold\n<!-- second:end -->\n"
-        "<!-- transfer:start -->\n<!-- transfer:end -->\n"
+        "<!-- to-books:start -->\n<!-- to-books:end -->\n"
+        "<!-- to-mathematics:start -->\n<!-- to-mathematics:end -->\n"
     )
     assert readme.main([*args, "--check"]) == 1
     assert readme.main(args) == 0

@@ -14,10 +14,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 KERNEL = "molae-test"
 
 #: Figures that each notebook draws.
-FIGURES = {"01_convert": 5, "02_pretrain_latent": 2}
+FIGURES = {"01_convert": 5, "02_pretrain_latent": 2, "03_calibrate": 3}
 
 #: Those that import torch and transformers.
-NEED_TORCH = {"02_pretrain_latent"}
+NEED_TORCH = {"02_pretrain_latent", "03_calibrate"}
 
 #: What libraries say on first use, or where no widgets are installed.
 HARMLESS = ("font cache", "IProgress not found")

@@ -100,7 +100,9 @@ def _run(
     sequences = max(1, args.tokens // length)
     scored = Text(tokenizer, held_out, args.test_tokens, longest)
     base = score(model, scored)
-    bench = Bench(path, tokenize(tokenizer, text).numpy(), sequences, length, [], args.work)
+    work = args.work / _key(args, path, text, held_out)
+    work.mkdir(exist_ok=True)
+    bench = Bench(path, tokenize(tokenizer, text).numpy(), sequences, length, [], work)
     with bench.calibration() as calibration:
         bench.layers.extend(layers_of(model, calibration))
     layers = bench.layers
@@ -127,10 +129,7 @@ def _run(
         "calibration_tokens": int(sum(len(layer.x) for layer in layers[:1])),
         "test_tokens": int(base.sizes.sum()),
     }  # fmt: skip
-    key = hashlib.sha256(
-        json.dumps([str(path), text, held_out, args.tokens, length, args.test_tokens]).encode()
-    ).hexdigest()
-    rows = _Rows(args.work / "unfinished.json", key)
+    rows = _Rows(work / "rows.json")
     for size in args.sizes:
         for name in args.rows:
             if rows.find(name, size) is not None:
@@ -146,6 +145,12 @@ def _run(
     if args.noise_size:
         result["noise"] = _noise(args, bench, rows, began)
     return result
+
+
+def _key(args: argparse.Namespace, path: Path, text: str, held_out: str) -> str:
+    """A folder for each set of inputs."""
+    facts = [str(path), text, held_out, args.tokens, args.length, args.test_tokens]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
 def _row(bench: Bench, model: Any, scored: Text, base: Scores, name: str, size: float) -> Found:
@@ -236,12 +241,9 @@ def _noise(args: argparse.Namespace, bench: Bench, rows: _Rows, began: float) ->
 class _Rows:
     """Rows that are done, kept in a file: a run of hours may be cut off."""
 
-    def __init__(self, path: Path, key: str) -> None:
-        self._path, self._key = path, key
-        self._rows: list[Found] = []
-        if path.exists():
-            known = json.loads(path.read_text())
-            self._rows = known["rows"] if known["key"] == key else []
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: list[Found] = json.loads(path.read_text()) if path.exists() else []
 
     def find(self, name: str, size: float) -> Found | None:
         return next((r for r in self._rows if (r["name"], r["size"]) == (name, size)), None)
@@ -249,7 +251,7 @@ class _Rows:
     def add(self, row: Found) -> None:
         self._rows.append(row)
         part = self._path.with_suffix(".part")
-        part.write_text(json.dumps({"key": self._key, "rows": self._rows}))
+        part.write_text(json.dumps(self._rows))
         part.replace(self._path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.quality.titles import TITLES
 from benchmarks.tables import table
 
-__all__ = ["quality", "transfer"]
+__all__ = ["quality"]
 
 Result = Mapping[str, Any]
 
@@ -17,11 +17,6 @@ def quality(result: Result) -> str:
     """All tables of one run."""
     parts = [_about(result), _rises(result), _errors(result)]
     return "\n\n".join(part for part in parts if part)
-
-
-def transfer(result: Result) -> str:
-    """Runs with texts of other kinds, one table each: ``{"runs": [...]}``."""
-    return "\n\n".join(f"{_about(run)}\n\n{_rises(run)}" for run in result["runs"])
 
 
 def _about(result: Result) -> str:
