@@ -243,6 +243,7 @@ def test_tables_mark_the_best_and_what_is_as_good():
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore::molae.errors.CalibrationWarning")
 def test_a_small_run_and_the_same_again(tmp_path, capsys):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
