@@ -40,10 +40,29 @@ Trials = Callable[[int, LayerInput, Projections], Mapping[str, Projections]]
 def read_calibration_text(path: str | os.PathLike[str]) -> str:
     """A text file; or a .jsonl file, of whose lines all strings count.
 
+    Parameters
+    ----------
+    path : str or path
+
+    Returns
+    -------
+    str
+
     Raises
     ------
     molae.errors.ArgumentError
         It cannot be read, is empty, not UTF-8, or a line of a .jsonl file is no JSON object.
+
+    Examples
+    --------
+    >>> import json, pathlib, tempfile
+    >>> from molae.hf.calibrate import read_calibration_text
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder, "text.jsonl")
+    ...     entries = [{"question": "1 + 1?", "answer": "2", "level": 1}, {"text": "An end."}]
+    ...     _ = file.write_text("\\n".join(map(json.dumps, entries)))
+    ...     read_calibration_text(file)
+    '1 + 1?\\n2\\n\\nAn end.'
     """
     text = read_text(Path(path))
     if Path(path).suffix != ".jsonl":
