@@ -378,6 +378,7 @@ def _add_convert_options(convert: argparse.ArgumentParser) -> None:
     text_options.add_argument("--flops", type=float, metavar="SHARE", help=text("flops"))
     text_options.add_argument("--uniform", action="store_true", help=text("uniform"))
     text_options.add_argument("--one-shot", action="store_true", help=text("one_shot"))
+    text_options.add_argument("--drop-idle", action="store_true", help=text("drop_idle"))
     text_options.add_argument(
         "--no-refit", action="store_true", help="leave out the last step: " + text("refit")
     )
@@ -423,12 +424,13 @@ def _config(args: argparse.Namespace) -> Any:
             flops=args.flops,
             uniform=args.uniform,
             one_shot=args.one_shot,
+            drop_idle=args.drop_idle,
             refit=not args.no_refit,
         )
     except ArgumentError as error:
         raise _UsageError(str(error)) from error
     if args.calibration is None:
-        for name in ("flops", "uniform", "one_shot", "no_refit", "stats"):
+        for name in ("flops", "uniform", "one_shot", "drop_idle", "no_refit", "stats"):
             if getattr(args, name):
                 option = "--" + name.replace("_", "-")
                 raise _UsageError(f"{option}: only with --calibration FILE")

@@ -103,6 +103,14 @@ class ConvertConfig:
         },
     )
 
+    drop_idle: bool = field(
+        default=False,
+        metadata={
+            "help": "With a calibration text: experts that none of its tokens reach keep no "
+            "numbers and answer nothing; their share goes to the others. Without it every expert "
+            "keeps some, for texts of another kind."
+        },
+    )
     refit: bool = field(
         default=True,
         metadata={
@@ -121,7 +129,7 @@ class ConvertConfig:
             raise ArgumentError("flops: the same share everywhere (uniform) knows no such budget")
         if self.rank is not None and not (_is_int(self.rank) and self.rank >= 1):
             raise ArgumentError(f"rank: expected a whole number of at least 1, got {self.rank!r}")
-        for name in ("uniform", "one_shot", "refit"):
+        for name in ("uniform", "one_shot", "drop_idle", "refit"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         object.__setattr__(self, "group_size", _check_group_size(self.group_size))

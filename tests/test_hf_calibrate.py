@@ -369,6 +369,7 @@ def test_the_command(tmp_path, capsys):
     assert f"{few} of 96 experts read fewer tokens" in shown.out
     for option in (
         ["--flops", "0.5"],
+        ["--drop-idle"],
         ["--uniform"],
         ["--one-shot"],
         ["--no-refit"],
@@ -479,6 +480,42 @@ def test_a_budget_of_operations(source):
         molae.plan(source, molae.ConvertConfig(flops=0.5))
     with pytest.raises(ArgumentError, match="uniform"):
         molae.ConvertConfig(flops=0.5, uniform=True)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_idle_experts_keep_nothing_where_that_is_asked(source, tmp_path, uniform):
+    """And what they had goes to the others; without it all keep something."""
+    text = np.full(80, 7)  # the router sends one token's repetitions to a few experts
+    for drop in (False, True):
+        config = molae.ConvertConfig(size=0.5, group_size=2, drop_idle=drop, uniform=uniform)
+        with (
+            calibration(source, text) as run,
+            pytest.warns(CalibrationWarning),
+        ):
+            report = convert(source, tmp_path / f"{drop}", config, calibration=run)
+        none = [
+            (row.layer, row.kind, i)
+            for row in report.rows
+            for group, rank in zip(row.groups, row.ranks, strict=True)
+            for i in group
+            if rank == 0
+        ]
+        idle = [
+            (row.layer, row.kind, i)
+            for row in report.rows
+            for i, count in enumerate(row.tokens)
+            if count == 0
+        ]
+        assert idle
+        if drop:
+            first = [place for place in idle if place[0] == 0]  # later layers may read other rows
+            assert [place for place in sorted(none) if place[0] == 0] == sorted(first)
+        else:
+            assert none == []
+        assert report.plan["size_reached"] <= 0.5
+    model = load(tmp_path / "True")
+    with torch.no_grad():
+        assert torch.isfinite(model(tokens()).logits).all()
 
 
 def test_the_built_in_text():

@@ -98,7 +98,11 @@ class Calibrated:
             )
         self._checkpoint, self._model, self._config = checkpoint, model, config
         self._calibration, self._stats = calibration, stats
-        facts = {"checkpoint": checkpoint.fingerprint(), **_lasting(calibration.facts)}
+        facts = {
+            "checkpoint": checkpoint.fingerprint(),
+            "drop_idle": config.drop_idle,
+            **_lasting(calibration.facts),
+        }
         self._measurements = (
             Measurements(facts) if stats is None else Measurements.load(stats, facts)
         )
@@ -123,7 +127,7 @@ class Calibrated:
         looks = self._measured(sizes)
         if self._config.uniform:
             ranks = {
-                (layer, kind): self._even_ranks(kind, look.groups, size)
+                (layer, kind): self._even_ranks(kind, look.groups, size, look.idle)
                 for (layer, kind), look in looks.items()
             }
         else:
@@ -144,9 +148,10 @@ class Calibrated:
         ) -> dict[str, dict[str, Projection]]:
             firm, found = _firm_moments(given, own), {}
             for kind in missing:
-                groups, ranks = by_mass(firm.x, sizes[kind]), []
+                groups, idle = self._grouped(firm.x, sizes[kind])
+                ranks: list[tuple[int, ...]] = []
                 for share in TRIAL_SIZES:
-                    ranks.append(self._even_ranks(kind, groups, share))
+                    ranks.append(self._even_ranks(kind, groups, share, idle))
                     factors = self._factor(layer, kind, firm, groups, ranks[-1], errors=False)
                     found[f"{kind} {share:g}"] = {kind: Projection.from_factors(factors)}
                 known[layer, kind, sizes[kind]] = Look(groups, factors.spectrum, ranks)
@@ -216,10 +221,11 @@ class Calibrated:
             moments = _firm_moments(given, own)
             some = given.first(TRIED_TOKENS)
             for kind, k, _ in wanted:
-                groups = by_mass(moments.x, k)
-                ranks = gauge_ranks(groups, size, F=F, D=D)
-                if min(ranks) < 1:
+                groups, idle = self._grouped(moments.x, k)
+                ranks = gauge_ranks(groups[: len(groups) - idle], size, F=F, D=D)
+                if min(ranks, default=1) < 1:
                     continue
+                ranks += (0,) * idle
                 factors = self._factor(layer, kind, moments, groups, ranks, errors=False)
                 other = {**own, kind: Projection.from_factors(factors)}
                 error = fit.answer_error(some, _in_order(other), _in_order(own))
@@ -229,15 +235,23 @@ class Calibrated:
         self._keep()
         return known
 
-    def _even_ranks(self, kind: str, groups: Groups, size: float) -> tuple[int, ...]:
+    def _grouped(self, moments: SecondMoments, k: int) -> tuple[Groups, int]:
+        """Groups of k, and how many at their end are to have no rank."""
+        if not self._config.drop_idle or (moments.count > 0).all():
+            return by_mass(moments, k), 0
+        reached = by_mass(moments, k, moments.count > 0)
+        return [*reached, tuple(int(i) for i in np.flatnonzero(moments.count == 0))], 1
+
+    def _even_ranks(self, kind: str, groups: Groups, size: float, idle: int) -> tuple[int, ...]:
         F, D = self._model.letters["F"], self._model.letters["D"]
-        ranks = gauge_ranks(groups, size, F=F, D=D)
+        busy = groups[: len(groups) - idle]
+        ranks = gauge_ranks(busy, size, F=F, D=D)
         if size == self._config.target_size and min(ranks) < 1:
             raise ArgumentError(
-                f"size: {size:g} leaves no rank for {kind} in groups of {len(groups[0])}; "
+                f"size: {size:g} leaves no rank for {kind} in groups of {len(busy[0])}; "
                 "take a larger size or larger groups"
             )
-        return tuple(max(rank, 1) for rank in ranks)
+        return tuple(max(rank, 1) for rank in ranks) + (0,) * idle
 
     def _spend(
         self, size: float, looks: Mapping[tuple[int, str], Look]
@@ -255,7 +269,11 @@ class Calibrated:
             whole = len(looks) * dense_flops(K, F, D)
             flops = Flops(self._config.flops * whole, E, K)
         ranks = iter(spend(curves, size * len(looks) * E * F * D, flops=flops))
-        return {place: tuple(next(ranks) for _ in look.groups) for place, look in looks.items()}
+        return {
+            place: tuple(next(ranks) for _ in look.groups[: len(look.groups) - look.idle])
+            + (0,) * look.idle
+            for place, look in looks.items()
+        }
 
     # --------------------------------------------------------------------- fits
 
@@ -389,10 +407,13 @@ def _lasting(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if key != "text"}
 
 
-def by_mass(moments: SecondMoments, k: int) -> Groups:
-    """Groups of k experts, the busiest first, by the energy of what they read."""
+def by_mass(moments: SecondMoments, k: int, some: np.ndarray | None = None) -> Groups:
+    """Groups of k experts, the busiest first, by the energy of what they read; of all, or of
+    `some` (E,)."""
     traces = moments.moment.trace(axis1=1, axis2=2)
     order = np.argsort(-traces, kind="stable")
+    if some is not None:
+        order = order[some[order]]
     return [tuple(int(order[i]) for i in part) for part in index_groups(len(order), k)]
 
 

@@ -62,12 +62,13 @@ class Conversion:
         elif (
             config.uniform
             or config.one_shot
+            or config.drop_idle
             or not config.refit
             or config.flops is not None
             or stats is not None
         ):
             raise ArgumentError(
-                "flops, uniform, one_shot, refit, stats: only with a calibration text"
+                "flops, uniform, one_shot, drop_idle, refit, stats: only with a calibration text"
             )
         else:
             allocation = self.method.allocate(self.model, config, Probe(checkpoint, self.model))

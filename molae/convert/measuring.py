@@ -57,8 +57,13 @@ class Look:
     ranks: list[tuple[int, ...]] = field(default_factory=list)
     effects: list[float] = field(default_factory=list)
 
+    @property
+    def idle(self) -> int:
+        """Groups at the end that are to have no rank."""
+        return self.ranks[0].count(0)
+
     def curves(self, F: int, D: int, usual: Mapping[float, float]) -> list[Curve]:
-        """Of each group, in nats a token; `usual` has the median effect of each trial."""
+        """Of each group that has a rank, in nats a token; `usual`: the median of each trial."""
         effects = np.array(
             [
                 max(effect, LEAST_EFFECT * usual[share])
@@ -75,7 +80,7 @@ class Look:
         totals = np.maximum(at.sum(axis=1), np.finfo(np.float64).tiny)
         return [
             Curve(_effect(lost[n], at[:, n], effects * at[:, n] / totals), len(group), F, D)
-            for n, group in enumerate(self.groups)
+            for n, group in enumerate(self.groups[: len(self.groups) - self.idle])
         ]
 
 
