@@ -239,7 +239,11 @@ def test_tables_mark_the_best_and_what_is_as_good():
     assert "MoBE" in text.split("Rise of")[0]
     assert "0.600" in text
     del result["noise"]
-    assert "Gaussian" not in tables.quality(result)
+    assert "0.600" not in tables.quality(result)
+    assert "rank 3" in tables.quality(result)
+    for line in result["rows"]:
+        line["size"] = 0.4
+    assert "rank 3" not in tables.quality(result)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -12,6 +12,9 @@ __all__ = ["quality"]
 
 Result = Mapping[str, Any]
 
+#: Whose errors are shown where there is no noise floor.
+USUAL = 0.5
+
 
 def quality(result: Result) -> str:
     """All tables of one run."""
@@ -58,9 +61,7 @@ def _rise(row: Mapping[str, Any] | None) -> str:
 
 def _errors(result: Result) -> str:
     """Of weights and outputs, at the size of the noise floor."""
-    noise = result.get("noise")
-    if not noise:
-        return ""
+    noise = result.get("noise") or {"size": USUAL, "weight_error": {}}
     cells = []
     for name in _names(result):
         row, floor = _find(result, name, noise["size"]), noise["weight_error"].get(name)
@@ -77,6 +78,8 @@ def _errors(result: Result) -> str:
                 f"{row['seconds']:.0f} s",
             ]
         )
+    if not cells:
+        return ""
     names = ["", "form", "reached", "weights", "outputs", "noise", "time"]
     note = (
         f"At size {noise['size']:g}. Weights: relative Frobenius error. Outputs: the same of what "
