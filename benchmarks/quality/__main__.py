@@ -1,7 +1,7 @@
 """``python -m benchmarks.quality``: every method at equal stored numbers, and what it costs.
 
 Without a model: the demonstration's. With ``--train-text FILE`` a second one is trained on that
-text first, which takes about an hour. Rows that are done are kept in the folder for the work, and
+text first, which takes one to two hours. Rows that are done are kept in the folder for the work, and
 the same command goes on from there.
 """
 
@@ -67,7 +67,11 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, str, str, dict[str, str]]:
         folder = args.work / "second"
         path = second.train(args.train_text, folder, _say)
         texts = {"calibration": folder / "training.txt", "test": folder / "heldout.txt"}
-        names = {"model": f"second, trained on {args.train_text.name}"}
+        made = json.loads((folder / "training.json").read_text())
+        names = {
+            "model": f"second, trained on {args.train_text.name} "
+            f"in {made['training']['seconds']:.0f} s on {made['device']}"
+        }
     elif args.model is None:
         path = molae.demo.CHECKPOINT
         texts = {"calibration": None, "test": molae.demo.HELDOUT}
