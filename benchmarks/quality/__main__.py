@@ -1,8 +1,8 @@
 """``python -m benchmarks.quality``: every method at equal stored numbers, and what it costs.
 
 Without a model: the demonstration's. With ``--train-text FILE`` a second one is trained on that
-text first, which takes one to two hours. Rows that are done are kept in the folder for the work, and
-the same command goes on from there.
+text first, which takes one to two hours. Rows that are done are kept in the folder for the work,
+and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, str, str, dict[str, str]]:
         texts = {"calibration": folder / "training.txt", "test": folder / "heldout.txt"}
         made = json.loads((folder / "training.json").read_text())
         names = {
-            "model": f"second, trained on {args.train_text.name} "
-            f"in {made['training']['seconds']:.0f} s on {made['device']}"
+            "model": f"second, trained on {args.train_text.name}",
+            "trained": f"in {made['training']['seconds']:.0f} s on {made['device']}",
         }
     elif args.model is None:
         path = molae.demo.CHECKPOINT

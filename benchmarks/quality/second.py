@@ -1,8 +1,8 @@
 """A second trained model, of another family and other text than the demonstration's.
 
 Its router is trained with a stronger balancing loss. ``python -m benchmarks.quality.second TEXT
-FOLDER`` takes one to two hours on a CPU (``--device cuda``: ten minutes); the weights are not part of
-the project.
+FOLDER`` takes one to two hours on a CPU (``--device cuda``: ten minutes); the weights are no part
+of the project.
 """
 
 from __future__ import annotations
