@@ -27,7 +27,8 @@ def _about(result: Result) -> str:
     least = min(low / mean for low, mean, _ in model["tokens_per_expert"])
     most = max(high / mean for _, mean, high in model["tokens_per_expert"])
     return (
-        f"Model: {names['model']}{' ' + names['trained'] if 'trained' in names else ''} ({model['kind']}, {model['parameters'] / 1e6:.1f} M parameters, "
+        f"Model: {' '.join(names[key] for key in ('model', 'trained') if key in names)} "
+        f"({model['kind']}, {model['parameters'] / 1e6:.1f} M parameters, "
         f"{model['layers']} MoE layers of {model['experts']} experts, "
         f"{model['num_experts_per_tok']} a token; the router sends an expert from {least:.0%} to "
         f"{most:.0%} of its layer's mean). Perplexity {model['perplexity']:.2f} ± "
