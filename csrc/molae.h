@@ -208,19 +208,30 @@ molae_status molae_second_moments_f64(const molae_ctx *ctx, double *C, double *m
                                       int64_t K, int64_t E, int64_t W, void *ws, size_t ws_bytes,
                                       molae_errinfo *err);
 
-/* Each expert's matrix times the inverse of its moments:
+/* Each expert's matrix times its moments, or times their inverse:
  *
- *   out_e = W_e (M_e + r I)^-1      r = ridge tr(M_e) / n
+ *   SOLVE     out_e = W_e (M_e + r I)^-1      r = ridge tr(M_e) / n; 0 where tr(M_e) is 0
+ *   TIMES     out_e = W_e M_e
+ *   PROJECT   out_e = W_e M_e W_e^T
  *
- * 0 where tr(M_e) is 0. E pointers each: W and out (rows[e],n) and M (n,n), all of type `type`: F32
- * or F64; out_e may be W_e; rows[e] may be 0. Arithmetic is f64. Threads over experts.
- * ws: molae_solve_moments_ws() bytes, 64-byte aligned: n^2 + 2 max(rows) n numbers a thread.
- * Flops: n^3 / 3 + 2 rows n^2 an expert. Errors: NONFINITE, LAPACK, each with the expert. */
-size_t molae_solve_moments_ws(const molae_ctx *ctx, int64_t E, const int64_t *rows, int64_t n);
-molae_status molae_solve_moments(const molae_ctx *ctx, void *const *out, const void *const *W,
-                                 const void *const *M, molae_dtype type, double ridge, int64_t E,
-                                 const int64_t *rows, int64_t n, void *ws, size_t ws_bytes,
-                                 molae_errinfo *err);
+ * E pointers each: W (rows[e],n), M (n,n) symmetric, out (rows[e],n), for PROJECT
+ * (rows[e],rows[e]); all of type `type`: F32 or F64. out_e may be W_e, but not for PROJECT; an M
+ * may serve several; rows[e] may be 0. Arithmetic is f64. Threads over experts. ws:
+ * molae_moments_product_ws() bytes, 64-byte aligned: n^2 + 2 max(rows) n numbers a thread, for
+ * PROJECT max(rows)^2 more. Flops: SOLVE n^3 / 3 + 2 rows n^2, TIMES 2 rows n^2, PROJECT 2 rows n^2
+ * + 2 rows^2 n an expert. Errors: NONFINITE, LAPACK, each with the expert. */
+typedef enum {
+    MOLAE_MOMENTS_SOLVE = 0,
+    MOLAE_MOMENTS_TIMES = 1,
+    MOLAE_MOMENTS_PROJECT = 2
+} molae_moments_op;
+
+size_t molae_moments_product_ws(const molae_ctx *ctx, molae_moments_op op, int64_t E,
+                                const int64_t *rows, int64_t n);
+molae_status molae_moments_product(const molae_ctx *ctx, molae_moments_op op, void *const *out,
+                                   const void *const *W, const void *const *M, molae_dtype type,
+                                   double ridge, int64_t E, const int64_t *rows, int64_t n,
+                                   void *ws, size_t ws_bytes, molae_errinfo *err);
 
 /* --------------------------------------------------------- ops: expert layers */
 

@@ -131,8 +131,10 @@ def second_moments(
     /,
 ) -> None: ...
 
-# W: E arrays (rows,n), changed in place; moments: E arrays (n,n)
-def solve_moments(
+# op: 0 W (M + ridge tr(M)/n I)^-1, 1 W M, 2 W M W^T; E arrays each: W (rows,n), moments (n,n), out
+def moments_product(
+    op: int,
+    out: list[npt.NDArray[Any]],
     W: list[npt.NDArray[Any]],
     moments: list[npt.NDArray[Any]],
     ridge: float,

@@ -382,6 +382,7 @@ def _add_convert_options(convert: argparse.ArgumentParser) -> None:
     text_options.add_argument(
         "--no-refit", action="store_true", help="leave out the last step: " + text("refit")
     )
+    text_options.add_argument("--max-memory", metavar="SIZE", help=text("max_memory"))
     text_options.add_argument(
         "--stats",
         metavar="FILE",
@@ -426,11 +427,20 @@ def _config(args: argparse.Namespace) -> Any:
             one_shot=args.one_shot,
             drop_idle=args.drop_idle,
             refit=not args.no_refit,
+            max_memory=args.max_memory,
         )
     except ArgumentError as error:
         raise _UsageError(str(error)) from error
     if args.calibration is None:
-        for name in ("flops", "uniform", "one_shot", "drop_idle", "no_refit", "stats"):
+        for name in (
+            "flops",
+            "uniform",
+            "one_shot",
+            "drop_idle",
+            "no_refit",
+            "max_memory",
+            "stats",
+        ):
             if getattr(args, name):
                 option = "--" + name.replace("_", "-")
                 raise _UsageError(f"{option}: only with --calibration FILE")

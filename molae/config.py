@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import cleandoc
@@ -119,6 +120,15 @@ class ConvertConfig:
         },
     )
 
+    max_memory: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "With a calibration text: memory to stay within, about, such as '24GB' or a "
+            "number of bytes. Where the second moments of a layer's experts do not fit they are "
+            "gathered a few groups at a time, in more passes."
+        },
+    )
+
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
             raise ArgumentError(f"method: expected a name, got {self.method!r}")
@@ -133,6 +143,8 @@ class ConvertConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         object.__setattr__(self, "group_size", _check_group_size(self.group_size))
+        if self.max_memory is not None:
+            object.__setattr__(self, "max_memory", _nbytes("max_memory", self.max_memory))
 
     @property
     def target_size(self) -> float | None:
@@ -188,6 +200,19 @@ def _share(name: str, value: Any) -> float:
     if not (math.isfinite(value) and 0 < value <= 1):
         raise ArgumentError(f"{name}: expected a share above 0 and at most 1, got {value!r}")
     return float(value)
+
+
+def _nbytes(name: str, value: Any) -> int:
+    """A number of bytes, or a text such as 24GB or 1.5 GiB."""
+    found = value
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?", value.strip().lower())
+        if match is not None:
+            number, prefix, binary = match.groups()
+            found = int(float(number) * (1024 if binary else 1000) ** "_kmgt".index(prefix or "_"))
+    if not (_is_int(found) and found >= 1):
+        raise ArgumentError(f"{name}: expected bytes, or a text such as '24GB', got {value!r}")
+    return int(found)
 
 
 def _check_group_size(value: Any) -> int | str | dict[str, int]:

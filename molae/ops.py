@@ -246,6 +246,21 @@ class Projection:
             form="plain",
         )
 
+    @classmethod
+    def separate(cls, W: Sequence[Array]) -> Projection:
+        """Each of E matrices (F, D), for down (D, F), a dense group of its own, where they lie;
+        float16 is widened to float32."""
+        wide = [np.asarray(w) for w in W]
+        if wide[0].dtype == np.float16:
+            wide = [w.astype(np.float32) for w in wide]
+        E = len(wide)
+        return cls(
+            groups=tuple((e,) for e in range(E)),
+            ranks=(None,) * E,
+            private=tuple(np.require(w, requirements=["C", "A"])[None] for w in wide),
+            shared=(None,) * E,
+        )
+
     @property
     def num_experts(self) -> int:
         """E."""

@@ -33,6 +33,10 @@ def test_settings_survive_json(config):
         ({"rank": 2.0}, "2.0"),
         ({"rank": True}, "True"),
         ({"group_size": 0}, "0"),
+        ({"max_memory": "much"}, "'much'"),
+        ({"max_memory": 0}, "0"),
+        ({"max_memory": "-1GB"}, "'-1GB'"),
+        ({"max_memory": 1.5}, "1.5"),
         ({"group_size": "many"}, "'many'"),
         ({"group_size": {"router": 2}}, "'router'"),
         ({"group_size": {"gate": 0}}, "0"),
@@ -84,3 +88,20 @@ def test_the_docstring_is_made_of_the_help_texts():
         assert field_help(ConvertConfig, name) in ConvertConfig.__doc__
     with pytest.raises(AttributeError):
         field_help(ConvertConfig, "colour")
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("24GB", 24 * 10**9),
+        ("1.5 GiB", 3 * 2**29),
+        ("800mb", 8 * 10**8),
+        ("4096", 4096),
+        ("2k", 2000),
+        (7, 7),
+    ],
+)
+def test_memory_in_words(text, nbytes):
+    config = ConvertConfig(max_memory=text)
+    assert config.max_memory == nbytes
+    assert ConvertConfig.from_dict(config.to_dict()) == config

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 import molae
 from molae import _core
 from molae.errors import ArgumentError, NonFiniteError, ShapeError
-from molae.fit import LayerInput, answer_error, factor_shared, layer_moments, refit
+from molae.fit import (
+    LayerInput,
+    answer_error,
+    factor_shared,
+    layer_energies,
+    layer_moments,
+    refit,
+    row_metric,
+)
 from molae.ops import Projection, latent_experts_forward
 
 F64 = np.float64
@@ -46,6 +54,10 @@ def student_of(W, form="gauge", groups=((0, 3), (1,), (2, 4)), rank=4):
 
 def dense(W):
     return tuple(Projection.dense(w) for w in W)
+
+
+def metric_of(given, student, W):
+    return row_metric(layer_moments(given, *dense(W)), student[1])
 
 
 def answer(given, experts):
@@ -127,9 +139,9 @@ def test_down_is_the_least_squares_solution(form, lost):
 def test_up_reaches_the_least_squares_error():
     given, W = layer(1, N=150, E=4, D=6, F=4, idle=False)
     student, teacher = student_of(W, groups=((0, 3), (1,), (2,)), rank=3), dense(W)
-    moments = layer_moments(given, *teacher)
+    metric = metric_of(given, student, W)
     best, _ = least_squares(given, student, teacher, 1, lambda places: 1e-9 * np.eye(len(places)))
-    found = refit(given, student, teacher, "up", moments=moments, steps=200, hold=1e-8)
+    found = refit(given, student, teacher, "up", metric=metric, steps=200, hold=1e-8)
     after = distance(given, (student[0], found.projection, student[2]), teacher)
     assert after == pytest.approx(best, rel=1e-4)
     assert after < 0.95 * found.error[0]
@@ -150,8 +162,8 @@ def test_the_check_rejects_a_wrong_answer():
 def test_the_objective_never_rises(seed, which, rank):
     given, W = layer(seed)
     student, teacher = student_of(W, rank=rank), dense(W)
-    moments = layer_moments(given, *teacher)
-    found = refit(given, student, teacher, which, moments=moments, steps=5, hold=0.01)
+    metric = metric_of(given, student, W)
+    found = refit(given, student, teacher, which, metric=metric, steps=5, hold=0.01)
     assert (np.diff(found.objective) <= 1e-12 * found.objective[0]).all()
     changed = list(student)
     changed[1 if which == "up" else 2] = found.projection
@@ -164,7 +176,7 @@ def test_what_nobody_met_and_what_has_no_rank_stays(which):
     given, W = layer(3)
     student = student_of(W, groups=((0, 3), (1,), (2,), (4,)), rank=[4, 0, 4, 4])
     found = refit(
-        given, student, dense(W), which, moments=layer_moments(given, *dense(W)), steps=3
+        given, student, dense(W), which, metric=metric_of(given, student, W), steps=3
     ).projection
     before = student[1 if which == "up" else 2]
     assert np.array_equal(found.private[3], before.private[3])  # expert 4
@@ -181,8 +193,8 @@ def test_stored_types_are_kept_and_a_dense_type_is_fitted_too(which):
     narrow = tuple(w.astype(ml_dtypes.bfloat16) for w in W)
     teacher = dense(narrow)
     student = student_of(narrow)
-    moments = layer_moments(given, *teacher)
-    found = refit(given, student, teacher, which, moments=moments, steps=3)
+    metric = metric_of(given, student, narrow)
+    found = refit(given, student, teacher, which, metric=metric, steps=3)
     assert found.projection.dtype == ml_dtypes.bfloat16
     changed = list(student)
     changed[1 if which == "up" else 2] = found.projection
@@ -200,8 +212,8 @@ def test_threads_do_not_show():
     found = []
     for threads in (1, 3):
         with molae.num_threads(threads):
-            moments = layer_moments(given, *teacher)
-            one = refit(given, student, teacher, "up", moments=moments)
+            metric = metric_of(given, student, W)
+            one = refit(given, student, teacher, "up", metric=metric)
             two = refit(given, student, teacher, "down")
             found.append([*one.projection.private, *two.projection.private, one.error])
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
@@ -244,7 +256,7 @@ def test_nothing_is_left_behind():
     ("change", "error", "message"),
     [
         ({"which": "gate"}, ArgumentError, "which: expected up or down"),
-        ({"which": "up"}, ArgumentError, "moments: needed"),
+        ({"which": "up"}, ArgumentError, "metric: needed"),
         ({"steps": -1}, ArgumentError, "steps >= 0"),
         ({"hold": 0.0}, ArgumentError, "hold > 0"),
         ({"hold": float("nan")}, ArgumentError, "hold > 0"),
@@ -269,43 +281,96 @@ def test_a_wrong_shape_and_nan_are_refused():
         layer_moments(replace(given, x=bad), *dense(W))
 
 
-# ---------------------------------------------------------------- solve_moments
+def test_some_experts_have_the_bits_that_they_have_among_all():
+    given, W = layer(8, N=4500, dtype=np.float32)
+    whole = layer_moments(given, *dense(W))
+    energies = layer_energies(given, *dense(W)[:2])
+    for name in ("count", "mass", "x", "hidden", "gate", "up"):
+        assert np.array_equal(getattr(energies, name), getattr(whole.energies, name)), name
+    traces = whole.x.moment.trace(axis1=1, axis2=2)
+    assert np.allclose(energies.x, traces, rtol=1e-5)
+    assert np.allclose(energies.hidden, whole.hidden.moment.trace(axis1=1, axis2=2), rtol=1e-5)
+    for given_energies in (None, energies):
+        some = layer_moments(given, *dense(W), experts=[4, 1], energies=given_energies)
+        assert some.experts == (4, 1)
+        for at, e in enumerate(some.experts):
+            assert np.array_equal(some.x.moment[at], whole.x.moment[e])
+            assert np.array_equal(some.hidden.moment[at], whole.hidden.moment[e])
+            for kind, rows in some.row_metric.items():
+                assert np.array_equal(rows[at], whole.row_metric[kind][e])
+    before = whole.x.moment[2].copy()
+    raised = whole.raise_floor(0.5).x.moment[2] - before
+    assert np.allclose(raised, np.eye(len(before)) * 0.5 * energies.x.sum() / 5 / 9, atol=1e-3)
+    for wrong in ([], [5], [1, 1]):
+        with pytest.raises(ArgumentError, match="experts: expected"):
+            layer_moments(given, *dense(W), experts=wrong)
+    bad = given.x.copy()
+    bad[3, 1] = np.nan
+    with pytest.raises(NonFiniteError, match="NaN or Inf"):
+        layer_energies(replace(given, x=bad), *dense(W)[:2])
+
+
+# -------------------------------------------------------------- moments_product
+
+SOLVE, TIMES, PROJECT = range(3)
+
+
+def products(op, W, M, ridge=0.0):
+    shape = [(len(w), len(w) if op == PROJECT else w.shape[1]) for w in W]
+    found = [np.empty(s, w.dtype) for s, w in zip(shape, W, strict=True)]
+    _core.moments_product(op, found, W, M, ridge, 2)
+    return found
 
 
 @pytest.mark.parametrize("dtype", [np.float32, F64])
-def test_solve_moments(dtype):
+def test_moments_product(dtype):
     rng = np.random.default_rng(9)
     n, ridge = 40, 0.1
     X = rng.standard_normal((3, 60, n))
     M = [np.ascontiguousarray((x.T @ x).astype(dtype)) for x in X] + [np.zeros((n, n), dtype)]
     W = [rng.standard_normal((rows, n)).astype(dtype) for rows in (5, 1, 70, 4)]
-    found = [w.copy() for w in W]
-    _core.solve_moments(found, M, ridge, 2)
-    for w, m, out in zip(W[:3], M[:3], found[:3], strict=True):
-        m = m.astype(F64)
-        want = np.linalg.solve(m + ridge * m.trace() / n * np.eye(n), w.astype(F64).T).T
+    solved = products(SOLVE, W, M, ridge)
+    for w, m, out, times, both in zip(
+        W[:3], M, solved, products(TIMES, W, M), products(PROJECT, W, M), strict=False
+    ):
+        w, m = w.astype(F64), m.astype(F64)
+        want = np.linalg.solve(m + ridge * m.trace() / n * np.eye(n), w.T).T
         # Condition below n / ridge; the rest is rounding to the type.
         loose = 4 * np.finfo(dtype).eps + 1e3 * n * np.finfo(F64).eps
         assert np.abs(out - want).max() <= loose * np.abs(want).max() * 10
         assert np.abs(1.001 * out - want).max() > loose * np.abs(want).max() * 10
-    assert not found[3].any()
+        for found, product in ((times, w @ m), (both, w @ m @ w.T)):
+            assert np.allclose(found, product, rtol=0, atol=loose * np.abs(product).max())
+            assert not np.allclose(1.001 * found, product, rtol=0, atol=np.abs(product).max() / 2e3)
+    assert not solved[3].any()
+    again = [w.copy() for w in W]
+    _core.moments_product(SOLVE, again, again, M, ridge, 1)  # in place
+    assert all(np.array_equal(a, b) for a, b in zip(again, solved, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("W", "M", "error", "message"),
+    ("op", "W", "M", "error", "message"),
     [
-        ([np.ones((2, 3))], [], ShapeError, "one a matrix"),
-        ([np.ones((2, 3))], [np.ones((2, 2))], ShapeError, "W"),
-        ([np.ones((2, 3), np.float32)], [np.eye(3)], ArgumentError, "one dtype"),
-        ([np.ones((2, 3))], [np.eye(3)[:2]], ShapeError, "moments"),
-        ([np.ones((2, 3))], ["no"], ArgumentError, "expected a matrix"),
-        ([np.full((2, 3), np.nan)], [np.eye(3)], NonFiniteError, "NaN or Inf"),
-        ([np.ones((2, 2))], [-np.array([[1.0, 3], [3, 1]]) * -1], Exception, "ridge"),
+        (SOLVE, [np.ones((2, 3))], [], ShapeError, "one a matrix"),
+        (SOLVE, [np.ones((2, 3))], [np.ones((2, 2))], ShapeError, "W"),
+        (SOLVE, [np.ones((2, 3), np.float32)], [np.eye(3)], ArgumentError, "one dtype"),
+        (TIMES, [np.ones((2, 3))], [np.eye(3)[:2]], ShapeError, "moments"),
+        (TIMES, [np.ones((2, 3))], ["no"], ArgumentError, "expected a matrix"),
+        (TIMES, [np.full((2, 3), np.nan)], [np.eye(3)], NonFiniteError, "NaN or Inf"),
+        (SOLVE, [np.ones((2, 2))], [-np.array([[1.0, 3], [3, 1]]) * -1], Exception, "ridge"),
+        (3, [np.ones((2, 3))], [np.eye(3)], ArgumentError, "op: expected 0 to 2"),
     ],
 )
-def test_solve_moments_refuses(W, M, error, message):
+def test_moments_product_refuses(op, W, M, error, message):
     with pytest.raises(error, match=message):
-        _core.solve_moments(W, M, 1e-3, 1)
+        products(op, W, M, 1e-3)
+
+
+def test_moments_product_refuses_another_place():
+    W, M = [np.ones((2, 3))], [np.eye(3)]
+    for op, shape in ((TIMES, (2, 2)), (PROJECT, (2, 3)), (SOLVE, (3, 3))):
+        with pytest.raises(ShapeError, match="out"):
+            _core.moments_product(op, [np.empty(shape)], W, M, 1e-3, 1)
 
 
 # --------------------------------------------------------------- the error of the answers

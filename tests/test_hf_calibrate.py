@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -17,11 +18,13 @@ import torch
 from checkpoints import FAMILIES, transformers_checkpoint
 from converting import tree
 from hf_models import SETTINGS, SIZES, load, tokens
+from rich.console import Console
 
 import molae
 import molae.demo
 from molae.arch import describe
 from molae.convert import Report, Watcher, convert
+from molae.convert.footprint import Footprint
 from molae.demo.corpus import builtin_text
 from molae.errors import (
     ArgumentError,
@@ -35,6 +38,7 @@ from molae.hf.calibrate import Calibration, read_calibration_text
 from molae.hf.evaluate import evaluate_path
 from molae.hf.streaming import LayerStream
 from molae.io import open_checkpoint
+from molae.report.tables import plan_view
 
 hide_progress()
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,7 +182,7 @@ def test_a_trial_of_the_same_experts_moves_nothing(source):
             private=(None,) * SIZES["E"],
             shared=(None,) * SIZES["E"],
         )
-        return {"same": own, "lost": {"down_proj": lost}}
+        return {"same": own, "lost": {"down_proj": lost}}.items()
 
     with calibration(source) as run:
         moved = run.measure(trials)
@@ -341,8 +345,75 @@ def test_activations_that_are_not_finite_name_the_layer(tmp_path):
         run.reading(2)
 
 
+def _footprint(src, **settings):
+    with open_checkpoint(src) as checkpoint:
+        return Footprint.of(checkpoint, describe(checkpoint), molae.ConvertConfig(**settings))
+
+
+def _models(dst):
+    return {p.name: p.read_bytes() for p in dst.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_less_memory_takes_more_passes_to_the_same_bytes(source, tmp_path, group_size):
+    settings = {"size": 0.5, "group_size": group_size, "refit": False}
+    whole = _footprint(source, **settings)
+    assert (whole.passes, whole.experts_at_once) == (1, SIZES["E"])
+    with calibration(source) as run:
+        plain = convert(
+            source, tmp_path / "plain", molae.ConvertConfig(**settings), calibration=run
+        )
+    limit = whole.fixed + group_size * whole.expert
+    config = molae.ConvertConfig(**settings, max_memory=limit)
+    with calibration(source) as run:
+        plan = molae.plan(source, config, calibration=run)
+        report = convert(source, tmp_path / "little", config, calibration=run)
+    assert plan.passes == report.plan["passes"] == -(-SIZES["E"] // group_size) + 1
+    assert plan.seconds > 0
+    assert plan.memory_bytes < plain.plan["memory_bytes"]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(plan_view(plan))
+    assert f"{plan.passes} over each layer" in console.file.getvalue()
+    assert "passes" not in plain.plan or plain.plan["passes"] == 1
+    assert _models(tmp_path / "plain") == _models(tmp_path / "little") != {}
+
+
+def test_group_sizes_for_which_there_is_no_room_are_not_tried(source):
+    whole = _footprint(source, size=0.6, refit=False)
+    limit = whole.fixed + 2 * whole.expert
+    config = molae.ConvertConfig(size=0.6, refit=False, max_memory=limit)
+    with calibration(source) as run:
+        tried = molae.plan(source, config, calibration=run).candidates
+    assert {entry.group_size for entry in tried} == {1, 2}
+
+
+def test_too_little_memory_is_refused(source):
+    whole = _footprint(source, size=0.5)
+    for limit, settings, message in (
+        (1000, {}, "max_memory: 1e-06 GB; moments of 1 experts"),
+        (whole.fixed + whole.expert, {"group_size": 4}, "moments of 4 experts.*smaller groups"),
+        (whole.fixed + whole.expert, {}, "the refit takes about .*--no-refit"),
+    ):
+        config = molae.ConvertConfig(size=0.5, max_memory=limit, **settings)
+        with calibration(source) as run, pytest.raises(ArgumentError, match=message):
+            molae.plan(source, config, calibration=run)
+
+
+def test_float16_is_converted(tmp_path):
+    transformers_checkpoint(
+        tmp_path / "src", "qwen2_moe", config=SETTINGS, dtype="float16", **SIZES
+    )
+    config = molae.ConvertConfig(size=0.6)
+    with calibration(tmp_path / "src") as run:
+        report = convert(tmp_path / "src", tmp_path / "dst", config, calibration=run)
+    assert report.plan["dtype"] == "F16"
+    assert all(row.layer_error[-1] <= row.layer_error[0] for row in report.rows if row.layer_error)
+    with torch.no_grad():
+        assert torch.isfinite(load(tmp_path / "dst")(tokens()).logits).all()
+
+
 def test_options_that_need_a_text(source, tmp_path):
-    for options in ({"uniform": True}, {"one_shot": True}, {"refit": False}):
+    for options in ({"uniform": True}, {"one_shot": True}, {"refit": False}, {"max_memory": 10**9}):
         with pytest.raises(ArgumentError, match="calibration text"):
             convert(source, tmp_path / "dst", molae.ConvertConfig(**options))
     with calibration(source) as run, pytest.raises(ArgumentError, match="method"):

@@ -65,12 +65,14 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, str, str, dict[str, str]]:
     names = {"model": str(args.model or "demonstration")}
     if args.train_text is not None:
         folder = args.work / "second"
-        path = second.train(args.train_text, folder, _say)
+        settings = replace(second.SETTINGS, steps=args.train_steps)
+        path = second.train(args.train_text, folder, _say, settings)
         texts = {"calibration": folder / "training.txt", "test": folder / "heldout.txt"}
         made = json.loads((folder / "training.json").read_text())
         names = {
             "model": f"second, trained on {args.train_text.name}",
-            "trained": f"in {made['training']['seconds']:.0f} s on {made['device']}",
+            "trained": f"in {args.train_steps} steps, {made['training']['seconds']:.0f} s "
+            f"on {made['device']}",
         }
     elif args.model is None:
         path = molae.demo.CHECKPOINT
@@ -283,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", type=Path, help="a checkpoint; default: the demonstration's")
     parser.add_argument("--train-text", type=Path, help="train the second model on this text")
+    parser.add_argument("--train-steps", type=int, default=second.SETTINGS.steps, metavar="N")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate with")
     parser.add_argument("--test", type=Path, metavar="FILE", help="text to score")
     parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES))

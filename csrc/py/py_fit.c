@@ -225,33 +225,35 @@ py_second_moments(PyObject *mod, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* ---------------------------------------------------------- solve_moments */
+/* -------------------------------------------------------- moments_product */
 
 PyDoc_STRVAR(
-    solve_moments_doc,
-    "solve_moments($module, W, moments, ridge, num_threads, /)\n--\n\n"
-    "Multiplies each W (rows,n) of a list, in place, with the inverse of its moments (n,n) plus\n"
-    "ridge times their mean diagonal. All float32 or all float64.");
+    moments_product_doc,
+    "moments_product($module, op, out, W, moments, ridge, num_threads, /)\n--\n\n"
+    "Multiplies each W (rows,n) of a list with the inverse of its moments (n,n) plus ridge times\n"
+    "their mean diagonal (op 0) or with them (1), or from both sides (2). All float32 or float64.\n"
+    "out: E arrays of the result's shape; may be W itself but for op 2.");
 
-/* Pointers to the data of a list of matrices of n columns, or with square also n rows; rows (or
- * NULL) gets their lengths. -1 with an exception set. */
+/* Pointers to the data of a list of matrices of n columns and, where it is given, of so many rows
+ * each; into rows go their lengths. -1 with an exception set. */
 static int
-matrices_at(mli_pystate *st, const char *name, PyObject *list, int64_t n, int square,
-            molae_dtype type, void **data, int64_t *rows)
+matrices_at(mli_pystate *st, const char *name, PyObject *list, int64_t n, const int64_t *of_rows,
+            molae_dtype type, int written, void **data, int64_t *rows)
 {
-    const npy_intp dims[2] = {square ? n : -1, n};
-
     for (Py_ssize_t e = 0; e < PyList_GET_SIZE(list); e++) {
         PyObject *item = PyList_GET_ITEM(list, e);
         PyArrayObject *a = (PyArrayObject *)item;
+        npy_intp dims[2] = {of_rows != NULL ? of_rows[e] : -1, n};
         molae_dtype own;
         if (!PyArray_Check(item)) {
             PyErr_Format(st->ArgumentError, "%s[%zd]: expected an array", name, e);
             return -1;
         }
+        if (n < 0) /* square, of the rows */
+            dims[1] = dims[0];
         if (mli_py_dtype(st, name, a, &own) < 0 || mli_py_check_layout(st, name, a) < 0 ||
             mli_py_check_shape(st, name, a, 2, dims, "RN") < 0 ||
-            (rows != NULL && PyArray_FailUnlessWriteable(a, name) < 0))
+            (written && PyArray_FailUnlessWriteable(a, name) < 0))
             return -1;
         if (own != type) {
             PyErr_Format(st->ArgumentError, "%s: expected all of one dtype", name);
@@ -265,13 +267,14 @@ matrices_at(mli_pystate *st, const char *name, PyObject *list, int64_t n, int sq
 }
 
 static PyObject *
-py_solve_moments(PyObject *mod, PyObject *args)
+py_moments_product(PyObject *mod, PyObject *args)
 {
     mli_pystate *st = PyModule_GetState(mod);
-    PyObject *W, *M, *first, *ret = NULL;
+    PyObject *out, *W, *M, *first, *ret = NULL;
     void **at = NULL, *ws = NULL;
     double ridge;
     Py_ssize_t num_threads, E;
+    int op;
     int64_t *rows = NULL, n;
     molae_dtype type;
     molae_ctx ctx;
@@ -279,13 +282,15 @@ py_solve_moments(PyObject *mod, PyObject *args)
     molae_status rc;
     size_t ws_bytes;
 
-    if (!PyArg_ParseTuple(args, "O!O!dn:solve_moments", &PyList_Type, &W, &PyList_Type, &M, &ridge,
-                          &num_threads))
+    if (!PyArg_ParseTuple(args, "iO!O!O!dn:moments_product", &op, &PyList_Type, &out, &PyList_Type,
+                          &W, &PyList_Type, &M, &ridge, &num_threads))
         return NULL;
+    if (op < MOLAE_MOMENTS_SOLVE || op > MOLAE_MOMENTS_PROJECT)
+        return PyErr_Format(st->ArgumentError, "op: expected 0 to 2, got %d", op);
     E = PyList_GET_SIZE(W);
-    if (E < 1 || PyList_GET_SIZE(M) != E)
+    if (E < 1 || PyList_GET_SIZE(M) != E || PyList_GET_SIZE(out) != E)
         return PyErr_Format(st->ShapeError,
-                            "moments: expected %zd matrices, one a matrix of W, "
+                            "moments, out: expected %zd matrices, one a matrix of W, "
                             "and at least 1",
                             E);
     first = PyList_GET_ITEM(M, 0);
@@ -301,16 +306,20 @@ py_solve_moments(PyObject *mod, PyObject *args)
         PyErr_SetString(st->ArgumentError, "moments: expected float32 or float64");
         return NULL;
     }
-    at = mli_alloc(2 * (size_t)E * sizeof(void *));
-    rows = mli_alloc((size_t)E * sizeof(int64_t));
+    at = mli_alloc(3 * (size_t)E * sizeof(void *));
+    rows = mli_alloc(2 * (size_t)E * sizeof(int64_t));
     if (at == NULL || rows == NULL) {
         PyErr_NoMemory();
         goto done;
     }
-    if (matrices_at(st, "W", W, n, 0, type, at, rows) < 0 ||
-        matrices_at(st, "moments", M, n, 1, type, at + E, NULL) < 0)
+    for (Py_ssize_t e = 0; e < E; e++)
+        rows[E + e] = n; /* of the moments */
+    if (matrices_at(st, "W", W, n, NULL, type, 0, at, rows) < 0 ||
+        matrices_at(st, "moments", M, n, rows + E, type, 0, at + E, NULL) < 0 ||
+        matrices_at(st, "out", out, op == MOLAE_MOMENTS_PROJECT ? -1 : n, rows, type, 1, at + 2 * E,
+                    NULL) < 0)
         goto done;
-    ws_bytes = molae_solve_moments_ws(&ctx, E, rows, n);
+    ws_bytes = molae_moments_product_ws(&ctx, (molae_moments_op)op, E, rows, n);
     ws = mli_lend(ws_bytes);
     if (ws == NULL) {
         PyErr_NoMemory();
@@ -319,8 +328,9 @@ py_solve_moments(PyObject *mod, PyObject *args)
 
     Py_BEGIN_ALLOW_THREADS
     mli_blas_enter();
-    rc = molae_solve_moments(&ctx, at, (const void *const *)at, (const void *const *)(at + E), type,
-                             ridge, E, rows, n, ws, ws_bytes, &err);
+    rc = molae_moments_product(&ctx, (molae_moments_op)op, at + 2 * E, (const void *const *)at,
+                               (const void *const *)(at + E), type, ridge, E, rows, n, ws, ws_bytes,
+                               &err);
     mli_blas_leave();
     Py_END_ALLOW_THREADS
 
@@ -336,7 +346,7 @@ done:
 
 PyMethodDef mli_py_fit_methods[] = {
     {"second_moments", py_second_moments, METH_VARARGS, second_moments_doc},
-    {"solve_moments", py_solve_moments, METH_VARARGS, solve_moments_doc},
+    {"moments_product", py_moments_product, METH_VARARGS, moments_product_doc},
     {"reduce_rank", py_reduce_rank, METH_VARARGS, reduce_rank_doc},
     {"gauge", py_gauge, METH_VARARGS, gauge_doc},
     {NULL, NULL, 0, NULL},

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,12 +22,14 @@ from molae.config import TYPES, ConvertConfig
 from molae.convert.allocation import Allocation, Candidate, gauge_ranks, group_size
 from molae.convert.budget import Flops, spend
 from molae.convert.fitting import Fitted, Groups, Matrices
+from molae.convert.footprint import Footprint
 from molae.convert.measuring import TRIAL_SIZES, Look, Measurements
 from molae.convert.naming import named
-from molae.errors import ArgumentError, CalibrationWarning, PrecisionWarning
+from molae.errors import ArgumentError, CalibrationWarning
 from molae.factored import Split, group_tensors, index_groups
-from molae.fit import LayerInput, LayerMoments, SecondMoments
+from molae.fit import Energies, LayerInput
 from molae.fit.factors import SharedFactors
+from molae.fit.layer import REFITS, Gathered, Part, factor_parts
 from molae.io import Checkpoint, map_file
 from molae.ops import Projection
 
@@ -40,23 +41,21 @@ GROUP_SIZES = (1, 2, 4, 8, 16, 32)
 #: Tokens on which group sizes are compared.
 TRIED_TOKENS = 8192
 
-#: Share of the mean expert's moments, spread evenly over all directions, that each expert has
-#: besides its own: a text of another kind may send rows where this one sends none.
-FLOOR = 0.02
-
-#: Private factors are fitted to the layer's answers: which, in turn, and in how many steps.
-REFITS = (("down_proj", 2), ("up_proj", 4), ("down_proj", 2))
-
 
 class Calibration(Protocol):
     """A text on its way through a model's layers; `molae.hf.calibrate.Calibration` is one."""
 
     facts: dict[str, Any]
 
+    @property
+    def sequences(self) -> np.ndarray:
+        """(S, T) the tokens."""
+
     def measure(
         self,
         trials: Callable[
-            [int, LayerInput, Mapping[str, Projection]], Mapping[str, Mapping[str, Projection]]
+            [int, LayerInput, Mapping[str, Projection]],
+            Iterable[tuple[str, Mapping[str, Projection]]],
         ],
     ) -> dict[tuple[int, str], float]:
         """Run the original; by layer and name how far its answers move with a trial's experts."""
@@ -98,6 +97,7 @@ class Calibrated:
             )
         self._checkpoint, self._model, self._config = checkpoint, model, config
         self._calibration, self._stats = calibration, stats
+        self.footprint = Footprint.of(checkpoint, model, config)
         facts = {
             "checkpoint": checkpoint.fingerprint(),
             "drop_idle": config.drop_idle,
@@ -145,17 +145,21 @@ class Calibrated:
 
         def trials(
             layer: int, given: LayerInput, own: Mapping[str, Projection]
-        ) -> dict[str, dict[str, Projection]]:
-            firm, found = _firm_moments(given, own), {}
+        ) -> Iterator[tuple[str, dict[str, Projection]]]:
+            gathered, W = self._gathered(given, own), self._stacks(layer)
             for kind in missing:
-                groups, idle = self._grouped(firm.x, sizes[kind])
-                ranks: list[tuple[int, ...]] = []
-                for share in TRIAL_SIZES:
-                    ranks.append(self._even_ranks(kind, groups, share, idle))
-                    factors = self._factor(layer, kind, firm, groups, ranks[-1], errors=False)
-                    found[f"{kind} {share:g}"] = {kind: Projection.from_factors(factors)}
-                known[layer, kind, sizes[kind]] = Look(groups, factors.spectrum, ranks)
-            return found
+                groups, idle = self._grouped(gathered.energies, sizes[kind])
+                ranks = [self._even_ranks(kind, groups, share, idle) for share in TRIAL_SIZES]
+                parts = {
+                    f"{kind} {share:g}": Part(kind, groups, some)
+                    for share, some in zip(TRIAL_SIZES, ranks, strict=True)
+                }
+                with named(self._model, layer, kind):
+                    tried, _ = factor_parts(gathered, W, parts, errors=False)
+                spectra = next(iter(tried.values())).spectrum
+                known[layer, kind, sizes[kind]] = Look(groups, spectra, ranks)
+                for name, factors in tried.items():
+                    yield name, {kind: Projection.from_factors(factors)}
 
         if missing:
             for (layer, name), effect in self._calibration.measure(trials).items():
@@ -184,7 +188,7 @@ class Calibrated:
         candidates: list[Candidate] = []
         for kind in missing:
             tried = []
-            for k in (k for k in GROUP_SIZES if k <= E):
+            for k in (k for k in GROUP_SIZES if k <= self.footprint.experts_at_once):
                 error = errors[kind, k, size]
                 if error is not None:
                     (rank,) = gauge_ranks([range(k)], size, F=F, D=D)
@@ -210,7 +214,7 @@ class Calibrated:
             (kind, k, size)
             for kind in kinds
             for k in GROUP_SIZES
-            if k <= self._model.letters["E"] and (kind, k, size) not in known
+            if k <= self.footprint.experts_at_once and (kind, k, size) not in known
         ]
         if not wanted:
             return known
@@ -218,29 +222,40 @@ class Calibrated:
         squares: dict[tuple[str, int, float], list[float]] = {place: [] for place in wanted}
         for layer in sorted({layers[len(layers) // 4], layers[3 * len(layers) // 4]}):
             given, own = self._calibration.reading(layer), self._calibration.experts(layer)
-            moments = _firm_moments(given, own)
+            gathered, W = self._gathered(given, own), self._stacks(layer)
             some = given.first(TRIED_TOKENS)
             for kind, k, _ in wanted:
-                groups, idle = self._grouped(moments.x, k)
+                groups, idle = self._grouped(gathered.energies, k)
                 ranks = gauge_ranks(groups[: len(groups) - idle], size, F=F, D=D)
                 if min(ranks, default=1) < 1:
                     continue
                 ranks += (0,) * idle
-                factors = self._factor(layer, kind, moments, groups, ranks, errors=False)
-                other = {**own, kind: Projection.from_factors(factors)}
+                with named(self._model, layer, kind):
+                    part = Part(kind, groups, ranks)
+                    found, _ = factor_parts(gathered, W, {kind: part}, errors=False)
+                other = {**own, kind: Projection.from_factors(found[kind])}
                 error = fit.answer_error(some, _in_order(other), _in_order(own))
                 squares[kind, k, size].append(error**2)
-        for place, found in squares.items():
-            known[place] = math.sqrt(sum(found) / len(found)) if found else None
+        for place, own_squares in squares.items():
+            mean = sum(own_squares) / len(own_squares) if own_squares else None
+            known[place] = None if mean is None else math.sqrt(mean)
         self._keep()
         return known
 
-    def _grouped(self, moments: SecondMoments, k: int) -> tuple[Groups, int]:
+    def _gathered(self, given: LayerInput, own: Mapping[str, Projection]) -> Gathered:
+        return Gathered(given, own, experts_at_once=self.footprint.experts_at_once)
+
+    def _stacks(self, layer: int) -> dict[str, list[np.ndarray]]:
+        """A layer's matrices by type, as stored."""
+        return {kind: self._model.matrices(self._checkpoint, layer, kind) for kind in TYPES}
+
+    def _grouped(self, energies: Energies, k: int) -> tuple[Groups, int]:
         """Groups of k, and how many at their end are to have no rank."""
-        if not self._config.drop_idle or (moments.count > 0).all():
-            return by_mass(moments, k), 0
-        reached = by_mass(moments, k, moments.count > 0)
-        return [*reached, tuple(int(i) for i in np.flatnonzero(moments.count == 0))], 1
+        reached = energies.count > 0
+        if not self._config.drop_idle or reached.all():
+            return by_mass(energies, k), 0
+        rest = tuple(int(i) for i in np.flatnonzero(~reached))
+        return [*by_mass(energies, k, reached), rest], 1
 
     def _even_ranks(self, kind: str, groups: Groups, size: float, idle: int) -> tuple[int, ...]:
         F, D = self._model.letters["F"], self._model.letters["D"]
@@ -293,46 +308,27 @@ class Calibrated:
 
     def _fit_layer(self, layer: int) -> dict[tuple[int, str], Fitted]:
         given = self._calibration.reading(layer, anchored=not self._config.one_shot)
-        own = self._calibration.experts(layer)
-        moments = _firm_moments(given, own)
-        self._warn(layer, moments.x.count)
-        factors = {}
-        for kind, split in self._layers[layer].items():
-            ranks = [rank for rank in split.ranks if rank is not None]
-            groups = list(split.groups)
-            factors[kind] = self._factor(layer, kind, moments, groups, ranks, errors=True)
-        student = {**own, **{k: Projection.from_factors(f) for k, f in factors.items()}}
-        errors: dict[str, list[float]] = {}
-        if self._config.refit:
-            for kind, steps in REFITS:
-                if kind not in factors:
-                    continue
-                found = fit.refit(
-                    given,
-                    _in_order(student),
-                    _in_order(own),
-                    "up" if kind == "up_proj" else "down",
-                    moments=moments,
-                    steps=steps,
-                )
-                student[kind] = found.projection
-                seen = errors.setdefault(kind, [float(found.error[0])])
-                seen.append(float(found.error[-1]))
-            factors = {
-                k: replace(f, private=tuple(p for p in student[k].private if p is not None))
-                for k, f in factors.items()
-            }
+        W = self._stacks(layer)
+        parts = {
+            kind: (list(split.groups), [rank for rank in split.ranks if rank is not None])
+            for kind, split in self._layers[layer].items()
+        }
+        found = fit.fit_layer(
+            given,
+            W,
+            parts,
+            refits=REFITS if self._config.refit else (),
+            experts_at_once=self.footprint.experts_at_once,
+        )
+        self._warn(layer, found.energies.count)
         self._calibration.advance(
-            layer, None if self._config.one_shot else {k: student[k] for k in factors}
+            layer, None if self._config.one_shot else {k: found.projections[k] for k in parts}
         )
         return {
             (layer, kind): _fitted(
-                f,
-                self._model.matrices(self._checkpoint, layer, kind),
-                errors.get(kind),
-                moments.x.count.tolist(),
+                f, W[kind], found.layer_error.get(kind), found.energies.count.tolist()
             )
-            for kind, f in factors.items()
+            for kind, f in found.factors.items()
         }
 
     def _warn(self, layer: int, tokens: np.ndarray) -> None:
@@ -348,31 +344,6 @@ class Calibrated:
                 "`tokens` in the report",
                 CalibrationWarning,
                 stacklevel=2,
-            )
-
-    def _factor(
-        self,
-        layer: int,
-        kind: str,
-        moments: LayerMoments,
-        groups: Groups,
-        ranks: Sequence[int],
-        *,
-        errors: bool,
-    ) -> SharedFactors:
-        matrices = self._model.matrices(self._checkpoint, layer, kind)
-        side = self._model.side(kind)
-        metric = moments.x if side == "input" else moments.hidden
-        with named(self._model, layer, kind), warnings.catch_warnings():
-            warnings.simplefilter("ignore", PrecisionWarning)
-            return fit.factor_weighted(
-                matrices,
-                metric.moment,
-                ranks,
-                groups=groups,
-                side=side,
-                row_metric=moments.row_metric.get(kind),
-                errors=errors,
             )
 
     def _stored(self, layer: int) -> dict[str, Projection]:
@@ -407,11 +378,10 @@ def _lasting(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if key != "text"}
 
 
-def by_mass(moments: SecondMoments, k: int, some: np.ndarray | None = None) -> Groups:
+def by_mass(energies: Energies, k: int, some: np.ndarray | None = None) -> Groups:
     """Groups of k experts, the busiest first, by the energy of what they read; of all, or of
     `some` (E,)."""
-    traces = moments.moment.trace(axis1=1, axis2=2)
-    order = np.argsort(-traces, kind="stable")
+    order = np.argsort(-energies.x, kind="stable")
     if some is not None:
         order = order[some[order]]
     return [tuple(int(order[i]) for i in part) for part in index_groups(len(order), k)]
@@ -419,22 +389,6 @@ def by_mass(moments: SecondMoments, k: int, some: np.ndarray | None = None) -> G
 
 def _in_order(experts: Mapping[str, Projection]) -> tuple[Projection, Projection, Projection]:
     return experts["gate_proj"], experts["up_proj"], experts["down_proj"]
-
-
-def _firm_moments(given: LayerInput, own: Mapping[str, Projection]) -> LayerMoments:
-    return with_floor(fit.layer_moments(given, *_in_order(own)))
-
-
-def with_floor(moments: LayerMoments, share: float = FLOOR) -> LayerMoments:
-    """Moments in which no expert and no direction counts for nothing."""
-
-    def raised(own: SecondMoments) -> SecondMoments:
-        E, W = own.moment.shape[:2]
-        level = share * float(own.moment.trace(axis1=1, axis2=2).sum()) / E / W
-        own.moment[:, np.arange(W), np.arange(W)] += level
-        return own
-
-    return LayerMoments(raised(moments.x), raised(moments.hidden), moments.row_metric)
 
 
 def _fitted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from molae.config import ConvertConfig
 from molae.convert.allocation import Allocation, complete_fused, split_numbers
 from molae.convert.calibrated import Calibrated, Calibration
 from molae.convert.card import convert_card
-from molae.convert.estimate import fit_seconds, memory_bytes
+from molae.convert.estimate import calibrated_seconds, fit_seconds, memory_bytes
 from molae.convert.jsontext import json_text
 from molae.convert.methods import find_method
 from molae.convert.naming import named
@@ -65,10 +66,12 @@ class Conversion:
             or config.drop_idle
             or not config.refit
             or config.flops is not None
+            or config.max_memory is not None
             or stats is not None
         ):
             raise ArgumentError(
-                "flops, uniform, one_shot, drop_idle, refit, stats: only with a calibration text"
+                "flops, uniform, one_shot, drop_idle, refit, max_memory, stats: only with a "
+                "calibration text"
             )
         else:
             allocation = self.method.allocate(self.model, config, Probe(checkpoint, self.model))
@@ -195,5 +198,11 @@ class Conversion:
             candidates=self.allocation.candidates,
             memory_bytes=memory_bytes(self),
             disk_bytes=sum(shard.nbytes for shard in self.shards),
-            seconds=fit_seconds(self) if timed and self.calibrated is None else None,
+            seconds=self._seconds() if timed else None,
+            passes=1 if self.calibrated is None else self.calibrated.footprint.passes,
         )
+
+    def _seconds(self) -> float:
+        if self.calibrated is None or self.calibration is None:
+            return fit_seconds(self)
+        return calibrated_seconds(self, math.prod(self.calibration.sequences.shape))

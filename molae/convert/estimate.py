@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from molae import fit
+from molae.config import TYPES
+from molae.convert.footprint import BASE_BYTES
 from molae.convert.naming import named
 from molae.factored import Split
+from molae.fit import LayerInput
+from molae.fit.layer import REFITS
+from molae.ops import Projection, latent_experts_forward
 from molae.threads import get_num_threads
 
 if TYPE_CHECKING:
     from molae.convert.conversion import Conversion
 
-__all__ = ["fit_seconds", "memory_bytes"]
-
-#: Python, NumPy and the libraries, before any work.
-BASE_BYTES = 60_000_000
-
-#: What torch and transformers take besides.
-TORCH_BYTES = 500_000_000
+__all__ = ["calibrated_seconds", "fit_seconds", "memory_bytes"]
 
 
 def fit_seconds(conversion: Conversion) -> float:
@@ -45,6 +48,64 @@ def fit_seconds(conversion: Conversion) -> float:
         pace = (time.perf_counter() - start) / _flops(conversion, sample)
         seconds += pace * sum(_flops(conversion, split) for _, split in splits)
     return seconds
+
+
+def calibrated_seconds(conversion: Conversion, tokens: int) -> float:
+    """Estimate of the time of all fits to a calibration text of so many tokens.
+
+    A few tokens really go through the experts of a layer, and as many groups of each type as
+    there are threads are really factored; the rest is taken to go at that pace.
+    """
+    splits = _splits_by_kind(conversion)
+    if not splits:
+        return 0.0
+    model, calibrated = conversion.model, conversion.calibrated
+    assert calibrated is not None
+    E, K, F, D = (model.letters[letter] for letter in "EKFD")
+    layer = max(conversion.allocation.layers)
+    W = {kind: model.matrices(conversion.checkpoint, layer, kind) for kind in TYPES}
+    few = max(64, -(-64 * E // K))
+    rng = np.random.default_rng(0)
+    given = LayerInput(
+        rng.standard_normal((few, D), dtype=np.float32),
+        np.arange(few * K).reshape(few, K) % E,
+        np.full((few, K), 1 / K, dtype=np.float32),
+    )
+    own = tuple(Projection.separate(W[kind]) for kind in TYPES)
+    start = time.perf_counter()
+    latent_experts_forward(given.x, given.index, given.weights, own[0], own[1], own[2])
+    pace = 6 * few * K * F * D / (time.perf_counter() - start)
+    passes = calibrated.footprint.passes
+    each = 4 * F * D + D * D + 3 * F * F + (4 * F * D if passes > 1 else 0)
+    if conversion.config.refit:
+        steps = sum(steps + 1 for _, steps in REFITS)
+        size = conversion.config.target_size or 1.0
+        each += int(len(REFITS) * 6 * F * D + steps * 8 * F * D * min(size, 1.0))
+    each += 6 * F * D * (2 if conversion.config.one_shot else 3)  # the layer itself
+    seconds = len(conversion.allocation.layers) * tokens * K * each / pace
+    for kind, of_kind in splits.items():
+        sample = _some_groups(of_kind[len(of_kind) // 2][1], get_num_threads())
+        start = time.perf_counter()
+        _factor_like(kind, W[kind], sample)
+        per_group = (time.perf_counter() - start) / len(sample.groups)
+        seconds += per_group * sum(len(split.groups) for _, split in of_kind)
+    return seconds
+
+
+def _factor_like(kind: str, W: Sequence[np.ndarray], split: Split) -> None:
+    """A factorization of these groups in the plainest metric."""
+    members = [e for group in split.groups for e in group]
+    number = {e: n for n, e in enumerate(members)}
+    rows, cols = W[0].shape
+    one = np.eye(cols, dtype=np.float32)
+    fit.factor_weighted(
+        [W[e] for e in members],
+        [one] * len(members),
+        [rank for rank in split.ranks if rank is not None],
+        groups=[[number[e] for e in group] for group in split.groups],
+        side="output" if kind == "down_proj" else "input",
+        row_metric=None if kind == "down_proj" else [np.eye(rows, dtype=np.float32)] * len(members),
+    )
 
 
 def _splits_by_kind(conversion: Conversion) -> dict[str, list[tuple[int, Split]]]:
@@ -91,14 +152,6 @@ def memory_bytes(conversion: Conversion) -> int:
                 for _, group, rank in split.latent_groups()
             ]
             workspace = max(workspace, sum(sorted(each)[-get_num_threads() :]))
-    return BASE_BYTES + results + workspace + _calibration_bytes(conversion)
-
-
-def _calibration_bytes(conversion: Conversion) -> int:
-    """torch, one layer's moments and their float64 fits; hidden states are mapped."""
-    if conversion.calibrated is None:
-        return 0
-    E, F, D = (conversion.model.letters[letter] for letter in "EFD")
-    moments = 4 * E * (D * D + 3 * F * F)
-    a_thread = 8 * (7 * D * D + max(D, F) ** 2 + F * F + 5 * F * D)
-    return TORCH_BYTES + moments + get_num_threads() * a_thread
+    if conversion.calibrated is not None:
+        return results + conversion.calibrated.footprint.nbytes
+    return BASE_BYTES + results + workspace

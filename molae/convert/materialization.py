@@ -11,7 +11,7 @@ import numpy as np
 from molae import fit
 from molae.arch import Family, Model, check_factors, describe, factored_specs
 from molae.convert.card import materialize_card
-from molae.convert.estimate import BASE_BYTES
+from molae.convert.footprint import BASE_BYTES
 from molae.convert.jsontext import json_text
 from molae.convert.pipeline import Data
 from molae.convert.planning import Plan, storage, summarize

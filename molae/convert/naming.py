@@ -23,6 +23,7 @@ def named(
         yield
     except NonFiniteError as error:
         what = str(error).rpartition(": ")[2]
+        kind = getattr(error, "kind", kind)  # where several types are worked on at once
         at = error.expert
         if at is None:
             raise NonFiniteError(

@@ -173,7 +173,11 @@ class Plan:
     disk_bytes : int
         What the result takes on the disk.
     seconds : float or None
-        Estimate of the wall time; None where it was not asked for.
+        Estimate of the wall time; None where it was not asked for. With a calibration text it is
+        that of the fits, after the groups and ranks were decided.
+    passes : int
+        Over a layer's tokens to gather its moments, at least: more than 1 where `max_memory`
+        leaves no room for all.
     """
 
     kind: str
@@ -195,6 +199,7 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     seconds: float | None
+    passes: int = 1
 
     @property
     def hub_id(self) -> str | None:

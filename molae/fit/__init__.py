@@ -14,17 +14,22 @@ next to the output, ``W_i ≈ Bᵀ A_i``. ``B`` is (R, D) either way.
 
 from molae.fit.basis import gauge, stored_numbers, ungauge
 from molae.fit.factors import SharedFactors
-from molae.fit.layerwise import Refit, refit
-from molae.fit.moments import LayerMoments, SecondMoments, second_moments
-from molae.fit.reading import LayerInput, answer_error, layer_moments
+from molae.fit.layer import LayerFit, fit_layer
+from molae.fit.layer_moments import Energies, LayerMoments, layer_energies, layer_moments
+from molae.fit.layerwise import Refit, RowMetric, refit, row_metric
+from molae.fit.moments import SecondMoments, second_moments
+from molae.fit.reading import LayerInput, answer_error
 from molae.fit.shared import factor_shared, reduce_rank, spectrum
 from molae.fit.spectra import common_kernel_dim, discarded_energy, effective_rank
 from molae.fit.weighted import factor_weighted, weighted_spectrum
 
 __all__ = [
+    "Energies",
+    "LayerFit",
     "LayerInput",
     "LayerMoments",
     "Refit",
+    "RowMetric",
     "SecondMoments",
     "SharedFactors",
     "answer_error",
@@ -33,10 +38,13 @@ __all__ = [
     "effective_rank",
     "factor_shared",
     "factor_weighted",
+    "fit_layer",
     "gauge",
+    "layer_energies",
     "layer_moments",
     "reduce_rank",
     "refit",
+    "row_metric",
     "second_moments",
     "spectrum",
     "stored_numbers",

@@ -24,7 +24,7 @@ from molae.fit.basis import ungauge
 from molae.fit.spectra import common_kernel_dim, discarded_energy, effective_rank
 from molae.threads import get_num_threads
 
-__all__ = ["Found", "Problem", "SharedFactors"]
+__all__ = ["Found", "Problem", "SharedFactors", "joined"]
 
 #: Eigenvalues of a Gram matrix below this many eps of the largest are rounding.
 GRAM_NOISE = 16.0
@@ -234,6 +234,57 @@ class Problem:
             ),
             used_svd=np.array(found.used_svd, dtype=bool),
         )
+
+
+def joined(
+    pieces: Sequence[SharedFactors], places: Sequence[Sequence[int]], groups: Groups
+) -> SharedFactors:
+    """Factors of all groups out of those of some each.
+
+    Parameters
+    ----------
+    pieces : sequence of SharedFactors
+        Their experts are numbered in the order of their groups.
+    places : sequence of sequence of int
+        Which of all groups those of each piece are.
+    groups : sequence of sequences of int
+        All of them, every expert in exactly one.
+    """
+    E = sum(len(group) for group in groups)
+    own = partition(groups, E)
+    order = [(piece, n) for piece in pieces for n in range(len(piece.groups))]
+    at = np.argsort([g for some in places for g in some])
+    ordered = [order[i] for i in at]
+
+    def per_group(name: str) -> Any:
+        values = [getattr(piece, name) for piece, _ in ordered]
+        return tuple(v[n] for v, (_, n) in zip(values, ordered, strict=True))
+
+    def per_expert(name: str) -> Array:
+        found = np.zeros(E)
+        for piece, some in zip(pieces, places, strict=True):
+            found[[e for g in some for e in own[g]]] = getattr(piece, name)
+        return found
+
+    first = pieces[0]
+    return SharedFactors(
+        side=first.side,
+        form=first.form,
+        groups=own,
+        ranks=per_group("ranks"),
+        shape=first.shape,
+        shared=per_group("shared"),
+        perm=per_group("perm"),
+        private=per_group("private"),
+        spectrum=per_group("spectrum"),
+        energy=per_expert("energy"),
+        error=None if first.error is None else per_expert("error"),
+        group_error=None if first.group_error is None else np.array(per_group("group_error")),
+        discarded_energy=np.array(per_group("discarded_energy")),
+        effective_rank=np.array(per_group("effective_rank")),
+        kernel_dim=np.array(per_group("kernel_dim")),
+        used_svd=np.array(per_group("used_svd"), dtype=bool),
+    )
 
 
 def _resolution(m: int, D: int, eps: float, by_svd: bool) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ import numpy.typing as npt
 from molae import _core
 from molae.errors import ArgumentError, ShapeError
 from molae.fit.basis import ungauge
-from molae.fit.moments import LayerMoments, SecondMoments
+from molae.fit.layer_moments import LayerMoments, inner_products
+from molae.fit.moments import SecondMoments, second_moments
 from molae.fit.reading import LayerInput, Routed
 from molae.ops import (
     Gradients,
@@ -24,7 +25,7 @@ from molae.ops import (
 )
 from molae.threads import get_num_threads
 
-__all__ = ["Refit", "refit"]
+__all__ = ["Refit", "RowMetric", "refit", "row_metric"]
 
 Array = npt.NDArray[Any]
 Layer = tuple[Projection, Projection, Projection]
@@ -34,6 +35,68 @@ HOLD = 0.03
 
 #: Steps of the conjugate gradients: more lower the error by less than a hundredth.
 STEPS = 2
+
+#: What `_core.moments_product` does, and the ridge where none is meant.
+SOLVE, TIMES, PROJECT = range(3)
+TINY = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class RowMetric:
+    """What conditions a fit of up, of each expert; see `row_metric`.
+
+    Attributes
+    ----------
+    rows : dict of int to (F, F) ndarray
+        By expert: how the layer's output feels errors of its rows.
+    latent : dict of int to (R, R) ndarray
+        By expert: ``B C Bᵀ``, the moments of what its private factor reads.
+    """
+
+    rows: Mapping[int, Array]
+    latent: Mapping[int, Array]
+
+    def joined(self, other: RowMetric) -> RowMetric:
+        """Of the experts of both."""
+        return RowMetric({**self.rows, **other.rows}, {**self.latent, **other.latent})
+
+
+def row_metric(moments: LayerMoments, up: Projection) -> RowMetric:
+    """What `refit` needs to fit up, from moments that may then be let go.
+
+    Parameters
+    ----------
+    moments : LayerMoments
+        Of some experts, or of all.
+    up : Projection
+        Of the whole layer; latent groups of rank 1 or more, or dense ones.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from molae.fit import LayerInput, layer_moments, row_metric
+    >>> from molae.ops import Projection
+    >>> rng = np.random.default_rng(0)
+    >>> gate, up, down = (Projection.dense(rng.standard_normal((2, 3, 3))) for _ in range(3))
+    >>> given = LayerInput(rng.standard_normal((9, 3)), np.arange(18).reshape(9, 2) % 2,
+    ...                    np.full((9, 2), 0.5))
+    >>> metric = row_metric(layer_moments(given, gate, up, down), up)
+    >>> metric.rows[1].shape, metric.latent[0].shape
+    ((3, 3), (3, 3))
+    """
+    C = dict(zip(moments.experts, moments.x.moment, strict=True))
+    latent: dict[int, Array] = {}
+    for group, B in zip(up.groups, _bases(up), strict=True):
+        some = [e for e in group if e in C]
+        if B is None:
+            latent.update((e, C[e]) for e in some)
+        elif some:
+            B = np.ascontiguousarray(B, dtype=C[some[0]].dtype)
+            out = [np.empty((len(B), len(B)), B.dtype) for _ in some]
+            metrics = [C[e] for e in some]
+            _core.moments_product(PROJECT, out, [B] * len(some), metrics, 0.0, get_num_threads())
+            latent.update(zip(some, out, strict=True))
+    return RowMetric(dict(zip(moments.experts, moments.row_metric["up_proj"], strict=True)), latent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +124,7 @@ def refit(
     teacher: Layer,
     which: Literal["up", "down"],
     *,
-    moments: LayerMoments | None = None,
+    metric: RowMetric | None = None,
     steps: int = STEPS,
     hold: float = HOLD,
 ) -> Refit:
@@ -80,8 +143,8 @@ def refit(
     teacher : (gate, up, down) of Projection
         Whose answers to the same input and routing, and ``given.lost``, are the target.
     which : {'up', 'down'}
-    moments : LayerMoments, optional
-        As `layer_moments` gives them; for up, which is conditioned by them.
+    metric : RowMetric, optional
+        As `row_metric` gives it of `student`; for up, which is conditioned by it.
     steps : int
         Of preconditioned conjugate gradients; 0 measures only.
     hold : float
@@ -104,7 +167,8 @@ def refit(
     the metric of the shared factor, H_i the student's intermediate; for up with the mean of the
     rows' weights and the moments of the latent rows. Preconditioned by the exact inverse of each
     expert's own block (down), or of its Kronecker form ``S_i ⊗ B C_i Bᵀ`` (up). Each step is one
-    pass over the tokens, forward and backward in that one factor.
+    pass over the tokens, forward and backward in that one factor. Vectors are of the dtype of
+    ``given.x``, six times the private factors in all; metrics are inverted in float64.
 
     References
     ----------
@@ -128,13 +192,13 @@ def refit(
     """
     if which not in ("up", "down"):
         raise ArgumentError(f"which: expected up or down, got {which!r}")
-    if which == "up" and moments is None:
-        raise ArgumentError("moments: needed to fit up")
+    if which == "up" and metric is None:
+        raise ArgumentError("metric: needed to fit up")
     if steps < 0 or not hold > 0:
         raise ArgumentError(f"expected steps >= 0 and hold > 0, got {steps} and {hold}")
     if given.lost is not None and given.lost.shape != given.x.shape:
         raise ShapeError(f"lost: expected the shape of x, {given.x.shape}, got {given.lost.shape}")
-    return _Problem(given, student, which, moments, hold).solve(teacher, steps)
+    return _Problem(given, student, which, metric, hold).solve(teacher, steps)
 
 
 class _Problem:
@@ -145,13 +209,13 @@ class _Problem:
         given: LayerInput,
         student: Layer,
         which: Literal["up", "down"],
-        moments: LayerMoments | None,
+        metric: RowMetric | None,
         hold: float,
     ) -> None:
         self._given, self._which, self._hold = given, which, hold
         self._at = ("gate", "up", "down").index(which)
         self._stored = student[self._at]
-        self._own = _widened(self._stored, given.x.dtype)
+        self._own = in_dtype(self._stored, given.x.dtype)
         self._student = list(student)
         self._student[self._at] = self._own
         self._E = self._own.num_experts
@@ -161,15 +225,18 @@ class _Problem:
             for e in group
             if rank != 0
         ]
-        self._gram = self._shared_grams()
-        self._rows: list[Array] = []  # metric on the side of F: H_i, or S_i
-        self._latent: list[Array] = []  # up: B C_i Bᵀ
-        if which == "up":
-            assert moments is not None
-            self._rows = [
-                moments.row_metric["up_proj"][e].astype(np.float64) for e in self._members
-            ]
-            self._latent = [self._project(moments.x.moment[e], e) for e in self._members]
+        #: Of each member, what its factor is measured by: on the side of F H_i or S_i, on the
+        #: other B Bᵀ, or for up B C_i Bᵀ; None: the identity.
+        self._rows: list[Array] = []
+        self._latent: list[Array | None] = []
+        if metric is not None and which == "up":
+            missing = [e for e in self._members if e not in metric.rows]
+            if missing:
+                raise ArgumentError(f"metric: nothing of expert {missing[0]}")
+            self._rows = [metric.rows[e] for e in self._members]
+            self._latent = [metric.latent[e] for e in self._members]
+        else:
+            self._latent = self._shared_grams()
 
     # ------------------------------------------------------------------ the problem
 
@@ -177,8 +244,8 @@ class _Problem:
         gradient, squared, target = self._start(teacher)
         errors, objectives = [squared], [squared]
         change = [np.zeros_like(g) for g in gradient]
-        z = self._precondition(gradient)
-        direction, rz = z, _dot(gradient, z)
+        direction = self._precondition(gradient)
+        rz = _dot(gradient, direction)
         for _ in range(steps):
             if not rz > 0:
                 break  # there already
@@ -186,13 +253,17 @@ class _Problem:
             held = self._held(direction)
             along = length + _dot(direction, held)
             alpha = rz / along
-            change = [a + alpha * p for a, p in zip(change, direction, strict=True)]
-            gradient = [g - alpha * (n + h) for g, n, h in zip(gradient, normal, held, strict=True)]
+            for a, p in zip(change, direction, strict=True):
+                a += alpha * p
+            for g, n, h in zip(gradient, normal, held, strict=True):
+                g -= alpha * (n + h)
             objectives.append(objectives[-1] - alpha * rz)
             errors.append(objectives[-1] - _dot(change, self._held(change)))
             z = self._precondition(gradient)
             before, rz = rz, _dot(gradient, z)
-            direction = [a + rz / before * p for a, p in zip(z, direction, strict=True)]
+            for a, p in zip(z, direction, strict=True):
+                p *= rz / before
+                p += a
         scale = target if target > 0 else 1.0
         return Refit(
             self._changed(change),
@@ -224,9 +295,9 @@ class _Problem:
                 )
                 if hidden is None:
                     hidden = SecondMoments.nothing(self._E, h.shape[1], h.dtype)
-                routed.add(h, hidden)
+                second_moments(h, routed.expert, routed.weights, self._E, out=hidden)
         if hidden is not None:
-            self._rows = [hidden.moment[e].astype(np.float64) for e in self._members]
+            self._rows = [hidden.moment[e] for e in self._members]
         return self._listed(grads), squared, target
 
     def _apply(self, direction: list[Array]) -> tuple[list[Array], float]:
@@ -262,72 +333,33 @@ class _Problem:
 
     def _held(self, factors: list[Array]) -> list[Array]:
         """Gradient of half of what holds the factors."""
-        found = []
-        for a, rows, e, n in zip(
-            factors, self._rows, self._members, range(len(factors)), strict=True
-        ):
-            level = self._hold * rows.trace() / len(rows)
-            if self._which == "up":
-                found.append(level * (a @ self._latent[n]))
-            else:
-                found.append(level * (a if self._gram[e] is None else self._gram[e] @ a))
+        found = self._on_latent_side(TIMES, factors)
+        for a, rows in zip(found, self._rows, strict=True):
+            a *= self._hold * float(rows.trace(dtype=np.float64)) / len(rows)
         return found
 
     def _precondition(self, gradient: list[Array]) -> list[Array]:
-        threads = get_num_threads()
-        if self._which == "up":
-            turned = [np.array(g.T, order="C") for g in gradient]
-            _core.solve_moments(turned, self._rows, self._hold, threads)
-            found = [np.array(t.T, order="C") for t in turned]
-            self._solve_each(found, self._latent)
-            return found
-        found = [g.copy() for g in gradient]
-        _core.solve_moments(found, self._rows, self._hold, threads)
-        turned = [np.array(a.T, order="C") for a in found]
-        grams = [self._gram[e] for e in self._members]
-        some = [n for n, gram in enumerate(grams) if gram is not None]
-        self._solve_each([turned[n] for n in some], [grams[n] for n in some])
-        return [np.ascontiguousarray(t.T) for t in turned]
+        side = self._which == "down"
+        found = [np.array(g if side else g.T, order="C") for g in gradient]
+        _core.moments_product(SOLVE, found, found, self._rows, self._hold, get_num_threads())
+        return self._on_latent_side(SOLVE, [f if side else f.T for f in found])
 
-    @staticmethod
-    def _solve_each(matrices: list[Array], metrics: list[Any]) -> None:
-        """In place; metrics may be of several sizes, one size a call."""
-        for size in sorted({len(m) for m in metrics}):
-            some = [n for n, m in enumerate(metrics) if len(m) == size]
-            _core.solve_moments(
-                [matrices[n] for n in some], [metrics[n] for n in some], 1e-9, get_num_threads()
-            )
+    def _on_latent_side(self, op: int, factors: list[Array]) -> list[Array]:
+        """Each factor times its latent metric, or the inverse of that."""
+        turned = [np.array(a.T if self._which == "down" else a, order="C") for a in factors]
+        for size in sorted({len(m) for m in self._latent if m is not None}):
+            some = [n for n, m in enumerate(self._latent) if m is not None and len(m) == size]
+            of_size, metrics = [turned[n] for n in some], [self._latent[n] for n in some]
+            _core.moments_product(op, of_size, of_size, metrics, TINY, get_num_threads())
+        return [np.ascontiguousarray(a.T) for a in turned] if self._which == "down" else turned
 
-    def _shared_grams(self) -> dict[int, Array | None]:
-        """B Bᵀ for each expert of a latent group."""
+    def _shared_grams(self) -> list[Array | None]:
+        """B Bᵀ for each member."""
         found: dict[int, Array | None] = {}
-        for group, B in zip(self._own.groups, self._bases(), strict=True):
-            gram = None if B is None else B @ B.T
+        for group, B in zip(self._own.groups, _bases(self._own), strict=True):
+            gram = None if B is None else inner_products(np.ascontiguousarray(B.T))
             found.update(dict.fromkeys(group, gram))
-        return found
-
-    def _bases(self) -> list[Array | None]:
-        p = self._own
-        bases: list[Array | None] = []
-        for rank, shared, perm in zip(p.ranks, p.shared, p.perm, strict=True):
-            if not rank:
-                bases.append(None)
-            elif p.form == "gauge":
-                assert shared is not None
-                assert perm is not None
-                bases.append(ungauge(shared.astype(np.float64), perm))
-            else:
-                assert shared is not None
-                bases.append(shared.astype(np.float64))
-        return bases
-
-    def _project(self, moment: Array, expert: int) -> Array:
-        """B C Bᵀ of an expert; C of a dense one."""
-        C = moment.astype(np.float64)
-        for group, B in zip(self._own.groups, self._bases(), strict=True):
-            if expert in group and B is not None:
-                return np.ascontiguousarray(B @ C @ B.T)
-        return C
+        return [found[e] for e in self._members]
 
     # ------------------------------------------------------------------ as projections
 
@@ -341,7 +373,7 @@ class _Problem:
         for e in self._members:
             a = by_expert[e]
             assert a is not None
-            found.append(a.astype(np.float64))
+            found.append(a)
         return found
 
     def _with(self, factors: list[Array]) -> Projection:
@@ -368,17 +400,36 @@ class _Problem:
             if rank == 0 or wide is None or stored is None:
                 private.append(stored)
                 continue
-            new = wide.astype(np.float64) + np.stack([by_expert[e] for e in group])
+            new = wide + np.stack([by_expert[e] for e in group])
             private.append(new.astype(stored.dtype))
         return replace(self._stored, private=tuple(private))
 
 
-def _widened(p: Projection, dtype: np.dtype[Any]) -> Projection:
-    def wide(arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
-        return tuple(None if a is None else a.astype(dtype) for a in arrays)
+def in_dtype(p: Projection, dtype: npt.DTypeLike) -> Projection:
+    """The same factors in another type."""
 
-    return replace(p, private=wide(p.private), shared=wide(p.shared))
+    def cast(arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
+        return tuple(None if a is None else a.astype(dtype, copy=False) for a in arrays)
+
+    return replace(p, private=cast(p.private), shared=cast(p.shared))
+
+
+def _bases(p: Projection) -> list[Array | None]:
+    """The shared factor of each latent group, written out, as stored; None for the others."""
+    bases: list[Array | None] = []
+    for rank, shared, perm in zip(p.ranks, p.shared, p.perm, strict=True):
+        if not rank:
+            bases.append(None)
+            continue
+        assert shared is not None
+        wide = shared.astype(np.promote_types(shared.dtype, np.float32))
+        if p.form == "gauge":
+            assert perm is not None
+            wide = ungauge(wide, perm)
+        bases.append(wide)
+    return bases
 
 
 def _dot(a: Sequence[Array], b: Sequence[Array]) -> float:
-    return float(sum(np.vdot(x, y) for x, y in zip(a, b, strict=True)))
+    """In NumPy's own loops: a BLAS adds in an order that depends on its threads."""
+    return float(sum(np.multiply(x, y, dtype=np.float64).sum() for x, y in zip(a, b, strict=True)))

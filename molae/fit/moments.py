@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from molae import _core
 from molae.errors import ArgumentError, ShapeError
 from molae.threads import get_num_threads
 
-__all__ = ["LayerMoments", "SecondMoments", "second_moments"]
+__all__ = ["SecondMoments", "second_moments"]
 
 Array = npt.NDArray[Any]
 
@@ -49,26 +48,6 @@ class SecondMoments:
         """Of no row yet."""
         moment = np.zeros((E, W, W), dtype=dtype)
         return cls(moment, np.zeros(E), np.zeros(E, dtype=np.int64))
-
-
-@dataclass(frozen=True, eq=False)
-class LayerMoments:
-    """What a fit needs to know of a text, for one layer of experts.
-
-    Attributes
-    ----------
-    x : SecondMoments
-        Of the layer's input: the metric of gate and up.
-    hidden : SecondMoments
-        Of the intermediate: the metric of down.
-    row_metric : dict of str to (E, F, F) ndarray
-        For 'gate_proj' and 'up_proj': how the layer's output feels errors of their rows, to
-        first order. With it the squared errors of all three types are in one unit.
-    """
-
-    x: SecondMoments
-    hidden: SecondMoments
-    row_metric: Mapping[str, Array]
 
 
 def second_moments(

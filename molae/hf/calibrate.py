@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,7 +34,7 @@ LEAST_TOKENS = 64
 #: Tokens that the trials of single layers are carried through.
 TRIAL_TOKENS = 2048
 
-Trials = Callable[[int, LayerInput, Projections], Mapping[str, Projections]]
+Trials = Callable[[int, LayerInput, Projections], Iterable[tuple[str, Projections]]]
 
 
 def read_calibration_text(path: str | os.PathLike[str]) -> str:
@@ -235,8 +235,9 @@ class Calibration:
         Parameters
         ----------
         trials : callable
-            Of each MoE layer's number, `molae.fit.LayerInput` and own experts; gives by name
-            other experts for that layer alone. The input is for the call only.
+            Of each MoE layer's number, `molae.fit.LayerInput` and own experts; gives, one after
+            the other, names and other experts for that layer alone. The input is for the call
+            only.
 
         Returns
         -------
@@ -248,7 +249,7 @@ class Calibration:
             walk = self._walk
             walk.start()
             some = max(1, min(len(self._tokens), -(-TRIAL_TOKENS // self._tokens.shape[1])))
-            variants: dict[tuple[int, str], torch.Tensor] = {}
+            variants: dict[tuple[int, str], np.ndarray] = {}
             for number in range(len(self._stream)):
                 self._progress(number, len(self._stream), f"measuring layer {number}")
                 moe = number in self._model.moe_layers
@@ -257,20 +258,22 @@ class Calibration:
                 with self._stream.layer(number) as run:
                     for i in range(len(walk.states)):
                         walk.states[i] = run(walk.hidden(i), seen=taken and taken.add)[0].numpy()
-                    for key, hidden in variants.items():
-                        variants[key] = _all(run, hidden)
+                    for hidden in variants.values():
+                        _all(run, in_torch(hidden), hidden)
                     if taken is not None:
                         own = self._stream.experts(number)
                         given = taken.given(self._stream.activation(number))
-                        for name, other in trials(number, given, own).items():
-                            variants[number, name] = _all(run, before, projections={**own, **other})
+                        for name, other in trials(number, given, own):
+                            hidden = self._mapped(f"trial {number} {name}", tuple(before.shape))
+                            _all(run, before, hidden, projections={**own, **other})
+                            variants[number, name] = hidden
             found = self._divergences(variants, some)
             self._progress(len(self._stream), len(self._stream), "measured")
             walk.next = None
             return found
 
     def _divergences(
-        self, variants: Mapping[tuple[int, str], torch.Tensor], some: int
+        self, variants: Mapping[tuple[int, str], np.ndarray], some: int
     ) -> dict[tuple[int, str], float]:
         """Of what the last layer gave for the first sequences, from what is in the store."""
         sums = dict.fromkeys(variants, 0.0)
@@ -437,9 +440,10 @@ class _Taken:
         )
 
 
-def _all(run: Any, hidden: torch.Tensor, **options: Any) -> torch.Tensor:
+def _all(run: Any, hidden: torch.Tensor, out: np.ndarray, **options: Any) -> None:
     """A layer on several sequences, one at a time."""
-    return torch.cat([run(hidden[i : i + 1], **options) for i in range(len(hidden))])
+    for i in range(len(hidden)):
+        out[i] = run(hidden[i : i + 1], **options)[0].numpy()
 
 
 def _memory_map(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float32]]:

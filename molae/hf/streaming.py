@@ -161,15 +161,17 @@ class LayerStream:
 
     @torch.inference_mode()
     def divergences(
-        self, tokens: torch.Tensor, base: torch.Tensor, others: Sequence[torch.Tensor]
+        self, tokens: torch.Tensor, base: torch.Tensor, others: Sequence[np.ndarray]
     ) -> list[float]:
         """How far the next-token distributions after `others` are from those after `base`.
 
         Parameters
         ----------
         tokens : (n, T) tensor
-        base, others : (n, T, D) tensors
+        base : (n, T, D) tensor
             What the last layer gave.
+        others : sequence of (n, T, D) ndarray
+            May be mapped: one at a time is in memory.
 
         Returns
         -------
@@ -182,7 +184,7 @@ class LayerStream:
                 keep = torch.arange(at, min(at + LOGITS, tokens.shape[1]))
                 p = self._log_probabilities(tokens, base, keep)
                 for i, other in enumerate(others):
-                    q = self._log_probabilities(tokens, other, keep)
+                    q = self._log_probabilities(tokens, in_torch(other), keep)
                     sums[i] += float((p.exp() * (p - q)).double().sum())
         self._forget()
         return sums
@@ -256,18 +258,10 @@ class LayerStream:
 
     def experts(self, layer: int) -> Projections:
         """The checkpoint's own experts of a layer, each a dense group of its own."""
-        E = self._model.letters["E"]
-        groups = tuple((e,) for e in range(E))
-        found = {}
-        for kind in TYPES:
-            matrices = self._model.matrices(self._checkpoint, layer, kind)
-            if matrices[0].dtype == np.float16:
-                matrices = [m.astype(np.float32) for m in matrices]
-            aligned = [np.require(m, requirements=["C", "A"])[None] for m in matrices]
-            found[kind] = ops.Projection(
-                groups=groups, ranks=(None,) * E, private=tuple(aligned), shared=(None,) * E
-            )
-        return found
+        return {
+            kind: ops.Projection.separate(self._model.matrices(self._checkpoint, layer, kind))
+            for kind in TYPES
+        }
 
     # -------------------------------------------------------------------- parts
 

@@ -192,6 +192,10 @@ def _needs(plan: Plan) -> Table:
         table.add_row("size", f"asked {plan.size_asked:g}, reached {plan.size_reached:.4f}")
     table.add_row("disk", f"{plan.disk_bytes:,} bytes ({size_text(plan.disk_bytes)})")
     table.add_row("peak memory", f"about {size_text(plan.memory_bytes)}")
+    if plan.passes > 1:
+        table.add_row(
+            "passes", f"{plan.passes} over each layer's tokens, to stay within the memory"
+        )
     if plan.seconds is not None:
         table.add_row("time", f"about {time_text(plan.seconds)}")
     return table

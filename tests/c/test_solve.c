@@ -39,22 +39,22 @@ solves_are_undone(void)
     }
     for (int32_t threads = 1; threads <= 3; threads += 2) {
         const molae_ctx ctx = {threads, NULL};
-        const size_t need = molae_solve_moments_ws(&ctx, E, rows, N);
+        const size_t need = molae_moments_product_ws(&ctx, MOLAE_MOMENTS_SOLVE, E, rows, N);
         void *ws = mli_alloc(need);
         CHECK(ws != NULL);
-        CHECK(molae_solve_moments(&ctx, o, w, m, MOLAE_F64, ridge, E, rows, N, ws, need, &err) ==
-              MOLAE_OK);
-        CHECK(molae_solve_moments(&ctx, o, w, m, MOLAE_F64, ridge, E, rows, N, ws, need - 1,
-                                  &err) == MOLAE_E_ARG);
-        CHECK(molae_solve_moments(&ctx, o, w, m, MOLAE_F64, 0, E, rows, N, ws, need, &err) ==
-              MOLAE_E_ARG);
+        CHECK(molae_moments_product(&ctx, MOLAE_MOMENTS_SOLVE, o, w, m, MOLAE_F64, ridge, E, rows,
+                                    N, ws, need, &err) == MOLAE_OK);
+        CHECK(molae_moments_product(&ctx, MOLAE_MOMENTS_SOLVE, o, w, m, MOLAE_F64, ridge, E, rows,
+                                    N, ws, need - 1, &err) == MOLAE_E_ARG);
+        CHECK(molae_moments_product(&ctx, MOLAE_MOMENTS_SOLVE, o, w, m, MOLAE_F64, 0, E, rows, N,
+                                    ws, need, &err) == MOLAE_E_ARG);
         W[ROWS * N] = NAN; /* of expert 1 */
-        CHECK(molae_solve_moments(&ctx, o, w, m, MOLAE_F64, ridge, E, rows, N, ws, need, &err) ==
-                  MOLAE_E_NONFINITE &&
+        CHECK(molae_moments_product(&ctx, MOLAE_MOMENTS_SOLVE, o, w, m, MOLAE_F64, ridge, E, rows,
+                                    N, ws, need, &err) == MOLAE_E_NONFINITE &&
               err.expert == 1);
         W[ROWS * N] = 0.5;
-        CHECK(molae_solve_moments(&ctx, o, w, m, MOLAE_F64, ridge, E, rows, N, ws, need, &err) ==
-              MOLAE_OK);
+        CHECK(molae_moments_product(&ctx, MOLAE_MOMENTS_SOLVE, o, w, m, MOLAE_F64, ridge, E, rows,
+                                    N, ws, need, &err) == MOLAE_OK);
         mli_free(ws);
         if (threads == 1)
             memcpy(first, out, sizeof out);
@@ -75,6 +75,58 @@ solves_are_undone(void)
         CHECK(worst < 1e-12);
         CHECK(e < E - 1 || out[e * ROWS * N] == 0);
     }
+}
+
+/* Products from one side, and from both. */
+static void
+products_are_sums(void)
+{
+    static double M[E * N * N], W[E * ROWS * N], out[E * ROWS * N], both[E * ROWS * ROWS];
+    const int64_t rows[E] = {ROWS, 0, 4};
+    const void *m[E], *w[E];
+    void *o[E], *p[E];
+    const molae_ctx ctx = {2, NULL};
+    const size_t need = molae_moments_product_ws(&ctx, MOLAE_MOMENTS_PROJECT, E, rows, N);
+    void *ws = mli_alloc(need);
+    uint64_t seed = 7;
+    molae_errinfo err;
+    double worst = 0;
+
+    for (int i = 0; i < E * N * N; i++)
+        M[i] = test_random(&seed);
+    for (int i = 0; i < E * ROWS * N; i++)
+        W[i] = test_random(&seed);
+    for (int e = 0; e < E; e++) {
+        m[e] = M + e * N * N;
+        w[e] = W + e * ROWS * N;
+        o[e] = out + e * ROWS * N;
+        p[e] = both + e * ROWS * ROWS;
+    }
+    CHECK(ws != NULL);
+    CHECK(molae_moments_product(&ctx, MOLAE_MOMENTS_TIMES, o, w, m, MOLAE_F64, 0, E, rows, N, ws,
+                                need, &err) == MOLAE_OK);
+    CHECK(molae_moments_product(&ctx, MOLAE_MOMENTS_PROJECT, p, w, m, MOLAE_F64, 0, E, rows, N, ws,
+                                need, &err) == MOLAE_OK);
+    CHECK(molae_moments_product(&ctx, MOLAE_MOMENTS_PROJECT, p, w, m, MOLAE_F64, 0, E, rows, N, ws,
+                                need - 1, &err) == MOLAE_E_ARG);
+    for (int e = 0; e < E; e++)
+        for (int r = 0; r < rows[e]; r++) {
+            double line[N];
+            for (int j = 0; j < N; j++) {
+                line[j] = 0;
+                for (int i = 0; i < N; i++)
+                    line[j] += W[(e * ROWS + r) * N + i] * M[(e * N + i) * N + j];
+                worst = fmax(worst, fabs(line[j] - out[(e * ROWS + r) * N + j]));
+            }
+            for (int s = 0; s < rows[e]; s++) {
+                double sum = 0;
+                for (int j = 0; j < N; j++)
+                    sum += line[j] * W[(e * ROWS + s) * N + j];
+                worst = fmax(worst, fabs(sum - both[e * ROWS * ROWS + r * rows[e] + s]));
+            }
+        }
+    CHECK(worst < 1e-13 * N * N);
+    mli_free(ws);
 }
 
 /* More numbers than a piece, in pieces of all threads, are those of single calls. */
@@ -108,5 +160,6 @@ void
 test_solve(void)
 {
     solves_are_undone();
+    products_are_sums();
     activations_of_many();
 }

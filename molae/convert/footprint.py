@@ -1,0 +1,127 @@
+"""How much memory a calibrated conversion takes, and how to keep it within bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from molae.arch import Model
+from molae.config import TYPES, ConvertConfig
+from molae.convert.measuring import TRIAL_SIZES
+from molae.errors import ArgumentError
+from molae.fit.reading import CHUNK
+from molae.io import DTYPES, Checkpoint
+from molae.threads import get_num_threads
+
+__all__ = ["BASE_BYTES", "Footprint"]
+
+#: Python, NumPy and the libraries, before any work.
+BASE_BYTES = 60_000_000
+
+#: What torch and transformers take besides.
+TORCH_BYTES = 500_000_000
+
+#: Rows of one number a slot that are held while some tokens pass: gate, up, intermediate, its
+#: slopes, gradients.
+ROWS = 8
+
+#: Arrays as large as the private factors that a refit holds.
+VECTORS = 7
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Anonymous memory of a calibrated conversion. Mapped files, which the system may drop
+    whenever it needs the room, are not in it.
+
+    Attributes
+    ----------
+    num_experts : int
+        E.
+    experts_at_once : int
+        Whose moments are held at a time.
+    fixed : int
+        Bytes whatever these are: torch, the two ends of the model, a few tokens, the workspace of
+        each thread, factors.
+    expert : int
+        Bytes of one expert's moments.
+    refit : int
+        Bytes of a refit, which holds no moments.
+    """
+
+    num_experts: int
+    experts_at_once: int
+    fixed: int
+    expert: int
+    refit: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, model: Model, config: ConvertConfig) -> Footprint:
+        """As few passes over a layer's tokens as `config.max_memory` allows.
+
+        Raises
+        ------
+        ArgumentError
+            There is no room for the groups asked for, or none for the refit.
+        """
+        vocab = int(checkpoint.config.get("vocab_size", 0))
+        plan = cls.of_sizes(model.letters, model.dtype, config, vocab)
+        if config.max_memory is None:
+            return plan
+        return plan._within(int(config.max_memory), config)
+
+    @classmethod
+    def of_sizes(
+        cls, letters: Mapping[str, int], dtype: str, config: ConvertConfig, vocab: int = 0
+    ) -> Footprint:
+        """Of layers of these sizes, all experts at once."""
+        E, K, F, D = (letters[letter] for letter in "EKFD")
+        size = config.target_size or 1.0
+        stack = E * F * D
+        rank = math.ceil(size * D)  # about what large groups have; smaller ones have less
+        private = E * F * min(rank, F, D)
+        ends = 8 * vocab * D + 4 * 3 * 256 * vocab
+        tokens = 4 * CHUNK * (K * F * ROWS + 6 * D + K * min(rank, D))
+        a_thread = 8 * (6 * D * D + max(D, F) ** 2 + 2 * F * F + 6 * F * D)
+        factors = int((3 * size + sum(TRIAL_SIZES)) * stack) * DTYPES[dtype].itemsize
+        wide = 12 * stack if dtype == "F16" else 0
+        fixed = BASE_BYTES + TORCH_BYTES + ends + tokens + factors + wide
+        refit = 4 * (E * F * F + VECTORS * private + E * min(rank, D) ** 2)
+        return cls(
+            E,
+            E,
+            fixed + get_num_threads() * a_thread,
+            4 * (D * D + 3 * F * F),
+            refit if config.refit else 0,
+        )
+
+    def _within(self, limit: int, config: ConvertConfig) -> Footprint:
+        needed = max(config.group_size_of(kind) or 1 for kind in TYPES)
+        least = self.fixed + min(needed, self.num_experts) * self.expert
+        if limit < least:
+            raise ArgumentError(
+                f"max_memory: {limit / 1e9:.3g} GB; moments of {needed} experts at a time, and "
+                f"what else is needed, take about {least / 1e9:.3g} GB"
+                + ("; smaller groups take less" if needed > 1 else "")
+                + ("; fewer threads take less" if get_num_threads() > 1 else "")
+            )
+        if limit < self.fixed + self.refit:
+            raise ArgumentError(
+                f"max_memory: {limit / 1e9:.3g} GB; the refit takes about "
+                f"{(self.fixed + self.refit) / 1e9:.3g} GB; allow more, or leave it out "
+                "(--no-refit, refit=False)"
+            )
+        room = min((limit - self.fixed) // self.expert, self.num_experts)
+        return Footprint(self.num_experts, int(room), self.fixed, self.expert, self.refit)
+
+    @property
+    def passes(self) -> int:
+        """Over a layer's tokens to gather all its moments, at least."""
+        blocks = -(-self.num_experts // self.experts_at_once)
+        return blocks if blocks == 1 else blocks + 1  # one more to see whom they reach
+
+    @property
+    def nbytes(self) -> int:
+        """Estimate of the peak."""
+        return self.fixed + max(self.experts_at_once * self.expert, self.refit)
