@@ -18,9 +18,6 @@ typedef mli_weighted job;
 typedef mli_weighted_group group;
 typedef mli_weighted_scratch scratch;
 
-/* Rows of the Gram matrix that are computed at once; the half below the diagonal is not. */
-enum { PANEL = 128 };
-
 /* Smallest eigenvalue, over the largest, down to which a Gram matrix of the stack's rows tells the
  * directions of its columns. */
 static const double ROWS_TELL = 1e-10;
@@ -69,6 +66,7 @@ job_cut(job *q, char **p, int64_t workers)
         MLI_CUT(n, p, o->Y, rows, sizeof(double));
         MLI_CUT(n, p, o->V, rows, sizeof(double));
         MLI_CUT(n, p, o->A, mli_size_mul(F, R), sizeof(double));
+        MLI_CUT(n, p, o->S32, q->narrow ? mli_size_mul(F, F) : 0, sizeof(float));
         MLI_CUT(n, p, o->tmp, mli_size_mul(MLI_ROWS_TILE, F), sizeof(double));
         MLI_CUT(n, p, o->work, work, 1);
         o->work_bytes = work;
@@ -82,6 +80,7 @@ job_of(const molae_stack *s, const molae_metric *metric, const int64_t *rank)
     job q = {.s = s, .metric = metric, .rank = rank};
 
     q.W = s->side == MOLAE_SIDE_INPUT ? s->D : s->F;
+    q.narrow = s->dtype != MOLAE_F64 && metric->dtype == MOLAE_F32;
     for (int64_t g = 0; rank != NULL && g < s->G; g++)
         q.max_R = MLI_MAX(q.max_R, rank[g]);
     return q;
@@ -100,213 +99,7 @@ molae_factor_weighted_ws(const molae_ctx *ctx, const molae_stack *s, const molae
     return job_cut(&q, NULL, ctx->num_threads);
 }
 
-/* --------------------------------------------------------------- moments */
-
-static int
-is_finite(const double *A, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++)
-        if (!isfinite(A[i]))
-            return 0;
-    return 1;
-}
-
-/* H = moments of expert e, widened. */
-static void
-load_moments(const job *q, int64_t e, double *H)
-{
-    (void)mli_widen_f64(H, q->metric->moment[e], q->metric->dtype, 0, q->W * q->W);
-}
-
-static double
-trace_of(const double *A, int64_t n)
-{
-    double sum = 0;
-
-    for (int64_t i = 0; i < n; i++)
-        sum += A[i * n + i];
-    return sum;
-}
-
-static void
-add_ridge(const job *q, int64_t e, double *H)
-{
-    const double more = q->metric->ridge * q->trace[e] / (double)q->W;
-
-    for (int64_t i = 0; i < q->W; i++)
-        H[i * q->W + i] += more;
-}
-
-/* C = sum of the group's moments; the identity where no row reached any of them. */
-static molae_status
-pool(const job *q, group *o, int64_t g, double *H, double *S)
-{
-    const int64_t W = q->W, F = q->s->F;
-
-    memset(o->C, 0, (size_t)(W * W) * sizeof(double));
-    o->trace = 0;
-    for (int64_t e = q->s->group_ptr[g]; e < q->s->group_ptr[g + 1]; e++) {
-        load_moments(q, e, H);
-        q->trace[e] = trace_of(H, W);
-        if (!is_finite(H, W * W) || q->trace[e] < 0) {
-            o->expert = e;
-            o->what = "moments: NaN, Inf or a negative trace";
-            return MOLAE_E_NONFINITE;
-        }
-        if (q->metric->rows != NULL &&
-            (!mli_widen_f64(S, q->metric->rows[e], q->metric->dtype, 0, F * F) ||
-             trace_of(S, F) < 0)) {
-            o->expert = e;
-            o->what = "row_metric: NaN, Inf or a negative trace";
-            return MOLAE_E_NONFINITE;
-        }
-        o->trace += q->trace[e];
-        add_ridge(q, e, H);
-        for (int64_t i = 0; i < W * W; i++)
-            o->C[i] += H[i];
-    }
-    for (int64_t i = 0; o->trace == 0 && i < W; i++)
-        o->C[i * W + i] = 1;
-    return MOLAE_OK;
-}
-
-/* Share of the pooled moments that is added to an expert's own. */
-static double
-borrowed(const job *q, const group *o, int64_t e)
-{
-    return o->trace == 0 ? 1 : q->metric->shrinkage * q->trace[e] / o->trace + q->metric->ridge;
-}
-
-void
-mli_weighted_moments(const job *q, int64_t e, double *H)
-{
-    const group *o = &q->groups[q->group_of[e]];
-    const double share = borrowed(q, o, e);
-
-    load_moments(q, e, H);
-    add_ridge(q, e, H);
-    for (int64_t i = 0; i < q->W * q->W; i++)
-        H[i] += share * o->C[i];
-}
-
-/* Trace of an expert's moments, shrunk, over that of the pooled ones. */
-static double
-omega(const job *q, const group *o, int64_t e)
-{
-    return (o->trace == 0 ? 0 : q->trace[e] / o->trace) + borrowed(q, o, e);
-}
-
 /* ---------------------------------------------------------- shared factor */
-
-molae_status
-mli_weighted_rows(const job *q, int64_t e, const double *X, int64_t n, double *S, double *Y,
-                  const double **weighed)
-{
-    const molae_stack *s = q->s;
-    const int64_t F = s->F;
-
-    *weighed = X;
-    if (s->side == MOLAE_SIDE_OUTPUT)
-        mli_weighted_moments(q, e, S);
-    else if (q->metric->rows != NULL)
-        (void)mli_widen_f64(S, q->metric->rows[e], q->metric->dtype, 0, F * F);
-    else
-        return MOLAE_OK;
-    *weighed = Y;
-    return mli_gemm_f64(0, 0, F, n, F, 1, S, F, X, n, 0, Y, n);
-}
-
-static molae_status
-load_rows(const job *q, group *o, int64_t e, double *X, double *tmp)
-{
-    const molae_status rc = mli_rows_load_f64(X, q->s, e, 0, q->s->F, tmp, NULL);
-
-    if (rc < 0) {
-        o->expert = e;
-        o->what = "NaN or Inf in the weights";
-    }
-    return rc;
-}
-
-/* Input side: what the columns j >= i of rows i0 .. of G = X_e^T S_e X_e add to <G, C'_e>. P
- * (ni,D-i0): those rows of G from the diagonal on. C'_e is the expert's own moments, some of the
- * identity and a share of the pooled ones. own: (D,). */
-static double
-energy_of_panel(const job *q, const group *o, int64_t e, const double *P, int64_t i0, int64_t ni,
-                double *own)
-{
-    const int64_t D = q->s->D, n = D - i0;
-    const double share = borrowed(q, o, e);
-    const double ridge = q->metric->ridge * q->trace[e] / (double)q->W;
-    double sum = 0;
-
-    for (int64_t i = 0; i < ni; i++) {
-        const double *p = P + i * n, *C = o->C + (i0 + i) * D + i0;
-        double beside = 0;
-        (void)mli_widen_f64(own, q->metric->moment[e], q->metric->dtype, (i0 + i) * D + i0 + i,
-                            n - i);
-        for (int64_t j = i + 1; j < n; j++)
-            beside += p[j] * (own[j - i] + share * C[j]);
-        sum += p[i] * (own[0] + ridge + share * C[i]) + 2 * beside;
-    }
-    return sum;
-}
-
-/* T = upper triangle of the sum of X_e^T S_e X_e; input side: times omega_e. Energies. */
-static molae_status
-gram(const job *q, group *o, int64_t g, scratch *t)
-{
-    const molae_stack *s = q->s;
-    const int64_t D = s->D, F = s->F, first = s->group_ptr[g];
-    const int input = s->side == MOLAE_SIDE_INPUT, measured = q->rank && q->out->residual;
-    molae_status rc = MOLAE_OK;
-
-    for (int64_t e = first; e < s->group_ptr[g + 1]; e++) {
-        const double part = input ? omega(q, o, e) : 1;
-        const double *Y;
-        double energy = 0;
-        MLI_TRY(load_rows(q, o, e, t->X, t->tmp));
-        MLI_TRY(mli_weighted_rows(q, e, t->X, D, t->S, t->Y, &Y));
-        for (int64_t i0 = 0; i0 < D; i0 += PANEL) {
-            const int64_t n = D - i0, ni = MLI_MIN((int64_t)PANEL, n);
-            double *P = t->Z;
-            MLI_TRY(mli_gemm_f64(1, 0, ni, n, F, 1, t->X + i0, D, Y + i0, D, 0, P, n));
-            if (input && measured)
-                energy += energy_of_panel(q, o, e, P, i0, ni, t->w);
-            for (int64_t i = 0; i < ni; i++) {
-                double *to = t->T + (i0 + i) * D + i0;
-                if (!input)
-                    energy += P[i * n + i];
-                for (int64_t j = i; j < n; j++)
-                    to[j] = (e > first ? to[j] : 0) + part * P[i * n + j];
-            }
-        }
-        q->energy[e] = energy;
-    }
-done:
-    return rc;
-}
-
-/* Output side: Z (k F,D) stacks L_e X_e with L_e^T L_e = H'_e. Energies. *rc is LAPACK where an
- * H'_e is not positive definite. */
-static molae_status
-stack_rows(const job *q, group *o, int64_t g, scratch *t)
-{
-    const molae_stack *s = q->s;
-    const int64_t D = s->D, F = s->F;
-    double *Z = t->Z;
-    molae_status rc = MOLAE_OK;
-
-    for (int64_t e = s->group_ptr[g]; e < s->group_ptr[g + 1]; e++, Z += F * D) {
-        MLI_TRY(load_rows(q, o, e, Z, t->tmp));
-        mli_weighted_moments(q, e, t->H);
-        MLI_TRY(mli_potrf_f64(F, t->H, F, &o->info));
-        MLI_TRY(mli_trmm_f64(0, F, D, t->H, F, Z, D));
-        q->energy[e] = mli_sumsq_f64(Z, F * D);
-    }
-done:
-    return rc;
-}
 
 /* L with C + a I = L^T L, upper triangular. a is 0 unless rounding of the moments, more than their
  * ridge, has left C indefinite: then it is tried from rounding up to the trace. */
@@ -363,7 +156,7 @@ by_rows(const job *q, group *o, int64_t g, scratch *t, double *B, int64_t R, int
 {
     const int64_t D = q->s->D, n = (q->s->group_ptr[g + 1] - q->s->group_ptr[g]) * q->s->F;
     double *U = t->T + (n - R) * n;
-    molae_status rc = stack_rows(q, o, g, t);
+    molae_status rc = mli_weighted_stack(q, o, g, t);
 
     *found = 0;
     if (rc == MOLAE_E_LAPACK)
@@ -393,7 +186,7 @@ eigenvectors(const job *q, group *o, int64_t g, scratch *t, int64_t lo, int64_t 
     const int64_t D = q->s->D;
     molae_status rc = MOLAE_OK;
 
-    MLI_TRY(gram(q, o, g, t));
+    MLI_TRY(mli_weighted_gram(q, o, g, t));
     if (q->s->side == MOLAE_SIDE_INPUT) {
         MLI_TRY(whitening(o, D, t));
         MLI_TRY(mli_sygst_f64(D, t->T, D, t->L, D, &o->info));
@@ -466,7 +259,7 @@ shared_factor(const job *q, group *o, int64_t g, scratch *t)
     molae_status rc = MOLAE_OK;
 
     o->what = "matrix product failed";
-    MLI_TRY(pool(q, o, g, t->H, t->S));
+    MLI_TRY(mli_weighted_pool(q, o, g, t->H, t->S));
     o->what = "eigenvalues of the moments did not converge";
     o->perm = NULL;
     o->lead = q->rank != NULL && gauge ? R : 0;

@@ -12,8 +12,8 @@
 enum { PANEL = 256 };
 
 /* Share of the energy below which a residual as the difference of two sums has lost too many
- * digits and is measured directly. */
-static const double CANCELLED = 1e-5;
+ * digits and is measured directly: with sums in f64, and with some of it in f32. */
+static const double CANCELLED = 1e-5, CANCELLED_32 = 1e-3;
 
 /* Columns of X (n,D) in the order of perm. row: (D,). */
 static void
@@ -64,6 +64,26 @@ done:
     return rc;
 }
 
+/* G (F,R) = X Q^T for Q (R,D) in Z. T is overwritten. */
+static molae_status
+times_moments(const mli_weighted *q, const mli_weighted_scratch *t, double *G, int64_t R)
+{
+    const int64_t F = q->s->F, D = q->s->D;
+    float *X32 = (float *)t->E, *Q32 = (float *)t->T, *G32 = (float *)t->V;
+    double scale;
+    molae_status rc = MOLAE_OK;
+
+    if (!q->narrow)
+        return mli_gemm_f64(0, 1, F, R, D, 1, t->X, D, t->Z, D, 0, G, R);
+    scale = mli_weighted_narrow(X32, t->X, F * D);
+    scale *= mli_weighted_narrow(Q32, t->Z, R * D);
+    MLI_TRY(mli_gemm_f32(0, 1, F, R, D, 1, X32, D, Q32, D, 0, G32, R));
+    for (int64_t i = 0; i < F * R; i++)
+        G[i] = scale * (double)G32[i];
+done:
+    return rc;
+}
+
 /* G = X C B^T, (F,R), and *U with U^T U = B C B^T, C the expert's shrunk moments; on the output
  * side, where they drop out, C = I. */
 static molae_status
@@ -90,7 +110,7 @@ normal_equations(const mli_weighted *q, int64_t e, const mli_weighted_scratch *t
     MLI_TRY(mli_gemm_f64(0, 0, R, D, n, 1, o->N, n, C + o->lead * D, D, o->lead > 0, Q, D));
     MLI_TRY(times_basis(o, Q, t->L, R, D));
     MLI_TRY(mli_potrf_f64(R, t->L, R, &info));
-    MLI_TRY(mli_gemm_f64(0, 1, F, R, D, 1, t->X, D, Q, D, 0, G, R));
+    MLI_TRY(times_moments(q, t, G, R));
     *U = t->L;
 done:
     return rc;
@@ -146,12 +166,27 @@ residual_of(const mli_weighted *q, int64_t e, const mli_weighted_scratch *t, con
 {
     const int64_t F = q->s->F, R = q->rank[q->group_of[e]];
     const double *Y;
+    const float *Y32;
+    float *P32 = (float *)t->V;
+    double scale, part = 0;
     molae_status rc = MOLAE_OK;
 
     memcpy(P, t->A, (size_t)(F * R) * sizeof(double));
     MLI_TRY(mli_trmm_right_f64(1, F, R, U, R, P, R));
-    MLI_TRY(mli_weighted_rows(q, e, P, R, t->S, t->V, &Y));
-    *sum = q->energy[e] - 2 * dot(Y, K, F, R) + dot(Y, P, F, R);
+    if (!q->narrow) {
+        MLI_TRY(mli_weighted_rows(q, e, P, R, t->S, t->V, &Y));
+        *sum = q->energy[e] - 2 * dot(Y, K, F, R) + dot(Y, P, F, R);
+        goto done;
+    }
+    scale = mli_weighted_narrow(P32, P, F * R);
+    MLI_TRY(mli_weighted_rows_narrow(q, e, P32, R, t, P32 + F * R, &Y32, &part));
+    *sum = q->energy[e];
+    for (int64_t r = 0; r < F; r++) {
+        double row = 0;
+        for (int64_t c = 0; c < R; c++)
+            row += (double)Y32[r * R + c] * (2 * K[r * R + c] - P[r * R + c]);
+        *sum -= scale * part * row;
+    }
 done:
     return rc;
 }
@@ -163,6 +198,7 @@ mli_weighted_private(const mli_weighted *q, int64_t e, const mli_weighted_scratc
     const int64_t g = q->group_of[e], R = q->rank[g], F = s->F, D = s->D;
     const mli_weighted_group *o = &q->groups[g];
     const size_t at = (size_t)((e - s->group_ptr[g]) * F * R) * mli_dtype_size(s->dtype);
+    const double cancelled = q->narrow ? CANCELLED_32 : CANCELLED;
     double *K = t->Y, sum = q->energy[e];
     const double *U = NULL;
     molae_status rc = MOLAE_OK;
@@ -184,7 +220,7 @@ mli_weighted_private(const mli_weighted *q, int64_t e, const mli_weighted_scratc
         goto done;
     if (R > 0 && R < D)
         MLI_TRY(residual_of(q, e, t, K, U, t->E, &sum));
-    if (R == D || (R > 0 && sum < CANCELLED * q->energy[e]))
+    if (R == D || (R > 0 && sum < cancelled * q->energy[e]))
         MLI_TRY(measure(q, e, t, &sum));
     q->out->energy[e] = q->energy[e];
     q->out->residual[e] = MLI_MAX(sum, 0.0);
