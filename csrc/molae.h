@@ -144,14 +144,20 @@ typedef struct {
  * out: as there, but spectrum is the roots of the eigenvalues, whose squares beyond R are the
  * objective that is lost (input side: of the pooled problem); energy and residual are in the
  * metric, and neither is written where residual is NULL; used_svd is not written. rank NULL:
- * spectrum only. Arithmetic is f64 for every storage type. Groups are independent, and any thread
- * count gives the same bits. Threads over groups, then experts.
+ * spectrum only. Arithmetic is f64, but where the weights are narrower and the moments f32 the
+ * products that no small direction feels are f32: the Gram matrix (D,D), X_i C'_i B^T,
+ * S_i A_i. A residual below 1e-3 of the energy (1e-5 without f32) is measured on X_i - A_i B,
+ * others by expansion. Groups are independent, and any thread count gives the same bits.
+ * Threads over groups, then experts.
  * ws: molae_factor_weighted_ws() bytes, 64-byte aligned: about (3 D^2 + W^2 + F^2 + 4 F D + F R)
  * numbers and LAPACK's a thread, W^2 + R D a group.
- * Flops, input side: k F D^2 (with S_i k (2 F^2 D + 2 F D^2)) + 22 D^3 (two eigenproblems of it 18)
- * a group, 2 R D^2 + 4 R^2 D + 2 F R D an expert; output side: k (2 F^2 D + 2 F D^2) + 9 D^3 a
- * group, 2 F R D an expert. Errors: NONFINITE with the expert (weights or moments), LAPACK, SHAPE,
- * ARG. Sources: SVD-LLM, arXiv 2403.07378 (one expert); docs/theory.md. */
+ * Flops, R <= D/2 (else D-R instead of R for B). Input side: k (2 F^2 D with S_i + F D^2) + D^3/3
+ * + D^3 + an eigenproblem (8/3 D^3 + 2 R D^2) + R D^2 + 2 R^2 D and the gauge a group,
+ * 2 R (D-R) D + R^2 (D-R) + 2 F R D + 2 F R^2 an expert, 2 F^2 R + F R^2 more for its residual.
+ * Output side where k F < D: k (F^3/3 + F^2 D) + (k F)^2 D + an eigenproblem of order k F +
+ * 2 R k F D + 2 R^2 D a group, else k (2 F^2 D + F D^2) + an eigenproblem of order D; 2 F R (D-R) +
+ * 2 F R^2 an expert and its residual as above. Errors: NONFINITE with the expert (weights or
+ * moments), LAPACK, SHAPE, ARG. Sources: SVD-LLM, arXiv 2403.07378 (one expert); docs/theory.md. */
 size_t molae_factor_weighted_ws(const molae_ctx *ctx, const molae_stack *s,
                                 const molae_metric *metric, const int64_t *rank);
 molae_status molae_factor_weighted(const molae_ctx *ctx, const molae_factors *out,

@@ -206,6 +206,81 @@ def test_narrow_types_lose_their_rounding_alone(dtype, side, form):
     assert total < (exact.error**2 * exact.energy).sum() + 40 * eps * found.energy.sum()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("share", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6])
+def test_small_errors_are_measured_to_three_digits(dtype, side, share):
+    """A stack of rank 8 and noise, whose share of the energy is what is lost at rank 8."""
+    rng = np.random.default_rng(20)
+    E, F, D, R = 2, 96, 64, 8
+    W = rng.standard_normal((E, F, R)) @ rng.standard_normal((R, D)) / np.sqrt(R)
+    W += np.sqrt(share) * rng.standard_normal((E, F, D))
+    n = D if side == "input" else F
+    x = rng.standard_normal((E, 400, n))
+    C = (x.transpose(0, 2, 1) @ x).astype(F32 if dtype != F64 else F64)
+    W = (W if side == "input" else W.transpose(0, 2, 1)).astype(dtype)
+    S = row_metric(21, E, F).astype(C.dtype) if side == "input" else None
+    found = factor_weighted(W, C, R, side=side, row_metric=S, shrinkage=0.1, ridge=1e-3)
+    _, shrunk = ref.pooled(C.astype(F64), 0.1, 1e-3)
+    X, B = sides(W, side), found.basis(0).astype(F64)
+    for i in range(E):
+        A = found.private[0][i].astype(F64)
+        product = A @ B if side == "input" else A.T @ B
+        rows = None if S is None else S[i].astype(F64)
+        wanted = ref.lost(X[i], product, shrunk[i], side, rows)
+        total = ref.lost(X[i], 0, shrunk[i], side, rows)
+        assert found.energy[i] == pytest.approx(total, rel=1e-6)
+        assert found.error[i] ** 2 * found.energy[i] == pytest.approx(wanted, rel=5e-4)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("side", SIDES)
+def test_no_size_of_weights_is_too_large_or_small(dtype, side):
+    W, C = problem(22, 3, 10, 16, side, dtype)
+    C = C.astype(F32)
+    plain_size = factor_weighted(W, C, 6, side=side)
+    for power in (-80, 80):
+        W_scaled = np.ldexp(W.astype(F64), power).astype(dtype)
+        found = factor_weighted(W_scaled, C, 6, side=side)
+        assert np.allclose(found.error, plain_size.error, rtol=1e-6)
+        assert np.allclose(np.ldexp(found.spectrum[0], -power), plain_size.spectrum[0], rtol=1e-5)
+
+
+def test_one_expert_of_the_output_side_goes_by_its_rows():
+    """Fewer rows than columns, also where they are dependent and that way is closed."""
+    W, H = problem(23, 1, 8, 20, "output")
+    _, shrunk = ref.pooled(H, 0.05, 1e-3)
+    for rank_of_stack in (8, 3):
+        W[0][:, rank_of_stack:] = W[0][:, :1] * np.arange(8 - rank_of_stack)
+        X = sides(W, "output")
+        total = ref.lost(X[0], 0, shrunk[0], "output")
+        for rank in (0, 2, 3, 5, 8):
+            for form in ("gauge", "plain"):
+                found = factor_weighted(W, H, rank, side="output", form=form, ridge=1e-3)
+                best = ref.output_optimum(X, shrunk, rank)
+                assert losses(found, W, shrunk)[0] == pytest.approx(best, 1e-9, 1e-10 * total)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_moments_that_rounding_left_indefinite_are_enough(side):
+    W, C = problem(24, 2, 9, 30, side)
+    w, V = np.linalg.eigh(C)
+    w[:, 0] = -1e-7 * w[:, -1]
+    bent = (V * w[:, None, :]) @ V.transpose(0, 2, 1)
+    found = factor_weighted(W, bent, 6, side=side, ridge=1e-9)
+    near = factor_weighted(W, C, 6, side=side, ridge=1e-9)
+    assert np.isfinite(found.error).all()
+    assert found.group_error[0] < 1.1 * near.group_error[0]
+
+
+def test_the_kernel_of_a_narrow_stack_is_seen():
+    W, C = problem(25, 2, 12, 16)
+    W[:, :, 10:] = W[:, :, :6]
+    for dtype in (F32, F64):
+        found = factor_weighted(W.astype(dtype), C.astype(dtype), 5)
+        assert found.kernel_dim[0] == 6
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_groups_are_independent_and_threads_change_nothing(side):
     W, C = problem(9, 7, 11, 15, side)

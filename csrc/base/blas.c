@@ -29,7 +29,7 @@
 typedef int32_t blasint; /* LP64 */
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112, UPPER = 121, LOWER = 122 };
-enum { NON_UNIT = 131, LEFT = 141 };
+enum { NON_UNIT = 131, LEFT = 141, RIGHT = 142 };
 
 static int
 fits(int64_t n)

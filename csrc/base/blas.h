@@ -27,6 +27,17 @@
     /* B (m,n) = op(T)^-1 B for upper (upper != 0) or lower triangular T (m,m), row-major. */      \
     molae_status mli_trsm_##SFX(int upper, int trans, int64_t m, int64_t n, const REAL *T,         \
                                 int64_t ldt, REAL *B, int64_t ldb);                                \
+    /* B (m,n) = B op(T)^-1 for upper triangular T (n,n), row-major. */                            \
+    molae_status mli_trsm_right_##SFX(int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, \
+                                      REAL *B, int64_t ldb);                                       \
+    /* B (m,n) = op(T) B for upper triangular T (m,m), and B op(T) for T (n,n), row-major. */      \
+    molae_status mli_trmm_##SFX(int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt,       \
+                                REAL *B, int64_t ldb);                                             \
+    molae_status mli_trmm_right_##SFX(int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, \
+                                      REAL *B, int64_t ldb);                                       \
+    /* Upper triangle of symmetric A (n,n) = that of U A U^T for upper triangular U, row-major. */ \
+    molae_status mli_sygst_##SFX(int64_t n, REAL *A, int64_t lda, const REAL *U, int64_t ldu,      \
+                                 int64_t *info);                                                   \
     /* Cholesky of the row-major upper triangle: A = U^T U. info > 0: not positive definite. */    \
     molae_status mli_potrf_##SFX(int64_t n, REAL *A, int64_t lda, int64_t *info);                  \
     /* The same with diagonal pivoting until the largest pivot left is tol: A P = U^T U on the     \

@@ -16,6 +16,11 @@ void CBLAS(gemv)(int order, int trans, blasint m, blasint n, REAL alpha, const R
                  const REAL *x, blasint incx, REAL beta, REAL *y, blasint incy);
 void CBLAS(trsm)(int order, int side, int uplo, int trans, int diag, blasint m, blasint n,
                  REAL alpha, const REAL *a, blasint lda, REAL *b, blasint ldb);
+void CBLAS(trmm)(int order, int side, int uplo, int trans, int diag, blasint m, blasint n,
+                 REAL alpha, const REAL *a, blasint lda, REAL *b, blasint ldb);
+void LAPACK(sygst)(const blasint *itype, const char *uplo, const blasint *n, REAL *a,
+                   const blasint *lda, const REAL *b, const blasint *ldb, blasint *info,
+                   size_t uplo_len);
 void LAPACK(potrf)(const char *uplo, const blasint *n, REAL *a, const blasint *lda, blasint *info,
                    size_t uplo_len);
 void LAPACK(pstrf)(const char *uplo, const blasint *n, REAL *a, const blasint *lda, blasint *piv,
@@ -129,7 +134,68 @@ FN(mli_trsm)(int upper, int trans, int64_t m, int64_t n, const REAL *T, int64_t 
     return MOLAE_OK;
 }
 
+/* Whether a triangular T of order `order` and B (m,n) are as a call wants them. */
+static molae_status
+FN(check_triangular)(int64_t order, int64_t m, int64_t n, int64_t ldt, int64_t ldb)
+{
+    if (!fits(m) || !fits(n) || !fits(ldt) || !fits(ldb))
+        return out_of_range(m, n, 0);
+    return m > 0 && n > 0 && (ldt < order || ldb < n) ? MOLAE_E_ARG : MOLAE_OK;
+}
+
+molae_status
+FN(mli_trsm_right)(int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, REAL *B,
+                   int64_t ldb)
+{
+    const molae_status rc = FN(check_triangular)(n, m, n, ldt, ldb);
+
+    if (rc == MOLAE_OK && m > 0 && n > 0)
+        CBLAS(trsm)(ROW_MAJOR, RIGHT, UPPER, trans ? TRANS : NO_TRANS, NON_UNIT, (blasint)m,
+                    (blasint)n, (REAL)1, T, (blasint)ldt, B, (blasint)ldb);
+    return rc;
+}
+
+molae_status
+FN(mli_trmm)(int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, REAL *B, int64_t ldb)
+{
+    const molae_status rc = FN(check_triangular)(m, m, n, ldt, ldb);
+
+    if (rc == MOLAE_OK && m > 0 && n > 0)
+        CBLAS(trmm)(ROW_MAJOR, LEFT, UPPER, trans ? TRANS : NO_TRANS, NON_UNIT, (blasint)m,
+                    (blasint)n, (REAL)1, T, (blasint)ldt, B, (blasint)ldb);
+    return rc;
+}
+
+molae_status
+FN(mli_trmm_right)(int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, REAL *B,
+                   int64_t ldb)
+{
+    const molae_status rc = FN(check_triangular)(n, m, n, ldt, ldb);
+
+    if (rc == MOLAE_OK && m > 0 && n > 0)
+        CBLAS(trmm)(ROW_MAJOR, RIGHT, UPPER, trans ? TRANS : NO_TRANS, NON_UNIT, (blasint)m,
+                    (blasint)n, (REAL)1, T, (blasint)ldt, B, (blasint)ldb);
+    return rc;
+}
+
 /* ---------------------------------------------------------------- LAPACK */
+
+molae_status
+FN(mli_sygst)(int64_t n, REAL *A, int64_t lda, const REAL *U, int64_t ldu, int64_t *info)
+{
+    blasint itype = 2, bn = (blasint)n, blda = (blasint)lda, bldu = (blasint)ldu, binfo = 0;
+
+    *info = 0;
+    if (!fits(n) || !fits(lda) || !fits(ldu))
+        return out_of_range(n, 0, 0);
+    if (n == 0)
+        return MOLAE_OK;
+    if (lda < n || ldu < n)
+        return MOLAE_E_ARG;
+    LAPACK(sygst)(&itype, "L", &bn, A, &blda, U, &bldu, &binfo, 1); /* L = U^T: L^T A L */
+    *info = binfo;
+    return binfo == 0 ? MOLAE_OK : MOLAE_E_LAPACK;
+}
 
 molae_status
 FN(mli_potrf)(int64_t n, REAL *A, int64_t lda, int64_t *info)

@@ -134,6 +134,30 @@ FN(root_vector)(const FN(eigen) * q, int64_t k, int64_t j)
         v[i] = (REAL)((double)q->row[q->order[i]] * length);
 }
 
+/* Multiplies d (n,) and e (n-1,) by a power of two that brings entries below 1/2 up to it, and
+ * returns its inverse: laed2 takes for zero what is below eps times the larger of 1 and d. */
+static REAL
+FN(lift)(REAL *d, REAL *e, int64_t n)
+{
+    REAL top = 0, up;
+    int exponent;
+
+    for (int64_t i = 0; i < n; i++) {
+        top = MLI_MAX(top, (REAL)fabs((double)d[i]));
+        top = i < n - 1 ? MLI_MAX(top, (REAL)fabs((double)e[i])) : top;
+    }
+    (void)frexp((double)top, &exponent);
+    if (exponent >= 0)
+        return 1;
+    up = (REAL)ldexp(1, -exponent);
+    for (int64_t i = 0; i < n; i++) {
+        d[i] *= up;
+        if (i < n - 1)
+            e[i] *= up;
+    }
+    return 1 / up;
+}
+
 /* Eigenvalues d (n,), ascending, of the tridiagonal matrix d, e, and its eigenvectors lo ..
  * lo+count-1 in rows 0 .. count-1 of Z in the order of `where`. The last merge of divide and
  * conquer is most of its work, and is done here for the range alone. */
@@ -142,6 +166,7 @@ FN(tridiagonal)(const FN(eigen) * q, int64_t n, REAL *d, int64_t lo, int64_t cou
 {
     const int64_t n1 = n / 2, n2 = n - n1;
     int64_t k, n12, n23, first2, roots = 0, root0 = n, other0 = n; /* first of the range */
+    const REAL down = FN(lift)(d, q->e, n);
     REAL rho;
     molae_status rc = MOLAE_OK;
 
@@ -160,7 +185,7 @@ FN(tridiagonal)(const FN(eigen) * q, int64_t n, REAL *d, int64_t lo, int64_t cou
         const int is_root = root < k && (other == n - k || q->row[root] <= q->row[next]);
         const int64_t from = is_root ? root++ : next;
         other += !is_root;
-        d[i] = q->row[from];
+        d[i] = q->row[from] * down;
         if (i < lo || i >= lo + count)
             continue;
         q->where[i - lo] = (int32_t)from;

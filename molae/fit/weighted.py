@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,8 +94,13 @@ def factor_weighted(
     each other, as for a group of one. Then ``A_i = W_i C_i Bᵀ (B C_i Bᵀ)⁻¹``, the optimum for
     that B; S_i drops out of it. Output side: the eigenvectors of ``Σ W_i H_i W_iᵀ``, the optimum.
     An expert of no rows is fitted to its group's moments, a group of none as `factor_shared` would.
-    Arithmetic is float64 whatever the dtype. A group takes about 22 D³ flops (output side 9 D³),
-    an expert ``2 R D (D + 2 R + F)``. The result does not depend on the number of threads.
+    Arithmetic is float64, except where `W` is narrower and `moments` are float32: then products
+    whose rounding no small direction feels are float32. For k experts of F rows a group takes
+    ``k F D (2 F + D)`` flops (F only with S_i), a third of D³ for L, D³ for the product with it, an
+    eigenproblem of order D with R eigenvectors and 4 R D² for B; an expert
+    ``2 R D (D + F) + R² (D + 3 F)``, and ``2 F² R`` for its error. Output side, where k F < D:
+    ``k F D (F + k F)``, an eigenproblem of order k F, ``2 R k F D`` for B; an expert ``2 F R D``.
+    The result does not depend on the number of threads.
 
     References
     ----------
@@ -119,7 +125,7 @@ def factor_weighted(
     check_choice("form", form, ("gauge", "plain"))
     given = ranks(rank, problem.groups, *problem.shape)
     found = _solve(problem, moments, given, form, errors, row_metric, shrinkage, ridge)
-    return problem.factors(found, given, form, np.dtype(np.float64))
+    return problem.factors(found, given, form, _gram_dtype(problem, moments))
 
 
 def weighted_spectrum(
@@ -163,6 +169,14 @@ def weighted_spectrum(
     problem = Problem.of(W, groups, side)
     found = _solve(problem, moments, None, "plain", False, row_metric, shrinkage, ridge)
     return tuple(found.spectrum)
+
+
+def _gram_dtype(
+    problem: Problem, moments: npt.ArrayLike | Sequence[npt.ArrayLike]
+) -> np.dtype[Any]:
+    """The precision of a group's Gram matrix, which is that of its small eigenvalues."""
+    narrow = problem.experts[0].dtype != np.float64 and np.asarray(moments[0]).dtype == np.float32  # type: ignore[index]
+    return np.dtype(np.float32 if narrow else np.float64)
 
 
 def _solve(

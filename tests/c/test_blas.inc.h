@@ -92,6 +92,65 @@ FN(solves)(void)
     }
 }
 
+/* T's upper triangle, at (i,j) of op(T). */
+static double
+FN(upper_at)(const REAL *T, int n, int trans, int i, int j)
+{
+    const int r = trans ? j : i, c = trans ? i : j;
+
+    return r <= c ? (double)T[r * n + c] : 0.0;
+}
+
+static void
+FN(triangular)(void)
+{
+    enum { M = 6, N = 4 };
+    REAL T[M * M], X[M * N], B[M * N], Y[N * M], C[N * M], A[M * M], U[M * M];
+    int64_t info = -1;
+
+    FN(fill)(T, M * M, 13);
+    FN(fill)(X, M * N, 14);
+    FN(fill)(Y, N * M, 15);
+    for (int i = 0; i < M; i++)
+        T[i * M + i] = (REAL)3;
+    for (int trans = 0; trans < 2; trans++) {
+        memcpy(B, X, sizeof B);
+        memcpy(C, Y, sizeof C);
+        CHECK(FN(mli_trmm)(trans, M, N, T, M, B, N) == MOLAE_OK);
+        CHECK(FN(mli_trmm_right)(trans, N, M, T, M, C, M) == MOLAE_OK);
+        for (int i = 0; i < M; i++)
+            for (int j = 0; j < N; j++) {
+                double left = 0, right = 0;
+                for (int l = 0; l < M; l++) {
+                    left += FN(upper_at)(T, M, trans, i, l) * (double)X[l * N + j];
+                    right += (double)Y[j * M + l] * FN(upper_at)(T, M, trans, l, i);
+                }
+                CHECK(FN(near)((double)B[i * N + j], left, 16));
+                CHECK(FN(near)((double)C[j * M + i], right, 16));
+            }
+        CHECK(FN(mli_trsm_right)(trans, N, M, T, M, C, M) == MOLAE_OK);
+        for (int i = 0; i < N * M; i++)
+            CHECK(FN(near)((double)C[i], (double)Y[i], 16));
+    }
+    FN(fill)(U, M * M, 16);
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < M; j++)
+            A[i * M + j] = j >= i ? U[i * M + j] : (REAL)9;
+    CHECK(FN(mli_sygst)(M, A, M, T, M, &info) == MOLAE_OK && info == 0);
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < M; j++) {
+            double sum = 0;
+            for (int k = 0; k < M; k++)
+                for (int l = 0; l < M; l++)
+                    sum += FN(upper_at)(T, M, 0, i, k) * FN(upper_at)(T, M, 0, j, l) *
+                           (double)(k <= l ? U[k * M + l] : U[l * M + k]);
+            if (j >= i)
+                CHECK(FN(near)((double)A[i * M + j], sum, 64));
+            else
+                CHECK((double)A[i * M + j] == 9.0); /* the other triangle stays */
+        }
+}
+
 static void
 FN(cholesky)(void)
 {
@@ -229,6 +288,13 @@ FN(refusals)(void)
     CHECK(FN(mli_syrk)(0, 2, 2, (REAL)1, a, 1, (REAL)0, c, 2) == MOLAE_E_ARG);
     CHECK(FN(mli_trsm)(1, 0, 2, 2, a, 1, c, 2) == MOLAE_E_ARG);
     CHECK(FN(mli_trsm)(1, 0, big, 2, a, 1, c, 2) == MOLAE_E_TOO_LARGE);
+    CHECK(FN(mli_trsm_right)(0, 2, 2, a, 1, c, 2) == MOLAE_E_ARG);
+    CHECK(FN(mli_trmm)(0, 2, 2, a, 1, c, 2) == MOLAE_E_ARG);
+    CHECK(FN(mli_trmm_right)(0, big, 2, a, 2, c, 2) == MOLAE_E_TOO_LARGE);
+    CHECK(FN(mli_trmm_right)(0, 0, 2, a, 2, c, 2) == MOLAE_OK);
+    CHECK(FN(mli_sygst)(2, a, 1, c, 2, &info) == MOLAE_E_ARG);
+    CHECK(FN(mli_sygst)(big, a, big, c, big, &info) == MOLAE_E_TOO_LARGE);
+    CHECK(FN(mli_sygst)(0, a, 0, c, 0, &info) == MOLAE_OK);
     CHECK(FN(mli_potrf)(2, a, 1, &info) == MOLAE_E_ARG);
     CHECK(FN(mli_potrf)(0, a, 1, &info) == MOLAE_OK);
     CHECK(FN(mli_syr2k)(2, 2, 1, a, 1, c, 2, 0, c, 2) == MOLAE_E_ARG);
@@ -253,6 +319,7 @@ FN(routines)(void)
 {
     FN(products)();
     FN(solves)();
+    FN(triangular)();
     FN(cholesky)();
     FN(pivoted_qr)();
     FN(lq)();
