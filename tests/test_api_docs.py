@@ -14,9 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 #: What a function gives back, and what Transformers makes: shown by other names' examples.
 SHOWN_ELSEWHERE = {
     "molae.Report",
+    "molae.fit.Energies",
+    "molae.fit.LayerFit",
     "molae.fit.LayerInput",
     "molae.fit.LayerMoments",
     "molae.fit.Refit",
+    "molae.fit.RowMetric",
     "molae.fit.SecondMoments",
     "molae.fit.SharedFactors",
     "molae.hf.MolaeConfig",

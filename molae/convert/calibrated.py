@@ -29,7 +29,7 @@ from molae.errors import ArgumentError, CalibrationWarning
 from molae.factored import Split, group_tensors, index_groups
 from molae.fit import Energies, LayerInput
 from molae.fit.factors import SharedFactors
-from molae.fit.layer import REFITS, Gathered, Part, factor_parts
+from molae.fit.layer import REFITS, Gathered, Part, factor_parts, runnable
 from molae.io import Checkpoint, map_file
 from molae.ops import Projection
 
@@ -159,7 +159,7 @@ class Calibrated:
                 spectra = next(iter(tried.values())).spectrum
                 known[layer, kind, sizes[kind]] = Look(groups, spectra, ranks)
                 for name, factors in tried.items():
-                    yield name, {kind: Projection.from_factors(factors)}
+                    yield name, {kind: runnable(Projection.from_factors(factors))}
 
         if missing:
             for (layer, name), effect in self._calibration.measure(trials).items():
@@ -233,7 +233,7 @@ class Calibrated:
                 with named(self._model, layer, kind):
                     part = Part(kind, groups, ranks)
                     found, _ = factor_parts(gathered, W, {kind: part}, errors=False)
-                other = {**own, kind: Projection.from_factors(found[kind])}
+                other = {**own, kind: runnable(Projection.from_factors(found[kind]))}
                 error = fit.answer_error(some, _in_order(other), _in_order(own))
                 squares[kind, k, size].append(error**2)
         for place, own_squares in squares.items():
@@ -358,9 +358,10 @@ class Calibrated:
                 )
                 for role in ("shared", "perm", "private")
             )
-            found[kind] = Projection(
+            own = Projection(
                 groups=split.groups, ranks=split.ranks, shared=shared, perm=perm, private=private
             )
+            found[kind] = runnable(own)
         return found
 
     def _names(self, prefix: str, kind: str, split: Split, role: str) -> list[str | None]:

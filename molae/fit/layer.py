@@ -19,7 +19,16 @@ from molae.fit.reading import LayerInput
 from molae.fit.weighted import factor_weighted
 from molae.ops import Projection
 
-__all__ = ["FLOOR", "REFITS", "Gathered", "LayerFit", "Part", "factor_parts", "fit_layer"]
+__all__ = [
+    "FLOOR",
+    "REFITS",
+    "Gathered",
+    "LayerFit",
+    "Part",
+    "factor_parts",
+    "fit_layer",
+    "runnable",
+]
 
 Array = npt.NDArray[Any]
 TYPES = ("gate_proj", "up_proj", "down_proj")
@@ -144,7 +153,7 @@ def fit_layer(
     del gathered  # and with it the moments
     student = {
         **own,
-        **{kind: _runnable(Projection.from_factors(f)) for kind, f in factors.items()},
+        **{kind: runnable(Projection.from_factors(f)) for kind, f in factors.items()},
     }
     teacher = own["gate_proj"], own["up_proj"], own["down_proj"]
     errors: dict[str, list[float]] = {}
@@ -155,7 +164,7 @@ def fit_layer(
         layer = student["gate_proj"], student["up_proj"], student["down_proj"]
         found = refit(given, layer, teacher, which, metric=metric, steps=steps)
         stored = factors[kind].shared[0].dtype
-        student[kind] = _runnable(in_dtype(found.projection, stored))
+        student[kind] = runnable(in_dtype(found.projection, stored))
         errors.setdefault(kind, [float(found.error[0])]).append(float(found.error[-1]))
     fitted = {
         kind: replace(
@@ -279,7 +288,7 @@ def _factor(W: Stack, moments: LayerMoments, part: Part, errors: bool) -> Shared
         raise
 
 
-def _runnable(p: Projection) -> Projection:
+def runnable(p: Projection) -> Projection:
     """What `molae.ops` takes: float16 is widened."""
     return in_dtype(p, np.float32) if p.dtype == np.float16 else p
 
