@@ -148,8 +148,9 @@ typedef struct {
  * products that no small direction feels are f32: the Gram matrix (D,D), X_i C'_i B^T,
  * S_i A_i. A residual below 1e-3 of the energy (1e-5 without f32) is measured on X_i - A_i B,
  * others by expansion. Groups are independent, and any thread count gives the same bits.
- * Threads over groups, then experts.
- * ws: molae_factor_weighted_ws() bytes, 64-byte aligned: about (3 D^2 + W^2 + F^2 + 4 F D + F R)
+ * Groups that follow each other and point to the same matrices and moments, one rank each, share
+ * all that does not depend on it, up to the eigenvectors. Threads over such runs, then experts.
+ * ws: molae_factor_weighted_ws() bytes, 64-byte aligned: about (4 D^2 + W^2 + F^2 + 4 F D + F R)
  * numbers and LAPACK's a thread, W^2 + R D a group.
  * Flops, R <= D/2 (else D-R instead of R for B). Input side: k (2 F^2 D with S_i + F D^2) + D^3/3
  * + D^3 + an eigenproblem (8/3 D^3 + 2 R D^2) + R D^2 + 2 R^2 D and the gauge a group,

@@ -14,6 +14,7 @@ import molae
 from molae import _core
 from molae.errors import ArgumentError, NonFiniteError, ShapeError
 from molae.fit import factor_shared, factor_weighted, weighted_spectrum
+from molae.fit.weighted import factor_at_ranks
 
 F32, F64, F16, BF16 = np.float32, np.float64, np.float16, ml_dtypes.bfloat16
 SIDES = ("input", "output")
@@ -389,3 +390,55 @@ def test_the_reference_agrees_with_the_plain_one_where_nothing_is_weighed():
     pool, shrunk = ref.pooled(np.zeros((3, 8, 8)), 0.1, 0.1)
     s = plain.singular_values(W, range(3), "input")
     assert np.allclose(ref.pooled_spectrum(W, pool, shrunk), s)
+
+
+# ------------------------------------------------------------------ several ranks at once
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("form", ["gauge", "plain"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_several_ranks_are_those_of_single_calls(side, form, k, dtype):
+    E, F, D = 6, 7, 18  # one expert has fewer rows than columns, three have more
+    W, C = problem(3, E, F, D, side, dtype, idle=(4,))
+    C = C.astype(dtype)
+    rows = row_metric(3, E, F).astype(dtype) if side == "input" else None
+    groups = [[5, 0, 2], [1, 4, 3]] if k == 3 else [[e] for e in (5, 0, 2, 1, 4, 3)]
+    top = min(k * F, D)
+    several = [top // 2, [r % top for r in range(len(groups))], top, 0, top - 1]
+    options = {"groups": groups, "side": side, "form": form, "row_metric": rows}
+    together = factor_at_ranks(W, C, several, **options)
+    assert together[0].ranks == (top // 2,) * len(groups)
+    close = {"rtol": 1e-9 if dtype == F64 else 2e-4, "atol": 1e-9 if dtype == F64 else 1e-5}
+    for rank, found in zip(several, together, strict=True):
+        alone = factor_weighted(W, C, rank, **options)
+        assert found.groups == alone.groups
+        assert found.ranks == alone.ranks
+        for name in ("energy", "error", "group_error", "discarded_energy"):
+            assert np.allclose(getattr(found, name), getattr(alone, name), **close), name
+        for mine, theirs in zip(found.spectrum, alone.spectrum, strict=True):
+            assert np.allclose(mine, theirs, **close)
+        for e in range(E):
+            mine, theirs = found.reconstruct(e), alone.reconstruct(e)
+            assert np.allclose(mine, theirs, rtol=0, atol=(10 * close["rtol"]) * np.abs(W[e]).max())
+    for threads in (1, 3):
+        with molae.num_threads(threads):
+            again = factor_at_ranks(W, C, several, **options)
+        for mine, theirs in zip(again, together, strict=True):
+            assert all(
+                np.array_equal(a, b) for a, b in zip(mine.private, theirs.private, strict=True)
+            )
+
+
+def test_an_error_among_several_ranks_names_the_expert():
+    W, C = problem(4, 4, 5, 8)
+    W[2, 1, 1] = np.nan
+    with pytest.raises(NonFiniteError, match="expert 2") as caught:
+        factor_at_ranks(W, C, [2, 3], groups=[[0, 1], [3, 2]])
+    assert caught.value.expert == 2
+    W, C = problem(4, 4, 5, 8)
+    C[3, 0, 0] = np.inf
+    with pytest.raises(NonFiniteError, match="moments") as caught:
+        factor_at_ranks(W, C, [2, 3], groups=[[0, 1], [3, 2]])
+    assert caught.value.expert == 3

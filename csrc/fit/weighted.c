@@ -28,6 +28,22 @@ rank_of(const job *q, int64_t g)
     return q->rank != NULL ? q->rank[g] : 0;
 }
 
+/* Whether group g is of the same experts as the one before it. */
+static int
+goes_on(const job *q, int64_t g)
+{
+    const molae_stack *s = q->s;
+    const int64_t at = s->group_ptr[g], k = s->group_ptr[g + 1] - at;
+
+    if (g == 0 || at - s->group_ptr[g - 1] != k)
+        return 0;
+    for (int64_t e = at; e < at + k; e++)
+        if (s->W[e] != s->W[e - k] || q->metric->moment[e] != q->metric->moment[e - k] ||
+            (q->metric->rows != NULL && q->metric->rows[e] != q->metric->rows[e - k]))
+            return 0;
+    return 1;
+}
+
 static size_t
 job_cut(job *q, char **p, int64_t workers)
 {
@@ -41,6 +57,7 @@ job_cut(job *q, char **p, int64_t workers)
         if (rank_of(q, g) > 0 && rank_of(q, g) < s->D)
             work = MLI_MAX(work, mli_gauge_complement_ws_f64(rank_of(q, g), s->D));
     MLI_CUT(n, p, q->group_of, (size_t)s->E, sizeof(int64_t));
+    MLI_CUT(n, p, q->first, (size_t)s->G + 1, sizeof(int64_t));
     MLI_CUT(n, p, q->trace, (size_t)s->E, sizeof(double));
     MLI_CUT(n, p, q->energy, (size_t)s->E, sizeof(double));
     MLI_CUT(n, p, q->load, (size_t)s->E, sizeof(molae_status));
@@ -49,7 +66,7 @@ job_cut(job *q, char **p, int64_t workers)
     for (int64_t g = 0; g < s->G; g++) {
         group none, *o = p ? &q->groups[g] : &none;
         const size_t r = (size_t)rank_of(q, g);
-        MLI_CUT(n, p, o->C, mli_size_mul(W, W), sizeof(double));
+        MLI_CUT(n, p, o->C, goes_on(q, g) ? 0 : mli_size_mul(W, W), sizeof(double));
         MLI_CUT(n, p, o->N, mli_size_mul(r, D), sizeof(double));
         MLI_CUT(n, p, o->U, s->side == MOLAE_SIDE_OUTPUT ? mli_size_mul(r, r) : 0, sizeof(double));
     }
@@ -58,6 +75,7 @@ job_cut(job *q, char **p, int64_t workers)
         MLI_CUT(n, p, o->L, square, sizeof(double));
         MLI_CUT(n, p, o->T, square, sizeof(double));
         MLI_CUT(n, p, o->Z, square, sizeof(double));
+        MLI_CUT(n, p, o->Q, square, sizeof(double));
         MLI_CUT(n, p, o->w, D, sizeof(double));
         MLI_CUT(n, p, o->H, mli_size_mul(W, W), sizeof(double));
         MLI_CUT(n, p, o->S, mli_size_mul(F, F), sizeof(double));
@@ -86,6 +104,24 @@ job_of(const molae_stack *s, const molae_metric *metric, const int64_t *rank)
     return q;
 }
 
+static molae_status
+metric_check(const job *q, molae_errinfo *err)
+{
+    const molae_metric *m = q->metric;
+
+    err->what = "moments: expected float32 or float64, one matrix an expert";
+    if (m->moment == NULL || (m->dtype != MOLAE_F32 && m->dtype != MOLAE_F64))
+        return MOLAE_E_ARG;
+    err->what = "shrinkage, ridge: expected finite numbers, shrinkage >= 0 and ridge > 0";
+    if (!(m->shrinkage >= 0 && isfinite(m->shrinkage) && m->ridge > 0 && isfinite(m->ridge)))
+        return MOLAE_E_ARG;
+    err->what = "row_metric: for the input side alone";
+    if (m->rows != NULL && q->s->side == MOLAE_SIDE_OUTPUT)
+        return MOLAE_E_ARG;
+    err->what = NULL;
+    return MOLAE_OK;
+}
+
 size_t
 molae_factor_weighted_ws(const molae_ctx *ctx, const molae_stack *s, const molae_metric *metric,
                          const int64_t *rank)
@@ -93,9 +129,9 @@ molae_factor_weighted_ws(const molae_ctx *ctx, const molae_stack *s, const molae
     molae_errinfo err;
     job q;
 
-    if (mli_stack_check(s, rank, &err) < 0)
-        return 0; /* the call itself says what is wrong */
     q = job_of(s, metric, rank);
+    if (mli_stack_check(s, rank, &err) < 0 || metric_check(&q, &err) < 0)
+        return 0; /* the call itself says what is wrong */
     return job_cut(&q, NULL, ctx->num_threads);
 }
 
@@ -148,11 +184,12 @@ spectrum_of(const job *q, int64_t g, const double *w, int64_t n)
         spectrum[j] = j < n ? sqrt(MLI_MAX(w[n - 1 - j], 0.0)) : 0;
 }
 
-/* Output side where the group has fewer rows than columns: the spectrum and B (R,D), R > 0, in the
- * order of the eigenvalues, by way of the rows' Gram matrix Z Z^T. *found is 0 where that way is
- * closed: where some H'_e is indefinite, or the R-th eigenvalue is lost in rounding. */
+/* Output side where the group has fewer rows than columns: the spectrum, and in the last R rows of
+ * T (n,n), n the rows, what turns the stack Z (n,D) into its first R directions, by way of the
+ * rows' Gram matrix Z Z^T. *found is 0 where that way is closed: where some H'_e is indefinite, or
+ * the R-th eigenvalue is lost in rounding. */
 static molae_status
-by_rows(const job *q, group *o, int64_t g, scratch *t, double *B, int64_t R, int *found)
+by_rows(const job *q, group *o, int64_t g, scratch *t, int64_t R, int *found)
 {
     const int64_t D = q->s->D, n = (q->s->group_ptr[g + 1] - q->s->group_ptr[g]) * q->s->F;
     double *U = t->T + (n - R) * n;
@@ -168,13 +205,9 @@ by_rows(const job *q, group *o, int64_t g, scratch *t, double *B, int64_t R, int
         goto done;
     *found = 1;
     spectrum_of(q, g, t->w, n);
-    if (R == 0)
-        goto done;
     for (int64_t j = 0; j < R; j++)
         for (int64_t c = 0; c < n; c++)
             U[j * n + c] /= sqrt(t->w[n - R + j]);
-    MLI_TRY(mli_gemm_f64(0, 0, R, D, n, 1, U, n, t->Z, D, 0, B, D));
-    MLI_TRY(orthonormalize(B, R, D, 1, t->L, &o->info));
 done:
     return rc;
 }
@@ -197,26 +230,68 @@ done:
     return rc;
 }
 
-/* B (R,D), orthonormal, of the R last eigenvectors; or, for narrow, D-R rows that span what is left
- * out. To `rows`. */
-static molae_status
-basis(const job *q, group *o, int64_t g, scratch *t, int narrow, double *rows)
+/* Whether the rank is better reached by what it leaves out. */
+static int
+is_narrow(const job *q, int64_t R)
 {
-    const int64_t D = q->s->D, R = q->rank[g], n = narrow ? D - R : R, lo = narrow ? 0 : D - R;
-    const int times = q->form == MOLAE_FORM_GAUGE ? 1 : 2; /* the gauge wants a span alone */
-    double *u = t->T + lo * D;
+    return q->form == MOLAE_FORM_GAUGE && q->s->D - R < R;
+}
+
+/* What the ranks of a run share: moments, spectrum, and as many eigenvectors as one of them needs,
+ * in T. *rows is 1 where they are those of the rows. */
+static molae_status
+decompose(const job *q, group *o, int64_t run, scratch *t, int *rows)
+{
+    const molae_stack *s = q->s;
+    const int64_t D = s->D, g = q->first[run];
+    int64_t most = 0, lo = D, hi = 0;
     molae_status rc = MOLAE_OK;
 
-    MLI_TRY(eigenvectors(q, o, g, t, lo, n));
-    for (int64_t j = 0; j < n; j++) /* largest first */
-        memcpy(rows + j * D, u + (n - 1 - j) * D, (size_t)D * sizeof(double));
-    if (q->s->side == MOLAE_SIDE_OUTPUT)
-        goto done;
-    if (narrow) /* B L^T = U: what B leaves out is spanned by U L of the others */
-        MLI_TRY(mli_trmm_right_f64(0, n, D, t->L, D, rows, D));
-    else
-        MLI_TRY(mli_trsm_right_f64(1, n, D, t->L, D, rows, D));
-    MLI_TRY(orthonormalize(rows, n, D, times, t->L, &o->info));
+    *rows = 0;
+    o->what = "matrix product failed";
+    MLI_TRY(mli_weighted_pool(q, o, g, t->H, t->S));
+    o->what = "eigenvalues of the moments did not converge";
+    for (int64_t i = g; i < q->first[run + 1]; i++) {
+        const int64_t R = rank_of(q, i);
+        most = MLI_MAX(most, R);
+        if (R == 0 || R == D)
+            continue;
+        lo = MLI_MIN(lo, is_narrow(q, R) ? 0 : D - R);
+        hi = MLI_MAX(hi, is_narrow(q, R) ? D - R : D);
+    }
+    if (s->side == MOLAE_SIDE_OUTPUT && s->F * (s->group_ptr[g + 1] - s->group_ptr[g]) < D)
+        MLI_TRY(by_rows(q, o, g, t, most, rows));
+    if (!*rows)
+        MLI_TRY(eigenvectors(q, o, g, t, MLI_MIN(lo, hi), MLI_MAX(hi - lo, 0)));
+done:
+    return rc;
+}
+
+/* B (R,D), orthonormal, of the R last eigenvectors; or, for narrow, D-R rows that span what is left
+ * out. To `to`. */
+static molae_status
+basis(const job *q, group *o, int64_t g, scratch *t, int rows, int narrow, double *to)
+{
+    const int64_t D = q->s->D, R = q->rank[g], n = narrow ? D - R : R, lo = narrow ? 0 : D - R;
+    const double *u = t->T + lo * D;
+    int times = q->form == MOLAE_FORM_GAUGE ? 1 : 2; /* the gauge wants a span alone */
+    molae_status rc = MOLAE_OK;
+
+    if (rows) {
+        const int64_t all = (q->s->group_ptr[g + 1] - q->s->group_ptr[g]) * q->s->F;
+        times = 1;
+        MLI_TRY(mli_gemm_f64(0, 0, R, D, all, 1, t->T + (all - R) * all, all, t->Z, D, 0, to, D));
+    } else {
+        for (int64_t j = 0; j < n; j++) /* largest first */
+            memcpy(to + j * D, u + (n - 1 - j) * D, (size_t)D * sizeof(double));
+        if (q->s->side == MOLAE_SIDE_OUTPUT)
+            goto done;
+        if (narrow) /* B L^T = U: what B leaves out is spanned by U L of the others */
+            MLI_TRY(mli_trmm_right_f64(0, n, D, t->L, D, to, D));
+        else
+            MLI_TRY(mli_trsm_right_f64(1, n, D, t->L, D, to, D));
+    }
+    MLI_TRY(orthonormalize(to, n, D, times, t->Q, &o->info));
 done:
     return rc;
 }
@@ -250,17 +325,15 @@ done:
     return rc;
 }
 
+/* The shared factor of one group, from what its run has found. */
 static molae_status
-shared_factor(const job *q, group *o, int64_t g, scratch *t)
+shared_factor(const job *q, group *o, int64_t g, scratch *t, int rows)
 {
-    const int64_t D = q->s->D, F = q->s->F, R = rank_of(q, g);
-    const int gauge = q->form == MOLAE_FORM_GAUGE;
-    int narrow = gauge && D - R < R, found = 0, finite;
+    const int64_t D = q->s->D, R = rank_of(q, g);
+    const int gauge = q->form == MOLAE_FORM_GAUGE, narrow = !rows && is_narrow(q, R);
+    int finite;
     molae_status rc = MOLAE_OK;
 
-    o->what = "matrix product failed";
-    MLI_TRY(mli_weighted_pool(q, o, g, t->H, t->S));
-    o->what = "eigenvalues of the moments did not converge";
     o->perm = NULL;
     o->lead = q->rank != NULL && gauge ? R : 0;
     if (q->rank != NULL && gauge) {
@@ -268,27 +341,21 @@ shared_factor(const job *q, group *o, int64_t g, scratch *t)
             q->out->perm[g][j] = (int32_t)j;
         o->perm = q->out->perm[g];
     }
-    if (q->s->side == MOLAE_SIDE_OUTPUT && F * (q->s->group_ptr[g + 1] - q->s->group_ptr[g]) < D) {
-        MLI_TRY(by_rows(q, o, g, t, o->N, R, &found));
-        narrow = narrow && !found;
-    }
     if (R == 0 || R == D) {
-        if (!found)
-            MLI_TRY(eigenvectors(q, o, g, t, 0, 0));
         if (R == D)
             whole_basis(q, o, g);
         goto done;
     }
-    if (!found)
-        MLI_TRY(basis(q, o, g, t, narrow, narrow ? t->Z : o->N));
+    o->what = "the basis is not of full rank";
+    MLI_TRY(basis(q, o, g, t, rows, narrow, narrow ? t->Z : o->N));
     o->what = "pivoted QR of the basis failed";
     if (gauge) {
         int32_t *perm = q->out->perm[g];
         if (narrow) {
             MLI_TRY(mli_gauge_complement_f64(o->N, perm, t->Z, R, D, t->work, &o->info));
         } else {
-            MLI_TRY(mli_gauge_f64(t->T, perm, o->N, R, D, t->work, &o->info));
-            memcpy(o->N, t->T, (size_t)(R * (D - R)) * sizeof(double));
+            MLI_TRY(mli_gauge_f64(t->Q, perm, o->N, R, D, t->work, &o->info));
+            memcpy(o->N, t->Q, (size_t)(R * (D - R)) * sizeof(double));
         }
     }
     finite = mli_round_f64(q->out->shared[g], q->s->dtype, o->N, R * (D - o->lead));
@@ -301,12 +368,35 @@ done:
     return rc;
 }
 
+/* What the first group of a run knows of its experts goes to another. */
+static void
+take_over(const job *q, int64_t from, int64_t g)
+{
+    const molae_stack *s = q->s;
+    const int64_t a = s->group_ptr[from], b = s->group_ptr[g], k = s->group_ptr[g + 1] - b;
+
+    q->groups[g].C = q->groups[from].C;
+    q->groups[g].trace = q->groups[from].trace;
+    memcpy(q->trace + b, q->trace + a, (size_t)k * sizeof(double));
+    memcpy(q->energy + b, q->energy + a, (size_t)k * sizeof(double));
+    memcpy(q->out->spectrum + g * s->D, q->out->spectrum + from * s->D,
+           (size_t)s->D * sizeof(double));
+}
+
 static molae_status
-shared_task(void *arg, int64_t g, int32_t worker)
+shared_task(void *arg, int64_t run, int32_t worker)
 {
     const job *q = arg;
+    const int64_t first = q->first[run];
+    scratch *t = &q->workers[worker];
+    int rows;
 
-    q->groups[g].status = shared_factor(q, &q->groups[g], g, &q->workers[worker]);
+    q->groups[first].status = decompose(q, &q->groups[first], run, t, &rows);
+    for (int64_t g = first; q->groups[first].status >= 0 && g < q->first[run + 1]; g++) {
+        if (g > first)
+            take_over(q, first, g);
+        q->groups[g].status = shared_factor(q, &q->groups[g], g, t, rows);
+    }
     return MOLAE_OK;
 }
 
@@ -320,24 +410,6 @@ private_task(void *arg, int64_t e, int32_t worker)
 }
 
 /* -------------------------------------------------------------- the whole */
-
-static molae_status
-metric_check(const job *q, molae_errinfo *err)
-{
-    const molae_metric *m = q->metric;
-
-    err->what = "moments: expected float32 or float64, one matrix an expert";
-    if (m->moment == NULL || (m->dtype != MOLAE_F32 && m->dtype != MOLAE_F64))
-        return MOLAE_E_ARG;
-    err->what = "shrinkage, ridge: expected finite numbers, shrinkage >= 0 and ridge > 0";
-    if (!(m->shrinkage >= 0 && isfinite(m->shrinkage) && m->ridge > 0 && isfinite(m->ridge)))
-        return MOLAE_E_ARG;
-    err->what = "row_metric: for the input side alone";
-    if (m->rows != NULL && q->s->side == MOLAE_SIDE_OUTPUT)
-        return MOLAE_E_ARG;
-    err->what = NULL;
-    return MOLAE_OK;
-}
 
 molae_status
 molae_factor_weighted(const molae_ctx *ctx, const molae_factors *out, const molae_stack *s,
@@ -360,11 +432,15 @@ molae_factor_weighted(const molae_ctx *ctx, const molae_factors *out, const mola
     q.form = form;
     (void)job_cut(&q, &p, ctx->num_threads);
     for (int64_t g = 0; g < s->G; g++) {
+        if (!goes_on(&q, g))
+            q.first[q.runs++] = g;
+        q.first[q.runs] = g + 1;
+        q.groups[g].status = MOLAE_OK;
         q.groups[g].expert = -1;
         for (int64_t e = s->group_ptr[g]; e < s->group_ptr[g + 1]; e++)
             q.group_of[e] = g;
     }
-    MLI_TRY(mli_parallel_for(ctx, s->G, shared_task, &q));
+    MLI_TRY(mli_parallel_for(ctx, q.runs, shared_task, &q));
     for (int64_t g = 0; g < s->G; g++)
         if (q.groups[g].status < 0) {
             *err = (molae_errinfo){q.groups[g].what, q.groups[g].expert, g, q.groups[g].info};

@@ -8,7 +8,7 @@
 /* A group, from its shared factor to its experts' private ones. In gauge form B is written in the
  * order of perm: B[:, perm] = [I | N] with lead = R, in plain form perm is NULL and lead 0. */
 typedef struct {
-    double *C;           /* (W,W): pooled moments */
+    double *C;           /* (W,W): pooled moments; those of the run's first group */
     double *N;           /* (R,D-lead): what B has behind the identity, as stored */
     double *U;           /* (R,R), output side: U^T U = B B^T */
     const int32_t *perm; /* (D,) */
@@ -21,7 +21,7 @@ typedef struct {
 
 /* What a worker has to itself. */
 typedef struct {
-    double *L, *T, *Z;     /* (D,D) */
+    double *L, *T, *Z, *Q; /* (D,D) */
     double *w;             /* (D,) */
     double *H;             /* (W,W): moments of one expert, shrunk */
     double *S;             /* (F,F): the metric on the side of F */
@@ -42,6 +42,8 @@ typedef struct {
     int64_t W, max_R; /* width of the moments */
     int narrow;       /* products whose errors are of no weight are in f32 */
     int64_t *group_of;
+    int64_t runs;       /* of groups of the same experts, which share what their ranks leave open */
+    int64_t *first;     /* (runs + 1): groups */
     double *trace;      /* (E,) of the moments */
     double *energy;     /* (E,) in the metric */
     molae_status *load; /* (E,) */

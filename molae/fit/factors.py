@@ -127,11 +127,17 @@ class Problem:
     experts : list of E (rows, cols) ndarray
     groups : tuple of tuple of int
     side : {'input', 'output'}
+    times : int
+        So many groups in a row are of the same matrices, and are worked on together.
+    names : sequence of int, optional
+        What errors call the experts; by default their numbers.
     """
 
     experts: list[Array]
     groups: tuple[tuple[int, ...], ...]
     side: Side
+    times: int = 1
+    names: Sequence[int] | None = None
 
     @classmethod
     def of(cls, W: Stack, groups: Groups | None, side: Side) -> Problem:
@@ -161,7 +167,7 @@ class Problem:
             members = [e for g in batch for e in self.groups[g]]
             shared, perm, private, spectrum, energy, lost, used_svd = native(
                 [self.experts[e] for e in members],
-                members,
+                members if self.names is None else [self.names[e] for e in members],
                 np.cumsum([0, *(len(self.groups[g]) for g in batch)]),
                 None if ranks is None else [ranks[g] for g in batch],
                 batch.start,
@@ -189,7 +195,7 @@ class Problem:
 
         Ctrl-C is noticed between batches.
         """
-        step = get_num_threads()
+        step = get_num_threads() * self.times
         for start in range(0, len(self.groups), step):
             yield range(start, min(start + step, len(self.groups)))
 

@@ -16,7 +16,7 @@ from molae.fit.factors import SharedFactors, joined
 from molae.fit.layer_moments import Energies, LayerMoments, layer_energies, layer_moments
 from molae.fit.layerwise import RowMetric, in_dtype, refit, row_metric
 from molae.fit.reading import LayerInput
-from molae.fit.weighted import factor_weighted
+from molae.fit.weighted import factor_at_ranks
 from molae.ops import Projection
 
 __all__ = [
@@ -229,7 +229,8 @@ def factor_parts(
     metric_of: str | None = None,
     errors: bool = True,
 ) -> tuple[dict[str, SharedFactors], RowMetric | None]:
-    """Factors in the metric of a layer's moments.
+    """Factors in the metric of a layer's moments. Parts of one type in the same groups share
+    what does not depend on their ranks.
 
     Parameters
     ----------
@@ -246,24 +247,36 @@ def factor_parts(
     pieces: dict[str, list[SharedFactors]] = {name: [] for name in parts}
     places: dict[str, list[list[int]]] = {name: [] for name in parts}
     felt: RowMetric | None = None
+    alike: dict[tuple[str, tuple[tuple[int, ...], ...]], list[str]] = {}
+    for name, part in parts.items():
+        alike.setdefault((part.kind, tuple(map(tuple, part.groups))), []).append(name)
     for moments in gathered.blocks(*(part.groups for part in parts.values())):
         here = set(moments.experts)
-        for name, part in parts.items():
-            some = [g for g, group in enumerate(part.groups) if group[0] in here]
-            own = Part(part.kind, [part.groups[g] for g in some], [part.ranks[g] for g in some])
-            piece = _factor(W[part.kind], moments, own, errors)
-            pieces[name].append(piece)
-            places[name].append(some)
-            if name == metric_of:
-                more = row_metric(moments, _among(piece, part.groups, some))
-                felt = more if felt is None else felt.joined(more)
+        for (kind, groups), names in alike.items():
+            some = [g for g, group in enumerate(groups) if group[0] in here]
+            own = [groups[g] for g in some]
+            ranks = [[parts[name].ranks[g] for g in some] for name in names]
+            for name, piece in zip(
+                names, _factor(W[kind], kind, moments, own, ranks, errors), strict=True
+            ):
+                pieces[name].append(piece)
+                places[name].append(some)
+                if name == metric_of:
+                    more = row_metric(moments, _among(piece, groups, some))
+                    felt = more if felt is None else felt.joined(more)
     found = {name: joined(pieces[name], places[name], part.groups) for name, part in parts.items()}
     return found, felt
 
 
-def _factor(W: Stack, moments: LayerMoments, part: Part, errors: bool) -> SharedFactors:
-    """Of some experts; they are numbered in the order of the groups."""
-    kind, groups, ranks = part
+def _factor(
+    W: Stack,
+    kind: str,
+    moments: LayerMoments,
+    groups: Groups,
+    several: Sequence[Sequence[int]],
+    errors: bool,
+) -> list[SharedFactors]:
+    """Of some experts, at several ranks; they are numbered in the order of the groups."""
     members = [int(e) for group in groups for e in group]
     number = {e: n for n, e in enumerate(members)}
     place = {e: at for at, e in enumerate(moments.experts)}
@@ -272,10 +285,10 @@ def _factor(W: Stack, moments: LayerMoments, part: Part, errors: bool) -> Shared
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PrecisionWarning)
-            return factor_weighted(
+            return factor_at_ranks(
                 [W[e] for e in members],  # type: ignore[index]
                 [metric.moment[place[e]] for e in members],
-                ranks,
+                several,
                 groups=[[number[e] for e in group] for group in groups],
                 side="output" if kind == "down_proj" else "input",
                 row_metric=None if rows is None else [rows[place[e]] for e in members],

@@ -121,11 +121,87 @@ def factor_weighted(
     >>> bool(lost(f) < lost(molae.fit.factor_shared(W, 6)) / 10)
     True
     """
+    (found,) = factor_at_ranks(
+        W,
+        moments,
+        [rank],
+        groups=groups,
+        side=side,
+        form=form,
+        row_metric=row_metric,
+        shrinkage=shrinkage,
+        ridge=ridge,
+        errors=errors,
+    )
+    return found
+
+
+def factor_at_ranks(
+    W: Stack,
+    moments: npt.ArrayLike | Sequence[npt.ArrayLike],
+    several: Sequence[int | Sequence[int]],
+    *,
+    groups: Groups | None = None,
+    side: Side = "input",
+    form: Form = "gauge",
+    row_metric: npt.ArrayLike | Sequence[npt.ArrayLike] | None = None,
+    shrinkage: float = SHRINKAGE,
+    ridge: float = RIDGE,
+    errors: bool = True,
+) -> list[SharedFactors]:
+    """`factor_weighted` at each of `several` ranks, which share what does not depend on them."""
     problem = Problem.of(W, groups, side)
     check_choice("form", form, ("gauge", "plain"))
-    given = ranks(rank, problem.groups, *problem.shape)
-    found = _solve(problem, moments, given, form, errors, row_metric, shrinkage, ridge)
-    return problem.factors(found, given, form, _gram_dtype(problem, moments))
+    given = [ranks(rank, problem.groups, *problem.shape) for rank in several]
+    # Each group n times in a row, of its own copies of the experts: pointers, not matrices.
+    n, at = len(given), 0
+    members: list[int] = []
+    repeated: list[tuple[int, ...]] = []
+    for group in problem.groups:
+        for _ in range(n):
+            repeated.append(tuple(range(at, at + len(group))))
+            members += group
+            at += len(group)
+    whole = Problem(
+        [problem.experts[e] for e in members], tuple(repeated), side, times=n, names=members
+    )
+    metric, rows = _metrics(problem, moments, row_metric)
+    found = _solve(
+        whole,
+        [metric[e] for e in members],
+        None if rows is None else [rows[e] for e in members],
+        [rank for each in zip(*given, strict=True) for rank in each],
+        form,
+        errors,
+        (shrinkage, ridge),
+    )
+    return [
+        problem.factors(
+            _nth(found, problem, repeated, i, n), own, form, _gram_dtype(problem, metric)
+        )
+        for i, own in enumerate(given)
+    ]
+
+
+def _nth(
+    found: Found, problem: Problem, repeated: Sequence[Sequence[int]], i: int, n: int
+) -> Found:
+    """What was found at the i-th of n ranks, by the experts' own numbers."""
+    energy = np.zeros(len(problem.experts))
+    residual = None if found.residual is None else np.zeros(len(problem.experts))
+    for group, copies in zip(problem.groups, repeated[i::n], strict=True):
+        energy[list(group)] = found.energy[list(copies)]
+        if residual is not None and found.residual is not None:
+            residual[list(group)] = found.residual[list(copies)]
+    return Found(
+        shared=found.shared[i::n],
+        perm=found.perm[i::n],
+        private=found.private[i::n],
+        spectrum=found.spectrum[i::n],
+        used_svd=found.used_svd[i::n],
+        energy=energy,
+        residual=residual,
+    )
 
 
 def weighted_spectrum(
@@ -167,39 +243,46 @@ def weighted_spectrum(
     array([5., 2.])
     """
     problem = Problem.of(W, groups, side)
-    found = _solve(problem, moments, None, "plain", False, row_metric, shrinkage, ridge)
+    metric, rows = _metrics(problem, moments, row_metric)
+    found = _solve(problem, metric, rows, None, "plain", False, (shrinkage, ridge))
     return tuple(found.spectrum)
 
 
-def _gram_dtype(
-    problem: Problem, moments: npt.ArrayLike | Sequence[npt.ArrayLike]
-) -> np.dtype[Any]:
+def _gram_dtype(problem: Problem, moments: list[Array]) -> np.dtype[Any]:
     """The precision of a group's Gram matrix, which is that of its small eigenvalues."""
-    narrow = problem.experts[0].dtype != np.float64 and np.asarray(moments[0]).dtype == np.float32  # type: ignore[index]
+    narrow = problem.experts[0].dtype != np.float64 and moments[0].dtype == np.float32
     return np.dtype(np.float32 if narrow else np.float64)
 
 
-def _solve(
+def _metrics(
     problem: Problem,
     moments: npt.ArrayLike | Sequence[npt.ArrayLike],
-    given: Sequence[int] | None,
-    form: Form,
-    errors: bool,
     row_metric: npt.ArrayLike | Sequence[npt.ArrayLike] | None,
-    shrinkage: float,
-    ridge: float,
-) -> Found:
+) -> tuple[list[Array], list[Array] | None]:
+    """One matrix an expert."""
     E = len(problem.experts)
     metric = [contiguous(np.asarray(m)) for m in moments]  # type: ignore[union-attr]
     if len(metric) != E:
         raise ShapeError(f"moments: expected {E} matrices, one an expert, got {len(metric)}")
-    rows = None
-    if row_metric is not None:
-        if problem.side == "output":
-            raise ArgumentError("row_metric: for the input side only")
-        rows = [contiguous(np.asarray(m)) for m in row_metric]  # type: ignore[union-attr]
-        if len(rows) != E:
-            raise ShapeError(f"row_metric: expected {E} matrices, one an expert, got {len(rows)}")
+    if row_metric is None:
+        return metric, None
+    if problem.side == "output":
+        raise ArgumentError("row_metric: for the input side only")
+    rows = [contiguous(np.asarray(m)) for m in row_metric]  # type: ignore[union-attr]
+    if len(rows) != E:
+        raise ShapeError(f"row_metric: expected {E} matrices, one an expert, got {len(rows)}")
+    return metric, rows
+
+
+def _solve(
+    problem: Problem,
+    metric: list[Array],
+    rows: list[Array] | None,
+    given: Sequence[int] | None,
+    form: Form,
+    errors: bool,
+    firmness: tuple[float, float],
+) -> Found:
     return problem.solve(
         _core.factor_weighted,
         given,
@@ -208,7 +291,6 @@ def _solve(
         lambda members: (
             [metric[e] for e in members],
             None if rows is None else [rows[e] for e in members],
-            float(shrinkage),
-            float(ridge),
+            *map(float, firmness),
         ),
     )

@@ -77,6 +77,44 @@ every_rank(molae_side side, molae_form form)
     }
 }
 
+/* A group given again at another rank has the spectrum and the energies of the first. */
+static void
+several_ranks(molae_side side)
+{
+    static const int64_t ptr[] = {0, 2, 4};
+    const int64_t width = side == MOLAE_SIDE_INPUT ? D : F, rank[2] = {3, 8};
+    const void *w[4], *c[4];
+    const molae_stack s = {4, F, D, MOLAE_F32, side, w, 2, ptr};
+    const molae_metric metric = {c, NULL, MOLAE_F32, 0.05, 1e-4};
+    static float shared[2][D * D], private_[2][2 * F * D];
+    static int32_t perm[2][D];
+    void *const sp[] = {shared[0], shared[1]}, *const pp[] = {private_[0], private_[1]};
+    int32_t *const np[] = {perm[0], perm[1]};
+    double spectrum[2 * D], energy[4], residual[4];
+    int32_t used_svd[2] = {0};
+    const molae_factors out = {sp, np, pp, spectrum, energy, residual, used_svd};
+    const molae_ctx ctx = {3, NULL};
+    molae_errinfo err;
+    size_t need;
+    void *ws;
+
+    fill(width);
+    for (int e = 0; e < 4; e++) {
+        w[e] = W[e % 2];
+        c[e] = C[e % 2];
+    }
+    need = molae_factor_weighted_ws(&ctx, &s, &metric, rank);
+    ws = mli_alloc(need);
+    CHECK(molae_factor_weighted(&ctx, &out, &s, &metric, rank, MOLAE_FORM_GAUGE, ws, need, &err) ==
+          MOLAE_OK);
+    CHECK(memcmp(spectrum, spectrum + D, D * sizeof(double)) == 0);
+    for (int e = 0; e < 2; e++) {
+        CHECK(energy[e] == energy[e + 2]);
+        CHECK(residual[e + 2] <= residual[e] * (1 + 1e-9));
+    }
+    mli_free(ws);
+}
+
 static void
 refusals(void)
 {
@@ -104,5 +142,7 @@ test_weighted(void)
     every_rank(MOLAE_SIDE_INPUT, MOLAE_FORM_PLAIN);
     every_rank(MOLAE_SIDE_OUTPUT, MOLAE_FORM_GAUGE);
     every_rank(MOLAE_SIDE_OUTPUT, MOLAE_FORM_PLAIN);
+    several_ranks(MOLAE_SIDE_INPUT);
+    several_ranks(MOLAE_SIDE_OUTPUT);
     refusals();
 }
