@@ -269,8 +269,25 @@ def test_what_makes_no_sense_is_refused(change, error, message):
         refit(given, student_of(W), dense(W), **options)
 
 
+@pytest.mark.parametrize("which", ["up", "down"])
+def test_answers_that_are_known_are_the_teachers(which):
+    given, W = layer(11)
+    given = replace(given, lost=0.1 * np.random.default_rng(1).standard_normal(given.x.shape))
+    student, teacher = student_of(W), dense(W)
+    metric = metric_of(given, student, W)
+    want = refit(given, student, teacher, which, metric=metric)
+    known = replace(given, answers=answer(given, teacher))
+    found = refit(known, student, student, which, metric=metric)  # the teacher is not asked
+    assert found.error == pytest.approx(want.error, rel=1e-12)
+    for a, b in zip(found.projection.private, want.projection.private, strict=True):
+        assert np.allclose(a, b, rtol=1e-9, atol=1e-12)
+    assert known.first(7).answers.shape == (7, given.x.shape[1])
+
+
 def test_a_wrong_shape_and_nan_are_refused():
     given, W = layer()
+    with pytest.raises(ShapeError, match="answers: expected"):
+        refit(replace(given, answers=given.x[:-1]), student_of(W), dense(W), "down")
     with pytest.raises(ShapeError, match="lost: expected"):
         refit(replace(given, lost=given.x[:-1]), student_of(W), dense(W), "down")
     bad = given.x.copy()

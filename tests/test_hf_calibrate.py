@@ -132,6 +132,17 @@ def test_moments_are_those_of_what_the_experts_read(source):
     assert found.x.moment.shape == (E, D, D)
 
 
+def test_the_answers_are_those_of_the_layers_own_experts(source):
+    with calibration(source) as run:
+        for layer in run.moe_layers:
+            given, own = run.reading(layer), run.experts(layer)
+            want = molae.ops.latent_experts_forward(
+                given.x, given.index, given.weights, *own.values(), activation=given.activation
+            )
+            assert np.allclose(given.answers, want, rtol=1e-4, atol=1e-6)
+            assert np.abs(want).max() > 1e-3
+
+
 def test_what_is_changed_before_a_layer_is_what_it_reads(source):
     """`advance` with other experts; the same moments in any order of calls."""
     with calibration(source) as run:

@@ -80,7 +80,7 @@ def calibrated_seconds(conversion: Conversion, tokens: int) -> float:
     if conversion.config.refit:
         steps = sum(steps + 1 for _, steps in REFITS)
         size = conversion.config.target_size or 1.0
-        each += int(len(REFITS) * 6 * F * D + steps * 8 * F * D * min(size, 1.0))
+        each += int(steps * 8 * F * D * size)
     each += 6 * F * D * (2 if conversion.config.one_shot else 3)  # the layer itself
     seconds = len(conversion.allocation.layers) * tokens * K * each / pace
     for kind, of_kind in splits.items():

@@ -141,7 +141,8 @@ def refit(
     student : (gate, up, down) of Projection
         What is fitted, latent groups of rank 1 or more, or dense ones.
     teacher : (gate, up, down) of Projection
-        Whose answers to the same input and routing, and ``given.lost``, are the target.
+        Whose answers to the same input and routing, and ``given.lost``, are the target; where
+        there are ``given.answers`` these are theirs.
     which : {'up', 'down'}
     metric : RowMetric, optional
         As `row_metric` gives it of `student`; for up, which is conditioned by it.
@@ -196,8 +197,10 @@ def refit(
         raise ArgumentError("metric: needed to fit up")
     if steps < 0 or not hold > 0:
         raise ArgumentError(f"expected steps >= 0 and hold > 0, got {steps} and {hold}")
-    if given.lost is not None and given.lost.shape != given.x.shape:
-        raise ShapeError(f"lost: expected the shape of x, {given.x.shape}, got {given.lost.shape}")
+    for name in ("lost", "answers"):
+        rows = getattr(given, name)
+        if rows is not None and rows.shape != given.x.shape:
+            raise ShapeError(f"{name}: expected the shape of x, {given.x.shape}, got {rows.shape}")
     return _Problem(given, student, which, metric, hold).solve(teacher, steps)
 
 
@@ -278,7 +281,10 @@ class _Problem:
         hidden: SecondMoments | None = None
         for some, x, index, weights in self._given.chunks():
             call = (x, index, weights)
-            aim = latent_experts_forward(*call, *teacher, activation=self._given.activation)
+            if self._given.answers is None:
+                aim = latent_experts_forward(*call, *teacher, activation=self._given.activation)
+            else:
+                aim = np.array(self._given.answers[some])
             if self._given.lost is not None:
                 aim += self._given.lost[some]
             y, saved = self._forward(call, self._student)

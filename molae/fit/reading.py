@@ -37,6 +37,8 @@ class LayerInput:
     lost : (N, D) ndarray, optional
         What the layer's answer should have besides, to make up for what the layers before it
         have lost.
+    answers : (N, D) ndarray, optional
+        What its own experts answer, where that is known already; may be mapped.
     """
 
     x: Array
@@ -44,12 +46,20 @@ class LayerInput:
     weights: Array
     activation: Activation = "silu"
     lost: Array | None = None
+    answers: Array | None = None
 
     def first(self, tokens: int) -> LayerInput:
         """The first tokens alone."""
-        lost = None if self.lost is None else self.lost[:tokens]
+        lost, answers = (
+            None if rows is None else rows[:tokens] for rows in (self.lost, self.answers)
+        )
         return LayerInput(
-            self.x[:tokens], self.index[:tokens], self.weights[:tokens], self.activation, lost
+            self.x[:tokens],
+            self.index[:tokens],
+            self.weights[:tokens],
+            self.activation,
+            lost,
+            answers,
         )
 
     def chunks(self) -> Iterator[tuple[slice, Array, Array, Array]]:

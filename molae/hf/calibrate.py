@@ -101,8 +101,8 @@ class Calibration:
     family : Family, optional
         As in `molae.convert`.
     folder : path, optional
-        Where the hidden states lie meanwhile, ``tokens · hidden_size · 4`` bytes; by default
-        the system's folder for temporary files.
+        Where the hidden states lie meanwhile, ``tokens · hidden_size · 4`` bytes, up to five
+        times; by default the system's folder for temporary files.
     progress : callable, optional
         Is told layers done, layers in all, and what is under way.
 
@@ -362,8 +362,8 @@ class Calibration:
         return _Walk(self._stream, self._tokens, self._mapped(name, shape))
 
     def _taken(self) -> _Taken:
-        N, D = self._tokens.numel(), self._model.letters["D"]
-        return _Taken(self._mapped("input", (N, D)))
+        shape = self._tokens.numel(), self._model.letters["D"]
+        return _Taken(self._mapped("input", shape), self._mapped("answers", shape))
 
     @contextlib.contextmanager
     def _fixed_threads(self) -> Iterator[None]:
@@ -419,13 +419,16 @@ class _Walk:
 class _Taken:
     """Keeps what the experts of one layer are given."""
 
-    def __init__(self, x: np.memmap) -> None:
-        self._x, self._at = x, 0
+    def __init__(self, x: np.memmap, answers: np.memmap) -> None:
+        self._x, self._answers, self._at = x, answers, 0
         self._index: list[np.ndarray] = []
         self._weights: list[np.ndarray] = []
 
-    def add(self, x: np.ndarray, index: np.ndarray, weights: np.ndarray) -> None:
+    def add(
+        self, x: np.ndarray, index: np.ndarray, weights: np.ndarray, answers: np.ndarray
+    ) -> None:
         self._x[self._at : self._at + len(x)] = x
+        self._answers[self._at : self._at + len(x)] = answers
         self._at += len(x)
         self._index.append(index.copy())
         self._weights.append(weights.copy())
@@ -437,6 +440,7 @@ class _Taken:
             np.concatenate(self._weights),
             activation,
             None if lost is None else lost.reshape(self._x.shape),
+            self._answers,
         )
 
 

@@ -24,8 +24,9 @@ __all__ = ["LayerStream", "Projections", "StreamedExperts", "in_torch"]
 #: Gate, up and down of a layer.
 Projections = Mapping[str, ops.Projection]
 
-#: Is told x (N, D), the experts (N, K), E for none, and the routing weights of what comes by.
-Seen = Callable[[np.ndarray, np.ndarray, np.ndarray], object]
+#: Is told x (N, D), the experts (N, K), E for none, the routing weights, and the answers (N, D) of
+#: what comes by.
+Seen = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], object]
 
 #: Tokens that go through the experts at once.
 CHUNK = 2048
@@ -60,8 +61,6 @@ class StreamedExperts(nn.Module):
         x = hidden_states.reshape(-1, shape[-1]).contiguous().numpy()
         index = top_k_index.clamp(max=self.num_experts).to(torch.int64).contiguous().numpy()
         weights = top_k_weights.to(torch.float32).contiguous().numpy()
-        if self.seen is not None:
-            self.seen(x, index, weights)
         y = np.empty_like(x)
         gate, up, down = (self.projections[kind] for kind in TYPES)
         for at in range(0, len(x), CHUNK):
@@ -76,6 +75,8 @@ class StreamedExperts(nn.Module):
                 activation=self.activation,
                 out=y[some],
             )
+        if self.seen is not None:
+            self.seen(x, index, weights, y)
         return torch.from_numpy(y).reshape(shape)
 
 
