@@ -19,7 +19,7 @@ from benchmarks.cases import CASES, FILES, NEED_HF, Settings
 from benchmarks.contestants import limit_threads
 from benchmarks.header import header, usable_cpus
 from benchmarks.peak import peaks
-from benchmarks.settings import SHAPES, Shape
+from benchmarks.settings import SHAPES, Calibrated, Shape
 
 FORMAT = 1
 
@@ -27,7 +27,8 @@ FORMAT = 1
 QUICK: dict[str, Any] = {
     "E": 16, "F": 64, "D": 128, "V": 256, "layers": 2, "repeats": 2, "pause": 0.0,
     "shapes": (Shape("tiny", E=16, K=4, D=128, F=64),), "tokens": (1, 16, 64), "many": 64,
-    "stream_bytes": 2**20, "prompt": 64, "new_tokens": 8,
+    "stream_bytes": 2**20, "prompt": 64, "new_tokens": 8, "fits": 2,
+    "calibrated": Calibrated("tiny", E=16, K=4, F=64, D=128, N=3000),
 }  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     if args.quick:
         given |= QUICK
     if args.repeats:
-        given["repeats"] = args.repeats
+        given["repeats"] = given["fits"] = args.repeats
     if args.shapes:
         given["shapes"] = tuple(shape for shape in SHAPES if shape.name in args.shapes)
     return Settings(**given)
@@ -147,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=[shape.name for shape in SHAPES],
         help="of the case 'layers'; default: all",
     )
-    parser.add_argument("--repeats", type=_count, help="rounds; default 5")
+    parser.add_argument("--repeats", type=_count, help="rounds; default 5, of 'calibration' 1")
     parser.add_argument(
         "--threads", type=_count, default=usable_cpus(), help="for every contestant; default: CPUs"
     )

@@ -333,6 +333,13 @@ def models(s: Settings, peak: float) -> dict[str, Any]:
     return models(s)
 
 
+def calibration(s: Settings, peak: float) -> dict[str, Any]:
+    """One layer fitted to a text, against the same in torch and what its products take."""
+    from benchmarks.calibration import calibration
+
+    return calibration(s, peak)
+
+
 CASES: dict[str, Callable[[Settings, float], dict[str, Any]]] = {
     "factor": factor,
     "bf16": bf16,
@@ -340,14 +347,16 @@ CASES: dict[str, Callable[[Settings, float], dict[str, Any]]] = {
     "convert": convert,
     "layers": layers,
     "models": models,
+    "calibration": calibration,
 }
 
 #: Cases that need torch and transformers.
-NEED_HF = ("layers", "models")
+NEED_HF = ("layers", "models", "calibration")
 
 #: Files in benchmarks/results, and the cases of each.
 FILES = {
     "benchmarks.json": ("factor", "bf16", "reduce", "convert"),
     "layers.json": ("layers",),
     "models.json": ("models",),
+    "calibration.json": ("calibration",),
 }

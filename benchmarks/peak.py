@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.timing import PAUSE, seconds
 from molae import _core
 
-__all__ = ["Product", "Stream", "peaks"]
+__all__ = ["Product", "Stream", "library_gflops", "peaks"]
 
 
 def peaks(threads: int, *, quick: bool = False) -> dict[str, Any]:
@@ -49,6 +50,21 @@ def peaks(threads: int, *, quick: bool = False) -> dict[str, Any]:
         "best_gflops": round(max(found.values()), 1),
         "copy_gbs": round(copied, 1),
     }
+
+
+def library_gflops(
+    dtype: npt.DTypeLike, n: int = 1024, repeats: int = 7, pause: float = PAUSE
+) -> float:
+    """Most GFLOP/s of a product of this type by NumPy or torch, on the threads that they have."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((n, n)).astype(dtype) for _ in range(2))
+    best = _best(lambda: a @ b, repeats, pause)
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        ta, tb = torch.from_numpy(a), torch.from_numpy(b)
+        best = min(best, _best(lambda: ta @ tb, repeats, pause))
+    return 2.0 * n**3 / best / 1e9
 
 
 class Stream:

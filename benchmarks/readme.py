@@ -33,7 +33,8 @@ PAGES: Mapping[str, Sections] = {
         "second": ("quality_second.json", quality),
         "to-books": ("quality_to_books.json", quality),
         "to-mathematics": ("quality_to_mathematics.json", quality),
-    }
+    },
+    "docs/performance.md": {"calibration": ("calibration.json", tables.benchmarks)},
 }
 
 

@@ -10,7 +10,16 @@ from benchmarks.timing import PAUSE
 from benchmarks.weights import OLMOE
 from molae.fit import stored_numbers
 
-__all__ = ["SHAPES", "SIZE", "SIZES", "Settings", "Shape", "largest_rank"]
+__all__ = [
+    "CALIBRATED",
+    "SHAPES",
+    "SIZE",
+    "SIZES",
+    "Calibrated",
+    "Settings",
+    "Shape",
+    "largest_rank",
+]
 
 #: Share of the dense numbers that the factors store, in gauge form.
 SIZE = 0.75
@@ -48,6 +57,36 @@ SHAPES = (
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """A layer of experts that is fitted to a text.
+
+    Attributes
+    ----------
+    name : str
+    E, K, F, D : int
+    N : int
+        Tokens.
+    k : int
+        Experts of a group of gate and of up; those of down have one each.
+    size : float
+        Share of the dense numbers that each group may store, in gauge form.
+    """
+
+    name: str
+    E: int
+    K: int
+    F: int
+    D: int
+    N: int
+    k: int = 4
+    size: float = 0.6
+
+
+#: One layer as a conversion has them, and as many tokens as it reads by default.
+CALIBRATED = Calibrated("OLMoE-1B-7B", E=64, K=8, F=1024, D=2048, N=65536)
+
+
+@dataclass(frozen=True)
 class Settings:
     """Sizes and how often each contestant runs.
 
@@ -74,6 +113,10 @@ class Settings:
         Of the buffer that is read to empty the caches; more than they hold.
     prompt, new_tokens : int
         Tokens that a model reads at once, and that it writes.
+    calibrated : Calibrated
+        The layer of the case 'calibration'.
+    fits : int
+        Rounds of that case; one takes a quarter of an hour.
     kept : callable, optional
         Is given what a long case has so far, each time there is more.
     """
@@ -94,6 +137,8 @@ class Settings:
     stream_bytes: int = 2**30
     prompt: int = 1024
     new_tokens: int = 64
+    calibrated: Calibrated = CALIBRATED
+    fits: int = 1
     kept: Callable[[dict[str, Any]], object] | None = None
 
     @property

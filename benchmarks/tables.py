@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks import layer_tables
+from benchmarks import calibration_tables, layer_tables
 
 __all__ = ["benchmarks", "demo"]
 
@@ -28,6 +28,8 @@ def benchmarks(result: Result) -> str:
         parts += layer_tables.layers(result["layers"], table)
     if "models" in result:
         parts += layer_tables.models(result["models"], table)
+    if "calibration" in result:
+        parts += calibration_tables.calibration(result["calibration"], table)
     return "\n\n".join(parts)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from molae.io import ShardWriter, TensorSpec
 
-__all__ = ["KINDS", "OLMOE", "experts", "write_checkpoint"]
+__all__ = ["KINDS", "OLMOE", "Draw", "decaying_mixing", "experts", "write_checkpoint"]
 
 #: What is drawn. gaussian: independent entries, nothing is shared. decaying: experts
 #: W_i = Z_i diag(s) H^T with Z_i Gaussian, H orthogonal and the same for all experts, and
@@ -77,7 +77,7 @@ def write_checkpoint(folder: Path, *, layers: int, E: int, F: int, D: int, V: in
         ShardWriter(folder / file, [TensorSpec(name, "BF16", shape) for name, shape in own.items()])
         for file, own in zip(files, shapes, strict=True)
     ]
-    draw = _Draw(D)
+    draw = Draw(D)
     for of_first, shape in shapes[0].items():
         values = draw(of_first, shape)
         for n, out in enumerate(outs):
@@ -93,7 +93,7 @@ def write_checkpoint(folder: Path, *, layers: int, E: int, F: int, D: int, V: in
     return total
 
 
-class _Draw:
+class Draw:
     """Random bfloat16 values for a tensor, by its name."""
 
     def __init__(self, D: int) -> None:

@@ -168,8 +168,9 @@ def refit(
     the metric of the shared factor, H_i the student's intermediate; for up with the mean of the
     rows' weights and the moments of the latent rows. Preconditioned by the exact inverse of each
     expert's own block (down), or of its Kronecker form ``S_i ⊗ B C_i Bᵀ`` (up). Each step is one
-    pass over the tokens, forward and backward in that one factor. Vectors are of the dtype of
-    ``given.x``, six times the private factors in all; metrics are inverted in float64.
+    pass over the tokens, forward and, but for the last, backward in that one factor. Vectors are
+    of the dtype of ``given.x``, seven times the private factors in all; metrics are inverted in
+    float64.
 
     References
     ----------
@@ -247,21 +248,26 @@ class _Problem:
         gradient, squared, target = self._start(teacher)
         errors, objectives = [squared], [squared]
         change = [np.zeros_like(g) for g in gradient]
+        pulled = [np.zeros_like(g) for g in gradient]  # what holds the change
         direction = self._precondition(gradient)
         rz = _dot(gradient, direction)
-        for _ in range(steps):
+        for step in range(steps):
             if not rz > 0:
                 break  # there already
-            normal, length = self._apply(direction)
+            more = step + 1 < steps  # else nothing asks for the gradient
+            normal, length = self._apply(direction, gradient=more)
             held = self._held(direction)
-            along = length + _dot(direction, held)
-            alpha = rz / along
+            alpha = rz / (length + _dot(direction, held))
             for a, p in zip(change, direction, strict=True):
                 a += alpha * p
+            for a, h in zip(pulled, held, strict=True):
+                a += alpha * h
+            objectives.append(objectives[-1] - alpha * rz)
+            errors.append(objectives[-1] - _dot(change, pulled))
+            if not more:
+                break
             for g, n, h in zip(gradient, normal, held, strict=True):
                 g -= alpha * (n + h)
-            objectives.append(objectives[-1] - alpha * rz)
-            errors.append(objectives[-1] - _dot(change, self._held(change)))
             z = self._precondition(gradient)
             before, rz = rz, _dot(gradient, z)
             for a, p in zip(z, direction, strict=True):
@@ -306,8 +312,8 @@ class _Problem:
             self._rows = [hidden.moment[e] for e in self._members]
         return self._listed(grads), squared, target
 
-    def _apply(self, direction: list[Array]) -> tuple[list[Array], float]:
-        """JᵀJ p, and ‖J p‖² for the layer's output J p."""
+    def _apply(self, direction: list[Array], *, gradient: bool) -> tuple[list[Array], float]:
+        """JᵀJ p where it is asked for, and ‖J p‖² for the layer's output J p."""
         layer = list(self._student)
         layer[self._at] = self._with(direction)
         grads = self._zeros()
@@ -316,7 +322,8 @@ class _Problem:
             call = (x, index, weights)
             y, saved = self._forward(call, layer)
             length += float(np.square(y, dtype=np.float64).sum())
-            self._backward(y, saved, call, layer, grads)
+            if gradient:
+                self._backward(y, saved, call, layer, grads)
         return self._listed(grads), length
 
     def _forward(self, call: tuple[Array, Array, Array], layer: Sequence[Projection]) -> Any:
