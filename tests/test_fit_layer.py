@@ -194,8 +194,9 @@ def test_what_makes_no_sense_is_refused():
     given, W = layer(7)
     with pytest.raises(ArgumentError, match="groups tie 4"):
         fit_layer(given, W, PARTS, experts_at_once=3)
-    with pytest.raises(ArgumentError, match="W, parts: expected of"):
-        fit_layer(given, {"up_proj": W["up_proj"]}, PARTS)
+    for stacks, parts in (({"up_proj": W["up_proj"]}, PARTS), (W, {}), (W, {"router": PARTS})):
+        with pytest.raises(ArgumentError, match="W, parts: expected all and some of"):
+            fit_layer(given, stacks, parts)
     bad = {kind: w.copy() for kind, w in W.items()}
     bad["up_proj"][6, 1, 1] = np.inf
     for at_once in (None, 4):

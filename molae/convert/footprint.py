@@ -83,7 +83,7 @@ class Footprint:
         private = E * F * min(rank, F, D)
         ends = 8 * vocab * D + 4 * 3 * 256 * vocab
         tokens = 4 * CHUNK * (K * F * ROWS + 6 * D + K * min(rank, D))
-        a_thread = 8 * (6 * D * D + max(D, F) ** 2 + 2 * F * F + 6 * F * D)
+        a_thread = 8 * (7 * D * D + 2 * max(D, F) ** 2 + 2 * F * F + 4 * F * D + rank * (F + D))
         factors = int((3 * size + sum(TRIAL_SIZES)) * stack) * DTYPES[dtype].itemsize
         wide = 12 * stack if dtype == "F16" else 0
         fixed = BASE_BYTES + TORCH_BYTES + ends + tokens + factors + wide

@@ -138,8 +138,10 @@ def fit_layer(
     >>> bool(abs(error - found.layer_error["down_proj"][-1]) < 1e-9)
     True
     """
-    if set(W) != set(TYPES) or not set(parts) <= set(TYPES):
-        raise ArgumentError(f"W, parts: expected of {TYPES}, got {sorted(W)} and {sorted(parts)}")
+    if set(W) != set(TYPES) or not parts or not set(parts) <= set(TYPES):
+        raise ArgumentError(
+            f"W, parts: expected all and some of {TYPES}, got {sorted(W)} and {sorted(parts)}"
+        )
     own = {kind: Projection.separate(experts(W[kind])) for kind in TYPES}
     gathered = Gathered(given, own, floor=floor, experts_at_once=experts_at_once)
     wanted = [kind for kind, _ in refits if kind in parts]
