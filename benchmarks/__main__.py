@@ -19,7 +19,7 @@ from benchmarks.cases import CASES, FILES, NEED_HF, Settings
 from benchmarks.contestants import limit_threads
 from benchmarks.header import header, usable_cpus
 from benchmarks.peak import peaks
-from benchmarks.settings import SHAPES, Calibrated, Shape
+from benchmarks.settings import CALIBRATED, SHAPES, Calibrated, Shape
 
 FORMAT = 1
 
@@ -72,6 +72,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         given |= QUICK
     if args.repeats:
         given["repeats"] = given["fits"] = args.repeats
+    if args.calibration_tokens:
+        given["calibrated"] = replace(CALIBRATED, N=args.calibration_tokens)
     if args.shapes:
         given["shapes"] = tuple(shape for shape in SHAPES if shape.name in args.shapes)
     return Settings(**given)
@@ -90,7 +92,11 @@ def _keep(args: argparse.Namespace, chosen: list[str], result: dict[str, Any]) -
     if args.json is not None:
         _write(args.json, result)
         return
-    incomplete = set(CASES) if args.quick else {"layers"} if args.shapes else set()
+    incomplete = set(CASES) if args.quick else set()
+    if args.shapes:
+        incomplete.add("layers")
+    if args.calibration_tokens:
+        incomplete.add("calibration")
     whole = set(chosen) - incomplete
     kept = {file: cases for file, cases in FILES.items() if set(cases) <= whole}
     for file, cases in kept.items():
@@ -147,6 +153,12 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=[shape.name for shape in SHAPES],
         help="of the case 'layers'; default: all",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=_count,
+        metavar="N",
+        help=f"of the case 'calibration'; default {CALIBRATED.N:,}",
     )
     parser.add_argument("--repeats", type=_count, help="rounds; default 5, of 'calibration' 1")
     parser.add_argument(
