@@ -26,8 +26,9 @@ TORCH_BYTES = 500_000_000
 #: slopes, gradients.
 ROWS = 8
 
-#: Arrays as large as the private factors that a refit holds.
-VECTORS = 7
+#: Arrays as large as the private factors that a refit holds: themselves, gradient, change and what
+#: holds it, direction, and what becomes of that on the way through the layer and its metrics.
+VECTORS = 11
 
 
 @dataclass(frozen=True)
