@@ -23,11 +23,11 @@ from benchmarks.peak import library_gflops
 from benchmarks.settings import Calibrated, Settings
 from benchmarks.timing import alternate, ratio, summary
 from benchmarks.weights import Draw, decaying_mixing
-from molae.config import ConvertConfig
+from molae.config import TYPES, ConvertConfig
 from molae.convert.allocation import gauge_ranks
 from molae.convert.footprint import BASE_BYTES, TORCH_BYTES, Footprint
 from molae.fit import LayerFit, LayerInput, answer_error, fit_layer
-from molae.fit.layer import REFITS, TYPES
+from molae.fit.layer import REFITS
 from molae.ops import Projection, latent_experts_forward
 
 __all__ = ["APART", "GOALS", "ROUTES", "Task", "calibration", "check"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from molae.arch import Model
 from molae.config import TYPES, ConvertConfig
@@ -114,7 +114,7 @@ class Footprint:
                 "(--no-refit, refit=False)"
             )
         room = min((limit - self.fixed) // self.expert, self.num_experts)
-        return Footprint(self.num_experts, int(room), self.fixed, self.expert, self.refit)
+        return replace(self, experts_at_once=int(room))
 
     @property
     def passes(self) -> int:

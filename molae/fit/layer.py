@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from molae.config import TYPES
 from molae.errors import ArgumentError, NonFiniteError, PrecisionWarning
 from molae.fit.arguments import Groups, Stack, experts, partition
 from molae.fit.factors import SharedFactors, joined
@@ -31,7 +32,6 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
-TYPES = ("gate_proj", "up_proj", "down_proj")
 
 #: Share of the mean expert's moments, spread evenly over all directions, that each expert has
 #: besides its own: a text of another kind may send rows where this one sends none.
