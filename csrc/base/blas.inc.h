@@ -134,48 +134,42 @@ FN(mli_trsm)(int upper, int trans, int64_t m, int64_t n, const REAL *T, int64_t 
     return MOLAE_OK;
 }
 
-/* Whether a triangular T of order `order` and B (m,n) are as a call wants them. */
+/* trsm or trmm by an upper triangular T, of B (m,n), from one side. */
 static molae_status
-FN(check_triangular)(int64_t order, int64_t m, int64_t n, int64_t ldt, int64_t ldb)
+FN(by_upper)(void (*call)(int, int, int, int, int, blasint, blasint, REAL, const REAL *, blasint,
+                          REAL *, blasint),
+             int side, int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, REAL *B,
+             int64_t ldb)
 {
     if (!fits(m) || !fits(n) || !fits(ldt) || !fits(ldb))
         return out_of_range(m, n, 0);
-    return m > 0 && n > 0 && (ldt < order || ldb < n) ? MOLAE_E_ARG : MOLAE_OK;
+    if (m == 0 || n == 0)
+        return MOLAE_OK;
+    if (ldt < (side == LEFT ? m : n) || ldb < n)
+        return MOLAE_E_ARG;
+    call(ROW_MAJOR, side, UPPER, trans ? TRANS : NO_TRANS, NON_UNIT, (blasint)m, (blasint)n,
+         (REAL)1, T, (blasint)ldt, B, (blasint)ldb);
+    return MOLAE_OK;
 }
 
 molae_status
 FN(mli_trsm_right)(int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, REAL *B,
                    int64_t ldb)
 {
-    const molae_status rc = FN(check_triangular)(n, m, n, ldt, ldb);
-
-    if (rc == MOLAE_OK && m > 0 && n > 0)
-        CBLAS(trsm)(ROW_MAJOR, RIGHT, UPPER, trans ? TRANS : NO_TRANS, NON_UNIT, (blasint)m,
-                    (blasint)n, (REAL)1, T, (blasint)ldt, B, (blasint)ldb);
-    return rc;
+    return FN(by_upper)(CBLAS(trsm), RIGHT, trans, m, n, T, ldt, B, ldb);
 }
 
 molae_status
 FN(mli_trmm)(int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, REAL *B, int64_t ldb)
 {
-    const molae_status rc = FN(check_triangular)(m, m, n, ldt, ldb);
-
-    if (rc == MOLAE_OK && m > 0 && n > 0)
-        CBLAS(trmm)(ROW_MAJOR, LEFT, UPPER, trans ? TRANS : NO_TRANS, NON_UNIT, (blasint)m,
-                    (blasint)n, (REAL)1, T, (blasint)ldt, B, (blasint)ldb);
-    return rc;
+    return FN(by_upper)(CBLAS(trmm), LEFT, trans, m, n, T, ldt, B, ldb);
 }
 
 molae_status
 FN(mli_trmm_right)(int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, REAL *B,
                    int64_t ldb)
 {
-    const molae_status rc = FN(check_triangular)(n, m, n, ldt, ldb);
-
-    if (rc == MOLAE_OK && m > 0 && n > 0)
-        CBLAS(trmm)(ROW_MAJOR, RIGHT, UPPER, trans ? TRANS : NO_TRANS, NON_UNIT, (blasint)m,
-                    (blasint)n, (REAL)1, T, (blasint)ldt, B, (blasint)ldb);
-    return rc;
+    return FN(by_upper)(CBLAS(trmm), RIGHT, trans, m, n, T, ldt, B, ldb);
 }
 
 /* ---------------------------------------------------------------- LAPACK */
