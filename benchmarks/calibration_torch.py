@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional
 
 from molae.fit.layer import FLOOR, REFITS
-from molae.fit.layerwise import HOLD, TINY
+from molae.fit.refit_metrics import TINY
+from molae.fit.refitting import HOLD
 from molae.fit.weighted import RIDGE, SHRINKAGE
 
 __all__ = ["Factors", "Fit", "fit_layer"]

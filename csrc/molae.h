@@ -217,28 +217,34 @@ molae_status molae_second_moments_f64(const molae_ctx *ctx, double *C, double *m
 
 /* Each expert's matrix times its moments, or times their inverse:
  *
- *   SOLVE     out_e = W_e (M_e + r I)^-1      r = ridge tr(M_e) / n; 0 where tr(M_e) is 0
+ *   ROOT      out_e = U_e, upper triangular with 0 below, U_e^T U_e = M_e + r I,
+ *             r = ridge tr(M_e) / n; 0 where tr(M_e) is 0
+ *   SOLVE     out_e = W_e (U_e^T U_e)^-1, with U_e in the place of M_e; 0 where U_e is 0
  *   TIMES     out_e = W_e M_e
  *   PROJECT   out_e = W_e M_e W_e^T
  *
- * E pointers each: W (rows[e],n), M (n,n) symmetric, out (rows[e],n), for PROJECT
- * (rows[e],rows[e]); all of type `type`: F32 or F64. out_e may be W_e, but not for PROJECT; an M
- * may serve several; rows[e] may be 0. Arithmetic is f64. Threads over experts. ws:
- * molae_moments_product_ws() bytes, 64-byte aligned: n^2 + 2 max(rows) n numbers a thread, for
- * PROJECT max(rows)^2 more. Flops: SOLVE n^3 / 3 + 2 rows n^2, TIMES 2 rows n^2, PROJECT 2 rows n^2
- * + 2 rows^2 n an expert. Errors: NONFINITE, LAPACK, each with the expert. */
+ * E pointers each: W (rows[e],n), M (n,n) symmetric, out (rows[e],n), for ROOT (n,n) and no W, for
+ * PROJECT (rows[e],rows[e]). With `left` SOLVE and TIMES multiply from the left, W and out
+ * (n,rows[e]). W and out are of type `type`, M of `metric`, each F32 or F64: SOLVE works in
+ * `metric`, which is `type` or F64; TIMES in `type`, which is `metric`; ROOT and PROJECT in F64.
+ * For SOLVE out_e may be W_e; an M may serve several; rows[e] may be 0. Threads over experts. ws:
+ * molae_moments_product_ws() bytes, 64-byte aligned, a thread: ROOT n^2 doubles, SOLVE max(rows) n,
+ * PROJECT n^2 + 2 max(rows) n + max(rows)^2. Flops an expert: ROOT n^3 / 3, SOLVE and TIMES
+ * 2 rows n^2, PROJECT 2 rows n^2 + 2 rows^2 n. Errors: NONFINITE, LAPACK, each with the expert. */
 typedef enum {
-    MOLAE_MOMENTS_SOLVE = 0,
-    MOLAE_MOMENTS_TIMES = 1,
-    MOLAE_MOMENTS_PROJECT = 2
+    MOLAE_MOMENTS_ROOT = 0,
+    MOLAE_MOMENTS_SOLVE = 1,
+    MOLAE_MOMENTS_TIMES = 2,
+    MOLAE_MOMENTS_PROJECT = 3
 } molae_moments_op;
 
 size_t molae_moments_product_ws(const molae_ctx *ctx, molae_moments_op op, int64_t E,
                                 const int64_t *rows, int64_t n);
-molae_status molae_moments_product(const molae_ctx *ctx, molae_moments_op op, void *const *out,
-                                   const void *const *W, const void *const *M, molae_dtype type,
-                                   double ridge, int64_t E, const int64_t *rows, int64_t n,
-                                   void *ws, size_t ws_bytes, molae_errinfo *err);
+molae_status molae_moments_product(const molae_ctx *ctx, molae_moments_op op, int left,
+                                   void *const *out, const void *const *W, molae_dtype type,
+                                   const void *const *M, molae_dtype metric, double ridge,
+                                   int64_t E, const int64_t *rows, int64_t n, void *ws,
+                                   size_t ws_bytes, molae_errinfo *err);
 
 /* --------------------------------------------------------- ops: expert layers */
 

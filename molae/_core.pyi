@@ -131,9 +131,11 @@ def second_moments(
     /,
 ) -> None: ...
 
-# op: 0 W (M + ridge tr(M)/n I)^-1, 1 W M, 2 W M W^T; E arrays each: W (rows,n), moments (n,n), out
+# op: 0 U with U^T U = M + ridge tr(M)/n I, 1 W (U^T U)^-1, 2 W M, 3 W M W^T; left: 1 (U^T U)^-1 W,
+# 2 M W. E arrays each: W (rows,n), left (n,rows), moments (n,n), out
 def moments_product(
     op: int,
+    left: bool,
     out: list[npt.NDArray[Any]],
     W: list[npt.NDArray[Any]],
     moments: list[npt.NDArray[Any]],

@@ -24,9 +24,9 @@
     /* y = alpha op(A) x + beta y for A (m,n). */                                                  \
     molae_status mli_gemv_##SFX(int trans, int64_t m, int64_t n, REAL alpha, const REAL *A,        \
                                 int64_t lda, const REAL *x, REAL beta, REAL *y);                   \
-    /* B (m,n) = op(T)^-1 B for upper (upper != 0) or lower triangular T (m,m), row-major. */      \
-    molae_status mli_trsm_##SFX(int upper, int trans, int64_t m, int64_t n, const REAL *T,         \
-                                int64_t ldt, REAL *B, int64_t ldb);                                \
+    /* B (m,n) = op(T)^-1 B for upper triangular T (m,m), row-major. */                            \
+    molae_status mli_trsm_##SFX(int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt,       \
+                                REAL *B, int64_t ldb);                                             \
     /* B (m,n) = B op(T)^-1 for upper triangular T (n,n), row-major. */                            \
     molae_status mli_trsm_right_##SFX(int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, \
                                       REAL *B, int64_t ldb);                                       \

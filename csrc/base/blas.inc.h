@@ -119,21 +119,6 @@ FN(mli_gemv)(int trans, int64_t m, int64_t n, REAL alpha, const REAL *A, int64_t
     return MOLAE_OK;
 }
 
-molae_status
-FN(mli_trsm)(int upper, int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, REAL *B,
-             int64_t ldb)
-{
-    if (!fits(m) || !fits(n) || !fits(ldt) || !fits(ldb))
-        return out_of_range(m, n, 0);
-    if (m == 0 || n == 0)
-        return MOLAE_OK;
-    if (ldt < m || ldb < n)
-        return MOLAE_E_ARG;
-    CBLAS(trsm)(ROW_MAJOR, LEFT, upper ? UPPER : LOWER, trans ? TRANS : NO_TRANS, NON_UNIT,
-                (blasint)m, (blasint)n, (REAL)1, T, (blasint)ldt, B, (blasint)ldb);
-    return MOLAE_OK;
-}
-
 /* trsm or trmm by an upper triangular T, of B (m,n), from one side. */
 static molae_status
 FN(by_upper)(void (*call)(int, int, int, int, int, blasint, blasint, REAL, const REAL *, blasint,
@@ -150,6 +135,12 @@ FN(by_upper)(void (*call)(int, int, int, int, int, blasint, blasint, REAL, const
     call(ROW_MAJOR, side, UPPER, trans ? TRANS : NO_TRANS, NON_UNIT, (blasint)m, (blasint)n,
          (REAL)1, T, (blasint)ldt, B, (blasint)ldb);
     return MOLAE_OK;
+}
+
+molae_status
+FN(mli_trsm)(int trans, int64_t m, int64_t n, const REAL *T, int64_t ldt, REAL *B, int64_t ldb)
+{
+    return FN(by_upper)(CBLAS(trsm), LEFT, trans, m, n, T, ldt, B, ldb);
 }
 
 molae_status

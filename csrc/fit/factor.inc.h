@@ -321,8 +321,8 @@ FN(solver)(FN(group) * q, int64_t D)
     MLI_TRY(FN(mli_syrk)(0, R, D, 1, q->B, D, 0, q->S, R));
     MLI_TRY(FN(mli_potrf)(R, q->S, R, &q->info));
     memcpy(q->P, q->B, (size_t)R * (size_t)D * sizeof(REAL));
-    MLI_TRY(FN(mli_trsm)(1, 1, R, D, q->S, R, q->P, D));
-    MLI_TRY(FN(mli_trsm)(1, 0, R, D, q->S, R, q->P, D));
+    MLI_TRY(FN(mli_trsm)(1, R, D, q->S, R, q->P, D));
+    MLI_TRY(FN(mli_trsm)(0, R, D, q->S, R, q->P, D));
 done:
     return rc;
 }
@@ -341,8 +341,8 @@ FN(solver_narrow)(FN(group) * q, int64_t D)
         q->S[j * rest + j] += 1;
     MLI_TRY(FN(mli_potrf)(rest, q->S, rest, &q->info));
     FN(mli_transpose)(q->P, q->M, R, rest, 1);
-    MLI_TRY(FN(mli_trsm)(1, 1, rest, R, q->S, rest, q->P, R));
-    MLI_TRY(FN(mli_trsm)(1, 0, rest, R, q->S, rest, q->P, R));
+    MLI_TRY(FN(mli_trsm)(1, rest, R, q->S, rest, q->P, R));
+    MLI_TRY(FN(mli_trsm)(0, rest, R, q->S, rest, q->P, R));
 done:
     return rc;
 }

@@ -43,7 +43,7 @@ FN(mli_gauge)(REAL *M, int32_t *perm, const REAL *B, int64_t R, int64_t D, char 
             T[r * R + c] = Q[c * R + r];
     }
     FN(mli_transpose)(M, Q + R * R, D - R, R, 1);
-    return FN(mli_trsm)(1, 0, R, D - R, T, R, M, D - R);
+    return FN(mli_trsm)(0, R, D - R, T, R, M, D - R);
 }
 
 typedef struct {

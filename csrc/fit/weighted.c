@@ -169,7 +169,7 @@ orthonormalize(double *A, int64_t n, int64_t D, int times, double *S, int64_t *i
     for (int time = 0; time < times; time++) {
         MLI_TRY(mli_syrk_f64(0, n, D, 1, A, D, 0, S, n));
         MLI_TRY(mli_potrf_f64(n, S, n, info));
-        MLI_TRY(mli_trsm_f64(1, 1, n, D, S, n, A, D));
+        MLI_TRY(mli_trsm_f64(1, n, D, S, n, A, D));
     }
 done:
     return rc;

@@ -229,39 +229,40 @@ py_second_moments(PyObject *mod, PyObject *args)
 
 PyDoc_STRVAR(
     moments_product_doc,
-    "moments_product($module, op, out, W, moments, ridge, num_threads, /)\n--\n\n"
-    "Multiplies each W (rows,n) of a list with the inverse of its moments (n,n) plus ridge times\n"
-    "their mean diagonal (op 0) or with them (1), or from both sides (2). All float32 or float64.\n"
-    "out: E arrays of the result's shape; may be W itself but for op 2.");
+    "moments_product($module, op, left, out, W, moments, ridge, num_threads, /)\n--\n\n"
+    "Roots of moments (n,n) plus ridge times their mean diagonal (op 0, no W), or each W of a "
+    "list\n"
+    "times the inverse of what such roots in the place of moments belong to (1), times its "
+    "moments\n"
+    "(2), or between W and its transpose (3). W (rows,n), with left (n,rows). float32 or float64;\n"
+    "roots may be wider than W. out: E arrays of the result's shape; for op 1 may be W itself.");
 
-/* Pointers to the data of a list of matrices of n columns and, where it is given, of so many rows
- * each; into rows go their lengths. -1 with an exception set. */
+/* Pointers to the data of a list of matrices of one type; dims[e] of them: so many rows and
+ * columns, -1 for any. *type: theirs. -1 with an exception set. */
 static int
-matrices_at(mli_pystate *st, const char *name, PyObject *list, int64_t n, const int64_t *of_rows,
-            molae_dtype type, int written, void **data, int64_t *rows)
+matrices_at(mli_pystate *st, const char *name, PyObject *list, npy_intp (*dims)[2], int written,
+            void **data, molae_dtype *type)
 {
     for (Py_ssize_t e = 0; e < PyList_GET_SIZE(list); e++) {
         PyObject *item = PyList_GET_ITEM(list, e);
         PyArrayObject *a = (PyArrayObject *)item;
-        npy_intp dims[2] = {of_rows != NULL ? of_rows[e] : -1, n};
         molae_dtype own;
         if (!PyArray_Check(item)) {
             PyErr_Format(st->ArgumentError, "%s[%zd]: expected an array", name, e);
             return -1;
         }
-        if (n < 0) /* square, of the rows */
-            dims[1] = dims[0];
         if (mli_py_dtype(st, name, a, &own) < 0 || mli_py_check_layout(st, name, a) < 0 ||
-            mli_py_check_shape(st, name, a, 2, dims, "RN") < 0 ||
+            mli_py_check_shape(st, name, a, 2, dims[e], "RN") < 0 ||
             (written && PyArray_FailUnlessWriteable(a, name) < 0))
             return -1;
-        if (own != type) {
+        if (e > 0 && own != *type) {
             PyErr_Format(st->ArgumentError, "%s: expected all of one dtype", name);
             return -1;
         }
+        *type = own;
         data[e] = PyArray_DATA(a);
-        if (rows != NULL)
-            rows[e] = PyArray_DIM(a, 0);
+        dims[e][0] = PyArray_DIM(a, 0);
+        dims[e][1] = PyArray_DIM(a, 1);
     }
     return 0;
 }
@@ -274,24 +275,26 @@ py_moments_product(PyObject *mod, PyObject *args)
     void **at = NULL, *ws = NULL;
     double ridge;
     Py_ssize_t num_threads, E;
-    int op;
+    int op, left;
+    npy_intp(*dims)[2] = NULL;
     int64_t *rows = NULL, n;
-    molae_dtype type;
+    molae_dtype type = MOLAE_F64, metric = MOLAE_F64, written;
     molae_ctx ctx;
     molae_errinfo err = {0};
     molae_status rc;
     size_t ws_bytes;
 
-    if (!PyArg_ParseTuple(args, "iO!O!O!dn:moments_product", &op, &PyList_Type, &out, &PyList_Type,
-                          &W, &PyList_Type, &M, &ridge, &num_threads))
+    if (!PyArg_ParseTuple(args, "ipO!O!O!dn:moments_product", &op, &left, &PyList_Type, &out,
+                          &PyList_Type, &W, &PyList_Type, &M, &ridge, &num_threads))
         return NULL;
-    if (op < MOLAE_MOMENTS_SOLVE || op > MOLAE_MOMENTS_PROJECT)
-        return PyErr_Format(st->ArgumentError, "op: expected 0 to 2, got %d", op);
-    E = PyList_GET_SIZE(W);
-    if (E < 1 || PyList_GET_SIZE(M) != E || PyList_GET_SIZE(out) != E)
+    if (op < MOLAE_MOMENTS_ROOT || op > MOLAE_MOMENTS_PROJECT)
+        return PyErr_Format(st->ArgumentError, "op: expected 0 to 3, got %d", op);
+    E = PyList_GET_SIZE(M);
+    if (E < 1 || PyList_GET_SIZE(W) != (op == MOLAE_MOMENTS_ROOT ? 0 : E) ||
+        PyList_GET_SIZE(out) != E)
         return PyErr_Format(st->ShapeError,
-                            "moments, out: expected %zd matrices, one a matrix of W, "
-                            "and at least 1",
+                            "W, out: expected %zd matrices, one for each of the moments, and at "
+                            "least 1",
                             E);
     first = PyList_GET_ITEM(M, 0);
     if (!PyArray_Check(first) || PyArray_NDIM((PyArrayObject *)first) != 2) {
@@ -299,26 +302,34 @@ py_moments_product(PyObject *mod, PyObject *args)
         return NULL;
     }
     n = PyArray_DIM((PyArrayObject *)first, 1);
-    if (mli_py_ctx(st, num_threads, 0, &ctx) < 0 ||
-        mli_py_dtype(st, "moments", (PyArrayObject *)first, &type) < 0)
+    if (mli_py_ctx(st, num_threads, 0, &ctx) < 0)
         return NULL;
-    if (type != MOLAE_F32 && type != MOLAE_F64) {
-        PyErr_SetString(st->ArgumentError, "moments: expected float32 or float64");
-        return NULL;
-    }
     at = mli_alloc(3 * (size_t)E * sizeof(void *));
-    rows = mli_alloc(2 * (size_t)E * sizeof(int64_t));
-    if (at == NULL || rows == NULL) {
+    dims = mli_alloc((size_t)E * sizeof(*dims));
+    rows = mli_alloc((size_t)E * sizeof(int64_t));
+    if (at == NULL || dims == NULL || rows == NULL) {
         PyErr_NoMemory();
         goto done;
     }
     for (Py_ssize_t e = 0; e < E; e++)
-        rows[E + e] = n; /* of the moments */
-    if (matrices_at(st, "W", W, n, NULL, type, 0, at, rows) < 0 ||
-        matrices_at(st, "moments", M, n, rows + E, type, 0, at + E, NULL) < 0 ||
-        matrices_at(st, "out", out, op == MOLAE_MOMENTS_PROJECT ? -1 : n, rows, type, 1, at + 2 * E,
-                    NULL) < 0)
+        dims[e][0] = dims[e][1] = n;
+    if (matrices_at(st, "moments", M, dims, 0, at + E, &metric) < 0)
         goto done;
+    for (Py_ssize_t e = 0; e < PyList_GET_SIZE(W); e++)
+        dims[e][!left] = n, dims[e][left] = -1;
+    if (matrices_at(st, "W", W, dims, 0, at, &type) < 0)
+        goto done;
+    for (Py_ssize_t e = 0; e < E; e++) {
+        rows[e] = dims[e][left];
+        if (op == MOLAE_MOMENTS_PROJECT)
+            dims[e][1] = dims[e][0];
+    }
+    if (matrices_at(st, "out", out, dims, 1, at + 2 * E, &written) < 0)
+        goto done;
+    if (op != MOLAE_MOMENTS_ROOT && written != type) {
+        PyErr_SetString(st->ArgumentError, "out: expected the dtype of W");
+        goto done;
+    }
     ws_bytes = molae_moments_product_ws(&ctx, (molae_moments_op)op, E, rows, n);
     ws = mli_lend(ws_bytes);
     if (ws == NULL) {
@@ -328,9 +339,9 @@ py_moments_product(PyObject *mod, PyObject *args)
 
     Py_BEGIN_ALLOW_THREADS
     mli_blas_enter();
-    rc = molae_moments_product(&ctx, (molae_moments_op)op, at + 2 * E, (const void *const *)at,
-                               (const void *const *)(at + E), type, ridge, E, rows, n, ws, ws_bytes,
-                               &err);
+    rc = molae_moments_product(&ctx, (molae_moments_op)op, left, at + 2 * E,
+                               (const void *const *)at, written, (const void *const *)(at + E),
+                               metric, ridge, E, rows, n, ws, ws_bytes, &err);
     mli_blas_leave();
     Py_END_ALLOW_THREADS
 
@@ -340,6 +351,7 @@ py_moments_product(PyObject *mod, PyObject *args)
 done:
     mli_return(ws);
     mli_free(at);
+    mli_free(dims);
     mli_free(rows);
     return ret;
 }

@@ -16,9 +16,10 @@ from molae.fit.basis import gauge, stored_numbers, ungauge
 from molae.fit.factors import SharedFactors
 from molae.fit.layer import LayerFit, fit_layer
 from molae.fit.layer_moments import Energies, LayerMoments, layer_energies, layer_moments
-from molae.fit.layerwise import Refit, RowMetric, refit, row_metric
 from molae.fit.moments import SecondMoments, second_moments
 from molae.fit.reading import LayerInput, answer_error
+from molae.fit.refit_metrics import RowMetric, row_metric
+from molae.fit.refitting import Refit, refit
 from molae.fit.shared import factor_shared, reduce_rank, spectrum
 from molae.fit.spectra import common_kernel_dim, discarded_energy, effective_rank
 from molae.fit.weighted import factor_weighted, weighted_spectrum

@@ -15,8 +15,9 @@ from molae.errors import ArgumentError, NonFiniteError, PrecisionWarning
 from molae.fit.arguments import Groups, Stack, experts, partition
 from molae.fit.factors import SharedFactors, joined
 from molae.fit.layer_moments import Energies, LayerMoments, layer_energies, layer_moments
-from molae.fit.layerwise import RowMetric, in_dtype, refit, row_metric
 from molae.fit.reading import LayerInput
+from molae.fit.refit_metrics import RowMetric, row_metric
+from molae.fit.refitting import in_dtype, refit
 from molae.fit.weighted import factor_at_ranks
 from molae.ops import Projection
 

@@ -329,53 +329,76 @@ def test_some_experts_have_the_bits_that_they_have_among_all():
 
 # -------------------------------------------------------------- moments_product
 
-SOLVE, TIMES, PROJECT = range(3)
+ROOT, SOLVE, TIMES, PROJECT = range(4)
 
 
-def products(op, W, M, ridge=0.0):
-    shape = [(len(w), len(w) if op == PROJECT else w.shape[1]) for w in W]
-    found = [np.empty(s, w.dtype) for s, w in zip(shape, W, strict=True)]
-    _core.moments_product(op, found, W, M, ridge, 2)
+def products(op, W, M, ridge=0.0, *, left=False, dtype=None, threads=2):
+    shape = [m.shape for m in M] if op == ROOT else [w.shape for w in W]
+    if op == PROJECT:
+        shape = [(len(w), len(w)) for w in W]
+    found = [np.empty(s, dtype or getattr((W or M)[0], "dtype", F64)) for s in shape]
+    _core.moments_product(op, left, found, W, M, ridge, threads)
     return found
 
 
-@pytest.mark.parametrize("dtype", [np.float32, F64])
-def test_moments_product(dtype):
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "wide"), [(np.float32, np.float32), (np.float32, F64), (F64, F64)]
+)
+def test_moments_product(dtype, wide, left):
     rng = np.random.default_rng(9)
     n, ridge = 40, 0.1
     X = rng.standard_normal((3, 60, n))
     M = [np.ascontiguousarray((x.T @ x).astype(dtype)) for x in X] + [np.zeros((n, n), dtype)]
     W = [rng.standard_normal((rows, n)).astype(dtype) for rows in (5, 1, 70, 4)]
-    solved = products(SOLVE, W, M, ridge)
-    for w, m, out, times, both in zip(
-        W[:3], M, solved, products(TIMES, W, M), products(PROJECT, W, M), strict=False
+    roots = products(ROOT, [], M, ridge, dtype=wide)
+    assert all(not np.tril(U, -1).any() for U in roots)
+    given = [np.ascontiguousarray(w.T) for w in W] if left else W
+
+    def turned(found):
+        return [f.T for f in found] if left else found
+
+    solved = products(SOLVE, given, roots, left=left, dtype=dtype)
+    times = products(TIMES, given, M, left=left)
+    for w, m, U, out, product, both in zip(
+        W[:3], M, roots, turned(solved), turned(times), products(PROJECT, W, M), strict=False
     ):
         w, m = w.astype(F64), m.astype(F64)
-        want = np.linalg.solve(m + ridge * m.trace() / n * np.eye(n), w.T).T
+        ridged = m + ridge * m.trace() / n * np.eye(n)
+        want = np.linalg.solve(ridged, w.T).T
         # Condition below n / ridge; the rest is rounding to the type.
         loose = 4 * np.finfo(dtype).eps + 1e3 * n * np.finfo(F64).eps
-        assert np.abs(out - want).max() <= loose * np.abs(want).max() * 10
-        assert np.abs(1.001 * out - want).max() > loose * np.abs(want).max() * 10
-        for found, product in ((times, w @ m), (both, w @ m @ w.T)):
-            assert np.allclose(found, product, rtol=0, atol=loose * np.abs(product).max())
-            assert not np.allclose(1.001 * found, product, rtol=0, atol=np.abs(product).max() / 2e3)
+        close = loose * np.abs(want).max() * (10 if dtype is wide else 1)
+        assert np.abs(out - want).max() <= close
+        assert np.abs(1.001 * out - want).max() > close
+        found = U.astype(F64).T @ U.astype(F64)
+        assert np.abs(found - ridged).max() <= 10 * np.finfo(wide).eps * ridged.max()
+        for got, right in ((product, w @ m), (both, w @ m @ w.T)):
+            near = 4 * loose * np.abs(right).max()
+            assert np.allclose(got, right, rtol=0, atol=near)
+            assert not np.allclose(1.001 * got, right, rtol=0, atol=np.abs(right).max() / 2e3)
     assert not solved[3].any()
-    again = [w.copy() for w in W]
-    _core.moments_product(SOLVE, again, again, M, ridge, 1)  # in place
+    again = [w.copy() for w in given]
+    _core.moments_product(SOLVE, left, again, again, roots, 0.0, 1)  # in place
     assert all(np.array_equal(a, b) for a, b in zip(again, solved, strict=True))
 
 
 @pytest.mark.parametrize(
     ("op", "W", "M", "error", "message"),
     [
-        (SOLVE, [np.ones((2, 3))], [], ShapeError, "one a matrix"),
+        (SOLVE, [np.ones((2, 3))], [], ShapeError, "one for each"),
+        (ROOT, [np.ones((2, 3))], [np.eye(3)], ShapeError, "W, out: expected"),
         (SOLVE, [np.ones((2, 3))], [np.ones((2, 2))], ShapeError, "W"),
-        (SOLVE, [np.ones((2, 3), np.float32)], [np.eye(3)], ArgumentError, "one dtype"),
+        (SOLVE, [np.ones((2, 3))], [np.eye(3, dtype=np.float32)], ArgumentError, "dtype of W"),
+        (TIMES, [np.ones((2, 3), np.float32)], [np.eye(3)], ArgumentError, "dtype of W"),
+        (TIMES, [np.ones((2, 3))] * 2, [np.eye(3), np.eye(3, dtype="f4")], ArgumentError, "one d"),
         (TIMES, [np.ones((2, 3))], [np.eye(3)[:2]], ShapeError, "moments"),
         (TIMES, [np.ones((2, 3))], ["no"], ArgumentError, "expected a matrix"),
         (TIMES, [np.full((2, 3), np.nan)], [np.eye(3)], NonFiniteError, "NaN or Inf"),
-        (SOLVE, [np.ones((2, 2))], [-np.array([[1.0, 3], [3, 1]]) * -1], Exception, "ridge"),
-        (3, [np.ones((2, 3))], [np.eye(3)], ArgumentError, "op: expected 0 to 2"),
+        (SOLVE, [np.full((2, 3), np.inf)], [np.eye(3)], NonFiniteError, "NaN or Inf"),
+        (ROOT, [], [np.array([[1.0, 3], [3, 1]])], Exception, "ridge is too small"),
+        (ROOT, [], [np.full((2, 2), np.nan)], NonFiniteError, "NaN or Inf"),
+        (4, [np.ones((2, 3))], [np.eye(3)], ArgumentError, "op: expected 0 to 3"),
     ],
 )
 def test_moments_product_refuses(op, W, M, error, message):
@@ -387,7 +410,15 @@ def test_moments_product_refuses_another_place():
     W, M = [np.ones((2, 3))], [np.eye(3)]
     for op, shape in ((TIMES, (2, 2)), (PROJECT, (2, 3)), (SOLVE, (3, 3))):
         with pytest.raises(ShapeError, match="out"):
-            _core.moments_product(op, [np.empty(shape)], W, M, 1e-3, 1)
+            _core.moments_product(op, False, [np.empty(shape)], W, M, 1e-3, 1)
+    with pytest.raises(ShapeError, match="W"):
+        _core.moments_product(TIMES, True, [np.empty((2, 3))], W, M, 0.0, 1)
+    with pytest.raises(ArgumentError, match="left"):
+        _core.moments_product(PROJECT, True, [np.empty((3, 3))], [np.ones((3, 3))], M, 0.0, 1)
+    with pytest.raises(ArgumentError, match="out: expected the dtype"):
+        _core.moments_product(TIMES, False, [np.empty((2, 3), np.float32)], W, M, 0.0, 1)
+    with pytest.raises(ArgumentError, match="ridge"):
+        _core.moments_product(ROOT, False, [np.empty((3, 3))], [], M, 0.0, 1)
 
 
 # --------------------------------------------------------------- the error of the answers

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from molae import _core
 from molae.errors import ArgumentError, ShapeError
-from molae.fit.basis import ungauge
-from molae.fit.layer_moments import LayerMoments, inner_products
 from molae.fit.moments import SecondMoments, second_moments
 from molae.fit.reading import LayerInput, Routed
+from molae.fit.refit_metrics import FactorMetric, RowMetric, latent_grams
 from molae.ops import (
     Gradients,
     Projection,
@@ -23,9 +21,8 @@ from molae.ops import (
     latent_experts_backward,
     latent_experts_forward,
 )
-from molae.threads import get_num_threads
 
-__all__ = ["Refit", "RowMetric", "refit", "row_metric"]
+__all__ = ["Refit", "in_dtype", "refit"]
 
 Array = npt.NDArray[Any]
 Layer = tuple[Projection, Projection, Projection]
@@ -35,68 +32,6 @@ HOLD = 0.03
 
 #: Steps of the conjugate gradients: more lower the error by less than a hundredth.
 STEPS = 2
-
-#: What `_core.moments_product` does, and the ridge where none is meant.
-SOLVE, TIMES, PROJECT = range(3)
-TINY = 1e-9
-
-
-@dataclass(frozen=True, eq=False)
-class RowMetric:
-    """What conditions a fit of up, of each expert; see `row_metric`.
-
-    Attributes
-    ----------
-    rows : dict of int to (F, F) ndarray
-        By expert: how the layer's output feels errors of its rows.
-    latent : dict of int to (R, R) ndarray
-        By expert: ``B C Bᵀ``, the moments of what its private factor reads.
-    """
-
-    rows: Mapping[int, Array]
-    latent: Mapping[int, Array]
-
-    def joined(self, other: RowMetric) -> RowMetric:
-        """Of the experts of both."""
-        return RowMetric({**self.rows, **other.rows}, {**self.latent, **other.latent})
-
-
-def row_metric(moments: LayerMoments, up: Projection) -> RowMetric:
-    """What `refit` needs to fit up, from moments that may then be let go.
-
-    Parameters
-    ----------
-    moments : LayerMoments
-        Of some experts, or of all.
-    up : Projection
-        Of the whole layer; latent groups of rank 1 or more, or dense ones.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from molae.fit import LayerInput, layer_moments, row_metric
-    >>> from molae.ops import Projection
-    >>> rng = np.random.default_rng(0)
-    >>> gate, up, down = (Projection.dense(rng.standard_normal((2, 3, 3))) for _ in range(3))
-    >>> given = LayerInput(rng.standard_normal((9, 3)), np.arange(18).reshape(9, 2) % 2,
-    ...                    np.full((9, 2), 0.5))
-    >>> metric = row_metric(layer_moments(given, gate, up, down), up)
-    >>> metric.rows[1].shape, metric.latent[0].shape
-    ((3, 3), (3, 3))
-    """
-    C = dict(zip(moments.experts, moments.x.moment, strict=True))
-    latent: dict[int, Array] = {}
-    for group, B in zip(up.groups, _bases(up), strict=True):
-        some = [e for e in group if e in C]
-        if B is None:
-            latent.update((e, C[e]) for e in some)
-        elif some:
-            B = np.ascontiguousarray(B, dtype=C[some[0]].dtype)
-            out = [np.empty((len(B), len(B)), B.dtype) for _ in some]
-            metrics = [C[e] for e in some]
-            _core.moments_product(PROJECT, out, [B] * len(some), metrics, 0.0, get_num_threads())
-            latent.update(zip(some, out, strict=True))
-    return RowMetric(dict(zip(moments.experts, moments.row_metric["up_proj"], strict=True)), latent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +104,7 @@ def refit(
     rows' weights and the moments of the latent rows. Preconditioned by the exact inverse of each
     expert's own block (down), or of its Kronecker form ``S_i ⊗ B C_i Bᵀ`` (up). Each step is one
     pass over the tokens, forward and, but for the last, backward in that one factor. Vectors are
-    of the dtype of ``given.x``, seven times the private factors in all; metrics are inverted in
-    float64.
+    of the dtype of ``given.x``, seven times the private factors in all.
 
     References
     ----------
@@ -229,34 +163,29 @@ class _Problem:
             for e in group
             if rank != 0
         ]
-        #: Of each member, what its factor is measured by: on the side of F H_i or S_i, on the
-        #: other B Bᵀ, or for up B C_i Bᵀ; None: the identity.
-        self._rows: list[Array] = []
-        self._latent: list[Array | None] = []
+        self._row_metric = metric
         if metric is not None and which == "up":
             missing = [e for e in self._members if e not in metric.rows]
             if missing:
                 raise ArgumentError(f"metric: nothing of expert {missing[0]}")
-            self._rows = [metric.rows[e] for e in self._members]
-            self._latent = [metric.latent[e] for e in self._members]
-        else:
-            self._latent = self._shared_grams()
 
     # ------------------------------------------------------------------ the problem
 
     def solve(self, teacher: Layer, steps: int) -> Refit:
-        gradient, squared, target = self._start(teacher)
+        gradient, squared, target, hidden = self._start(teacher)
+        metric = self._metric(hidden)
+        del hidden
         errors, objectives = [squared], [squared]
         change = [np.zeros_like(g) for g in gradient]
         pulled = [np.zeros_like(g) for g in gradient]  # what holds the change
-        direction = self._precondition(gradient)
+        direction = metric.solved(gradient)
         rz = _dot(gradient, direction)
         for step in range(steps):
             if not rz > 0:
                 break  # there already
             more = step + 1 < steps  # else nothing asks for the gradient
             normal, length = self._apply(direction, gradient=more)
-            held = self._held(direction)
+            held = metric.held(direction)
             alpha = rz / (length + _dot(direction, held))
             for a, p in zip(change, direction, strict=True):
                 a += alpha * p
@@ -268,7 +197,7 @@ class _Problem:
                 break
             for g, n, h in zip(gradient, normal, held, strict=True):
                 g -= alpha * (n + h)
-            z = self._precondition(gradient)
+            z = metric.solved(gradient)
             before, rz = rz, _dot(gradient, z)
             for a, p in zip(z, direction, strict=True):
                 p *= rz / before
@@ -280,11 +209,15 @@ class _Problem:
             np.array(objectives),
         )
 
-    def _start(self, teacher: Layer) -> tuple[list[Array], float, float]:
-        """Gradient at the student, its squared error, the target's squared length."""
+    def _start(self, teacher: Layer) -> tuple[list[Array], float, float, SecondMoments | None]:
+        """Gradient at the student, its squared error, the target's squared length; for down the
+        moments of the student's intermediate."""
         grads = self._zeros()
         squared = target = 0.0
         hidden: SecondMoments | None = None
+        if self._which == "down":
+            F = self._own._inner("down") or 1
+            hidden = SecondMoments.nothing(self._E, F, self._given.x.dtype)
         for some, x, index, weights in self._given.chunks():
             call = (x, index, weights)
             if self._given.answers is None:
@@ -298,19 +231,27 @@ class _Problem:
             squared += float(np.square(missing, dtype=np.float64).sum())
             target += float(np.square(aim, dtype=np.float64).sum())
             self._backward(missing, saved, call, self._student, grads)
-            if self._which == "down":
+            if hidden is not None:
                 routed = Routed.of(index, weights, self._E)
                 h = activate(
                     routed.cut(saved.gate),
                     routed.cut(saved.up),
                     activation=self._given.activation,
                 )
-                if hidden is None:
-                    hidden = SecondMoments.nothing(self._E, h.shape[1], h.dtype)
                 second_moments(h, routed.expert, routed.weights, self._E, out=hidden)
-        if hidden is not None:
-            self._rows = [hidden.moment[e] for e in self._members]
-        return self._listed(grads), squared, target
+        return self._listed(grads), squared, target, hidden
+
+    def _metric(self, hidden: SecondMoments | None) -> FactorMetric:
+        """On the side of F H_i or S_i, on the other ``B Bᵀ``, for up ``B C_i Bᵀ``."""
+        by_expert = self._row_metric or RowMetric({}, {})
+        rows: Any = by_expert.rows if hidden is None else hidden.moment
+        latent = by_expert.latent if hidden is None else latent_grams(self._own)
+        return FactorMetric(
+            self._which,
+            [rows[e] for e in self._members],
+            [latent[e] for e in self._members],
+            self._hold,
+        )
 
     def _apply(self, direction: list[Array], *, gradient: bool) -> tuple[list[Array], float]:
         """JᵀJ p where it is asked for, and ‖J p‖² for the layer's output J p."""
@@ -341,38 +282,6 @@ class _Problem:
         latent_experts_backward(
             dy, saved, *call, *layer, activation=self._given.activation, out=out
         )
-
-    # ------------------------------------------------------------- metrics of a factor
-
-    def _held(self, factors: list[Array]) -> list[Array]:
-        """Gradient of half of what holds the factors."""
-        found = self._on_latent_side(TIMES, factors)
-        for a, rows in zip(found, self._rows, strict=True):
-            a *= self._hold * float(rows.trace(dtype=np.float64)) / len(rows)
-        return found
-
-    def _precondition(self, gradient: list[Array]) -> list[Array]:
-        side = self._which == "down"
-        found = [np.array(g if side else g.T, order="C") for g in gradient]
-        _core.moments_product(SOLVE, found, found, self._rows, self._hold, get_num_threads())
-        return self._on_latent_side(SOLVE, [f if side else f.T for f in found])
-
-    def _on_latent_side(self, op: int, factors: list[Array]) -> list[Array]:
-        """Each factor times its latent metric, or the inverse of that."""
-        turned = [np.array(a.T if self._which == "down" else a, order="C") for a in factors]
-        for size in sorted({len(m) for m in self._latent if m is not None}):
-            some = [n for n, m in enumerate(self._latent) if m is not None and len(m) == size]
-            of_size, metrics = [turned[n] for n in some], [self._latent[n] for n in some]
-            _core.moments_product(op, of_size, of_size, metrics, TINY, get_num_threads())
-        return [np.ascontiguousarray(a.T) for a in turned] if self._which == "down" else turned
-
-    def _shared_grams(self) -> list[Array | None]:
-        """B Bᵀ for each member."""
-        found: dict[int, Array | None] = {}
-        for group, B in zip(self._own.groups, _bases(self._own), strict=True):
-            gram = None if B is None else inner_products(np.ascontiguousarray(B.T))
-            found.update(dict.fromkeys(group, gram))
-        return [found[e] for e in self._members]
 
     # ------------------------------------------------------------------ as projections
 
@@ -425,22 +334,6 @@ def in_dtype(p: Projection, dtype: npt.DTypeLike) -> Projection:
         return tuple(None if a is None else a.astype(dtype, copy=False) for a in arrays)
 
     return replace(p, private=cast(p.private), shared=cast(p.shared))
-
-
-def _bases(p: Projection) -> list[Array | None]:
-    """The shared factor of each latent group, written out, as stored; None for the others."""
-    bases: list[Array | None] = []
-    for rank, shared, perm in zip(p.ranks, p.shared, p.perm, strict=True):
-        if not rank:
-            bases.append(None)
-            continue
-        assert shared is not None
-        wide = shared.astype(np.promote_types(shared.dtype, np.float32))
-        if p.form == "gauge":
-            assert perm is not None
-            wide = ungauge(wide, perm)
-        bases.append(wide)
-    return bases
 
 
 def _dot(a: Sequence[Array], b: Sequence[Array]) -> float:
