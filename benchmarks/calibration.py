@@ -83,6 +83,8 @@ class Task:
         Of the layer's own experts: a conversion has them from the pass that gave x.
     W : dict of str to (E, rows, cols) ndarray of bfloat16 or float32
     parts : dict of str to (groups, ranks)
+    folder : Path
+        Of all that is mapped.
     """
 
     sizes: Calibrated
@@ -92,6 +94,7 @@ class Task:
     answers: Array
     W: dict[str, Array]
     parts: dict[str, tuple[list[list[int]], tuple[int, ...]]]
+    folder: Path
 
     @classmethod
     def drawn(cls, folder: Path, c: Calibrated, dtype: npt.DTypeLike = BFLOAT16) -> Task:
@@ -128,11 +131,14 @@ class Task:
         for some, *call in LayerInput(x, index, weights).chunks():
             latent_experts_forward(*call, *own, out=answers[some])
         x, answers = (_mapped(folder / name, x.shape, x.dtype, "c") for name in ("x", "answers"))
-        return cls(c, x, index, weights, answers, W, parts)
+        return cls(c, x, index, weights, answers, W, parts, folder)
 
     @property
     def given(self) -> Watched:
-        return Watched(self.x, self.index, self.weights, answers=self.answers)
+        def room(name: str, shape: tuple[int, ...]) -> Array:
+            return _mapped(self.folder / f"kept-{name}", shape, np.float32, "w+")
+
+        return Watched(self.x, self.index, self.weights, answers=self.answers, room=room)
 
     @property
     def own(self) -> tuple[Projection, Projection, Projection]:

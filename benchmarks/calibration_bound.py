@@ -86,9 +86,9 @@ def phases(refits: Sequence[tuple[str, int]]) -> list[str]:
 
 
 def entries(layer: Layer, refits: Sequence[tuple[str, int]]) -> list[Entry]:
-    """All work of `molae.fit.fit_layer`, where the layer's own answers are known: each start and
-    step of a refit has the student's made; the last asks for no gradient. Nothing else is counted
-    that has been found before."""
+    """All work of `molae.fit.fit_layer`, where the layer's own answers are known: the start of a
+    refit has the student's made, each step what it changes of them; the last asks for no gradient.
+    Nothing is counted that has been found before."""
     found = [*_moments(layer), *_factors(layer)]
     names = phases(refits)[2:]
     for (kind, steps), passes, solves in zip(refits, names[::2], names[1::2], strict=True):
@@ -178,13 +178,15 @@ def _passes(layer: Layer, phase: str, kind: str, steps: int) -> Iterator[Entry]:
     latent = {name: sum(2 * R * (D - R) * met for _, R, _, met in layer.of(name)) for name in KINDS}
     private = {name: sum(2 * F * R * pairs for _, R, pairs, _ in layer.of(name)) for name in KINDS}
     forward = sum(latent.values()) + sum(private.values())
-    # down: its latent gradient, and the outer products; up: those of up, behind down's.
-    backward = latent["down_proj"] + private["down_proj"]
+    # What a step changes, and what its gradient takes. down: its own latent rows, and the outer
+    # products; up: those of up too.
+    changed = backward = latent["down_proj"] + private["down_proj"]
     if kind == "up_proj":
-        backward += private["up_proj"]
+        changed = backward = changed + private["up_proj"]
     if kind == "down_proj":
         yield Entry(phase, "moments of a row", rows, F**2, "float32")
-    yield Entry(phase, "student forward", 1 + steps, forward, "float32")
+    yield Entry(phase, "student forward", 1, forward, "float32")
+    yield Entry(phase, "forward in a step", steps, changed, "float32")
     yield Entry(phase, "student backward", steps, backward, "float32")
 
 

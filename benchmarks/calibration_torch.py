@@ -291,8 +291,13 @@ class _Seen(NamedTuple):
 
 
 def _forward(chunk: _Chunk, layer: Layer) -> _Seen:
-    E = len(layer.up.private)
-    hidden, slope, latent = ([chunk.x] * E for _ in range(3))
+    slope, latent = _read(chunk, layer)
+    hidden = _acted(layer, slope, latent)
+    return _Seen(hidden, slope, latent, _answered(chunk, layer, hidden))
+
+
+def _read(chunk: _Chunk, layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
+    slope, latent = ([chunk.x] * len(layer.up.private) for _ in range(2))
     for group, B_gate, B_up in zip(
         layer.up.groups, layer.gate.shared, layer.up.shared, strict=True
     ):
@@ -303,7 +308,14 @@ def _forward(chunk: _Chunk, layer: Layer) -> _Seen:
             latent[e] = z_up[place]
             gate = z_gate[place] @ layer.gate.private[e].T
             slope[e] = functional.silu(gate, inplace=True).mul_(chunk.weight[e][:, None])
-            hidden[e] = (latent[e] @ layer.up.private[e].T).mul_(slope[e])
+    return slope, latent
+
+
+def _acted(layer: Layer, slope: list[Tensor], latent: list[Tensor]) -> list[Tensor]:
+    return [(z @ A.T).mul_(s) for z, A, s in zip(latent, layer.up.private, slope, strict=True)]
+
+
+def _answered(chunk: _Chunk, layer: Layer, hidden: list[Tensor]) -> Tensor:
     y = torch.zeros_like(chunk.x)
     for group, B in zip(layer.down.groups, layer.down.shared, strict=True):
         ids, places = chunk.met(group)
@@ -314,7 +326,7 @@ def _forward(chunk: _Chunk, layer: Layer) -> _Seen:
             for place, part in zip(places, parts, strict=True):
                 out.index_add_(0, place, part)
         y.index_add_(0, ids, out @ B)
-    return _Seen(hidden, slope, latent, y)
+    return y
 
 
 class _Refit:
@@ -339,8 +351,10 @@ class _Refit:
         """The layer refitted, and its error before and after."""
         gradient = [torch.zeros_like(a) for a in self._own.private]
         squared = target = 0.0
+        kept: list[_Seen] = []
         for chunk in self._text.chunks():
             missing, seen = chunk.answers.clone(), _forward(chunk, self._layer)
+            kept.append(self._same(seen))
             target += _squared(missing)
             squared += _squared(missing.sub_(seen.y))
             self._backward(chunk, missing, seen, gradient)
@@ -355,8 +369,8 @@ class _Refit:
             normal = [torch.zeros_like(g) for g in gradient]
             length = 0.0
             layer = self._with(direction)
-            for chunk in self._text.chunks():
-                seen = _forward(chunk, layer)
+            for chunk, same in zip(self._text.chunks(), kept, strict=True):
+                seen = self._again(chunk, layer, same)
                 length += _squared(seen.y)
                 if step + 1 < steps:  # nothing asks for the last gradient
                     self._backward(chunk, seen.y, seen, normal)
@@ -384,6 +398,14 @@ class _Refit:
 
     def _start(self, chunk: _Chunk, seen: _Seen) -> None:
         """What else is learnt of the student in the first pass."""
+
+    def _same(self, seen: _Seen) -> _Seen:
+        """What no step changes; the rest is let go."""
+        raise NotImplementedError
+
+    def _again(self, chunk: _Chunk, layer: Layer, same: _Seen) -> _Seen:
+        """What a step's layer makes of it."""
+        raise NotImplementedError
 
     @staticmethod
     def _upright(a: Tensor) -> Tensor:
@@ -425,6 +447,13 @@ class _Up(_Refit):
     def _with(self, private: list[Tensor]) -> Layer:
         return self._layer._replace(up=self._own.of(private))
 
+    def _same(self, seen: _Seen) -> _Seen:
+        return seen._replace(hidden=[], y=seen.y.new_empty(0))
+
+    def _again(self, chunk: _Chunk, layer: Layer, same: _Seen) -> _Seen:
+        hidden = _acted(layer, same.slope, same.latent)
+        return same._replace(hidden=hidden, y=_answered(chunk, layer, hidden))
+
     def _backward(self, chunk: _Chunk, dy: Tensor, seen: _Seen, grads: list[Tensor]) -> None:
         down = self._layer.down
         for group, B in zip(down.groups, down.shared, strict=True):
@@ -449,6 +478,12 @@ class _Down(_Refit):
 
     def _with(self, private: list[Tensor]) -> Layer:
         return self._layer._replace(down=self._own.of(private))
+
+    def _same(self, seen: _Seen) -> _Seen:
+        return seen._replace(slope=[], latent=[], y=seen.y.new_empty(0))
+
+    def _again(self, chunk: _Chunk, layer: Layer, same: _Seen) -> _Seen:
+        return same._replace(y=_answered(chunk, layer, same.hidden))
 
     def _backward(self, chunk: _Chunk, dy: Tensor, seen: _Seen, grads: list[Tensor]) -> None:
         for group, B in zip(self._own.groups, self._own.shared, strict=True):

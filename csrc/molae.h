@@ -323,10 +323,16 @@ typedef struct {
     float *gate, *up;     /* (N K, F): before the activation, with bias */
     float *z_gate, *z_up; /* (N, width): x B^T of each token and latent group */
     float *u;             /* (N, width of down): sum_k g_k A_k h_k of each token and latent group */
+    int known;            /* molae_experts_known: what forward finds there and does not compute */
 } molae_experts_saved_f32;
 typedef struct {
     double *gate, *up, *z_gate, *z_up, *u;
+    int known;
 } molae_experts_saved_f64;
+
+/* What an earlier call on the same x and index has left; gate known leaves z_gate as it is, up
+ * known z_up. */
+typedef enum { MOLAE_KNOWN_GATE = 1, MOLAE_KNOWN_UP = 2, MOLAE_KNOWN_Z_UP = 4 } molae_experts_known;
 
 /* One layer of routed experts:
  *
@@ -334,8 +340,8 @@ typedef struct {
  *
  * with the matrices of expert index[t,k]; slots with index E add nothing.
  * x: (N,D), y: (N,D) overwritten, both of type io. index: (N,K). weight: (N,K). saved: NULL, or
- * overwritten. ws: molae_experts_forward_ws_<real>() bytes, 64-byte aligned, a function of shapes
- * alone. Outputs overlap nothing. Arithmetic is f32 (_f32) or f64 (_f64).
+ * overwritten, but for what is known. ws: molae_experts_forward_ws_<real>() bytes, 64-byte aligned,
+ * a function of shapes alone. Outputs overlap nothing. Arithmetic is f32 (_f32) or f64 (_f64).
  *
  * In a latent group x is projected once a token, experts work on z = x B^T, and the experts'
  * outputs are added in latent space before one B^T lifts them; the identity of the gauge form is

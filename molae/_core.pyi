@@ -174,10 +174,12 @@ def route(
 # gate, up, down: (private: E arrays (F,D) or (F,R), down (D,F) or (R,F); group_of (E); rank (G), -1
 # dense; shared: G arrays (R,D-R) or (R,D); perm: G arrays (D); gauge; an array of the weights'
 # dtype; bias (E,F), down (E,D), or None). Items of lists may be None where there is nothing.
-# y (N,D); saved: None or gate (N K,F), up (N K,F), z_gate, z_up, u (N,width): overwritten.
+# y (N,D); saved: None or gate (N K,F), up (N K,F), z_gate, z_up, u (N,width): overwritten, but for
+# what is known: a sum of 1 gate, 2 up, 4 z_up.
 def experts_forward(
     y: npt.NDArray[Any],
     saved: tuple[Any, ...] | None,
+    known: int,
     call: tuple[Any, ...],
     num_threads: int,
     borrowed: bool,

@@ -373,8 +373,9 @@ def _add_convert_options(convert: argparse.ArgumentParser) -> None:
         help="tokens of each, at most (2048, or what the model takes)",
     )  # fmt: skip
     text_options.add_argument(
-        "--scratch", metavar="DIR", help="folder for the hidden states meanwhile"
-    )
+        "--scratch", metavar="DIR",
+        help="folder for temporary files: hidden states, and what a refit keeps of a layer",
+    )  # fmt: skip
     text_options.add_argument("--flops", type=float, metavar="SHARE", help=text("flops"))
     text_options.add_argument("--uniform", action="store_true", help=text("uniform"))
     text_options.add_argument("--one-shot", action="store_true", help=text("one_shot"))

@@ -61,6 +61,9 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamp
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamped")
 
 ROLES = ("gate", "up", "down")
+
+#: What of `Saved` a call may find there, with its number in ``molae_experts_known``.
+KNOWN = {"gate": 1, "up": 2, "z_up": 4}
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -525,7 +528,8 @@ def latent_experts_forward(
     activation: Activation = "silu",
     alpha: float = 1.702,
     limit: float = 7.0,
-    save: bool = False,
+    save: bool | Saved = False,
+    known: Sequence[str] = (),
     out: Array | None = None,
 ) -> Any:
     """One layer of experts with shared latent factors, dense ones among them at will.
@@ -536,8 +540,14 @@ def latent_experts_forward(
         An array is dense, as in `experts_forward`. Partitions may differ.
     x, top_k_index, top_k_weights, gate_bias, up_bias, down_bias
         As in `experts_forward`.
-    activation, alpha, limit, save, out
+    activation, alpha, limit, out
         As in `experts_forward`.
+    save : bool or Saved
+        Give what backward needs too, or leave it in these arrays.
+    known : sequence of str
+        Which of 'gate', 'up' and 'z_up' the arrays in `save` have already, from a call with the
+        same `x`, `top_k_index` and factors behind them: they are taken as they are. With 'gate'
+        z_gate is left as it was, with 'up' z_up.
 
     Returns
     -------
@@ -582,7 +592,9 @@ def latent_experts_forward(
     )
     x = call[0]
     saved = None
-    if save:
+    if isinstance(save, Saved):
+        saved = save
+    elif save:
         work, N = _work(x), len(x)
         widths = (_width(W, K) for W in (gate, up, down))
         saved = Saved(
@@ -591,7 +603,11 @@ def latent_experts_forward(
             *(_core.empty((N, width), work) for width in widths),
         )
     y = np.empty(x.shape, x.dtype) if out is None else out
-    _core.experts_forward(y, saved._core() if saved else None, call, get_num_threads(), False)
+    if not set(known) <= set(KNOWN) or (known and not isinstance(save, Saved)):
+        raise ArgumentError(f"known: expected some of {', '.join(KNOWN)}, and save with them")
+    flags = sum(KNOWN[name] for name in set(known))
+    kept = saved._core() if saved else None
+    _core.experts_forward(y, kept, flags, call, get_num_threads(), False)
     return (y, saved) if save else y
 
 

@@ -33,7 +33,7 @@ from molae.errors import (
     DestinationError,
     NonFiniteError,
 )
-from molae.hf import hide_progress
+from molae.hf import calibrate, hide_progress
 from molae.hf.calibrate import Calibration, read_calibration_text
 from molae.hf.evaluate import evaluate_path
 from molae.hf.streaming import LayerStream
@@ -387,6 +387,31 @@ def test_less_memory_takes_more_passes_to_the_same_bytes(source, tmp_path, group
     assert f"{plan.passes} over each layer" in console.file.getvalue()
     assert "passes" not in plain.plan or plain.plan["passes"] == 1
     assert _models(tmp_path / "plain") == _models(tmp_path / "little") != {}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"one_shot": True}, {"refit": False}, {"one_shot": True, "refit": False}]
+)
+def test_the_plan_knows_the_temporary_files(source, tmp_path, monkeypatch, settings):
+    config = molae.ConvertConfig(size=0.5, group_size=2, **settings)
+    most = 0
+
+    def written(path, size, _memory_map=calibrate._memory_map):
+        nonlocal most
+        made = _memory_map(path, size)
+        most = max(most, sum(f.stat().st_size for f in path.parent.iterdir()))
+        return made
+
+    monkeypatch.setattr(calibrate, "_memory_map", written)
+    with calibration(source, folder=tmp_path) as run:
+        plan = molae.plan(source, config, calibration=run)
+        convert(source, tmp_path / "out", config, calibration=run)
+        (place,) = tmp_path.glob("molae-calibration-*")
+        assert not list(place.glob("trial*"))
+    assert 0.9 * plan.scratch_bytes < most <= plan.scratch_bytes
+    console = Console(file=io.StringIO(), width=120)
+    console.print(plan_view(plan))
+    assert "temporary files" in console.file.getvalue()
 
 
 def test_group_sizes_for_which_there_is_no_room_are_not_tried(source):

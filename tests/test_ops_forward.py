@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -308,6 +310,27 @@ def test_thread_count_does_not_change_a_bit(kind, dtype):
             results.append([y.tobytes(), plain.tobytes(), saved.gate[:rows].tobytes()])
     assert results[0] == results[1] == results[2]
     assert results[0][0] == results[0][1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_known_is_not_computed(kind):
+    """Given back as it was it changes no bit; given otherwise it is believed."""
+    made = layer(16, 60, 2, 4, 12, 8, bias=True, **KINDS[kind])
+    y, saved = ops.latent_experts_forward(*made.args, **made.options, save=True)
+    for known in (["gate"], ["up"], ["z_up"], ["gate", "z_up"], ["gate", "up", "z_up"]):
+        kept = {name: getattr(saved, name).copy() for name in known}
+        blank = ops.Saved(*(np.full_like(a, np.nan) for a in saved._core()))
+        given = replace(blank, **kept)
+        again, same = ops.latent_experts_forward(
+            *made.args, **made.options, save=given, known=known
+        )
+        assert same is given
+        assert again.tobytes() == y.tobytes(), known
+    nothing = replace(saved, up=np.zeros_like(saved.up))
+    zero = ops.latent_experts_forward(*made.args, **made.options, save=nothing, known=["up"])[0]
+    without = {**made.options, "down_bias": None}
+    bias = y - ops.latent_experts_forward(*made.args, **without)
+    np.testing.assert_allclose(zero, bias, atol=1e-12)
 
 
 def test_out_is_written_and_inputs_are_not():

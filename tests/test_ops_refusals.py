@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -120,6 +121,19 @@ def test_inputs_may_be_read_only_strided_or_lists():
     assert small.tobytes() == y.tobytes()
 
 
+def test_what_is_known_comes_with_its_arrays():
+    made = dense()
+    _, saved = ops.latent_experts_forward(*made.args, save=True)
+    for options in ({"save": True, "known": ["gate"]}, {"save": saved, "known": ["u"]}):
+        with pytest.raises(ArgumentError, match="known: expected some of gate, up, z_up, and save"):
+            ops.latent_experts_forward(*made.args, **options)
+    short = replace(saved, gate=saved.gate[1:])
+    with pytest.raises(ShapeError, match=r"saved.gate: expected shape"):
+        ops.latent_experts_forward(*made.args, save=short, known=["gate"])
+    with pytest.raises(ArgumentError, match="overlaps"):
+        ops.latent_experts_forward(*made.args, save=replace(saved, up=saved.gate))
+
+
 def test_bad_gradients_name_the_argument():
     made = dense()
     y, saved = ops.experts_forward(*made.args, save=True)
@@ -214,7 +228,7 @@ def test_the_extension_checks_what_the_face_checked():
         ("silu", 0.0, 0.0),
     )
     y = zeros(N, D)
-    _core.experts_forward(y, None, call, 1, False)
+    _core.experts_forward(y, None, 0, call, 1, False)
 
     def changed(i, value):
         return (*call[:i], value, *call[i + 1 :])
@@ -237,9 +251,9 @@ def test_the_extension_checks_what_the_face_checked():
         changed(0, "x"),
     ):
         with pytest.raises(MolaeError):
-            _core.experts_forward(y, None, bad, 1, False)
+            _core.experts_forward(y, None, 0, bad, 1, False)
     with pytest.raises(MolaeError):
-        _core.experts_forward(y, None, call, 0, False)
+        _core.experts_forward(y, None, 0, call, 0, False)
     with pytest.raises(MolaeError):
         _core.route([[0, 3]], 2, None, 0)
     with pytest.raises(MolaeError):

@@ -284,6 +284,32 @@ def test_answers_that_are_known_are_the_teachers(which):
     assert known.first(7).answers.shape == (7, given.x.shape[1])
 
 
+@pytest.mark.parametrize("dense_up", [False, True])
+@pytest.mark.parametrize("which", ["up", "down"])
+def test_what_is_kept_is_what_would_be_made_again(which, dense_up):
+    """To the bit, over several chunks, whatever the arrays held before."""
+    given, W = layer(12, N=2500, dtype=np.float32)
+    student, teacher = student_of(W), dense(W)
+    if dense_up:
+        student = (student[0], teacher[1], student[2])
+    metric = metric_of(given, student, W)
+    asked = {}
+
+    def room(name, shape):
+        asked[name] = np.full(shape, np.nan, np.float32)
+        return asked[name]
+
+    want = refit(given, student, teacher, which, metric=metric, steps=3)
+    found = refit(replace(given, room=room), student, teacher, which, metric=metric, steps=3)
+    for a, b in zip(found.projection.private, want.projection.private, strict=True):
+        assert np.array_equal(a, b)
+    assert np.array_equal(found.error, want.error)
+    second = {"up": set() if dense_up else {"z_up"}, "down": {"up"}}[which]
+    assert set(asked) == {"gate"} | second
+    assert asked["gate"].shape == (2500 * 2, 6)
+    assert np.isfinite(asked["gate"][:2048]).any()
+
+
 def test_a_wrong_shape_and_nan_are_refused():
     given, W = layer()
     with pytest.raises(ShapeError, match="answers: expected"):

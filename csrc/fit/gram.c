@@ -10,6 +10,7 @@
 enum {
     PANEL = 512, /* rows of one C_e computed by one task */
     BLOCK = 256, /* rows of x gathered at a time */
+    TILE = 16,   /* of what is copied below the diagonal */
 };
 
 #define REAL float

@@ -68,14 +68,23 @@ FN(check_finite)(const molae_ctx *ctx, FN(moments) * q, int64_t slots, molae_err
 
 /* --------------------------------------------------------------- moments */
 
-/* The lower triangle's copy of a panel: D (ni,W) starts on the diagonal of a square of width n. */
+/* The lower triangle's copy of a panel: D (ni,W) starts on the diagonal of a square of width n. By
+ * tiles, turned in a place of their own: rows of a power of two fall on each other in a cache. */
 static void
 FN(mirror)(REAL *D, int64_t ni, int64_t n, int64_t W)
 {
-    for (int64_t j0 = 0; j0 < n; j0 += 16) /* strips that stay in cache */
-        for (int64_t i = 0; i < ni; i++)
-            for (int64_t j = MLI_MAX(j0, i + 1); j < MLI_MIN(j0 + 16, n); j++)
-                D[j * W + i] = D[i * W + j];
+    REAL turned[TILE][TILE];
+
+    for (int64_t i0 = 0; i0 < ni; i0 += TILE)
+        for (int64_t j0 = i0; j0 < n; j0 += TILE) {
+            const int64_t ie = MLI_MIN(i0 + TILE, ni), je = MLI_MIN(j0 + TILE, n);
+            for (int64_t i = i0; i < ie; i++)
+                for (int64_t j = j0; j < je; j++)
+                    turned[j - j0][i - i0] = D[i * W + j];
+            for (int64_t j = j0; j < je; j++)
+                for (int64_t i = i0; i < MLI_MIN(ie, j); i++)
+                    D[j * W + i] = turned[j - j0][i - i0];
+        }
 }
 
 /* Rows i0 .. of one expert's C, from the diagonal on, and their copy below it. */

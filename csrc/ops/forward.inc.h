@@ -42,8 +42,10 @@ FN(expert_task)(void *arg, int64_t index, int32_t worker)
     int64_t ldx = 0;
     molae_status rc = MOLAE_OK;
 
-    MLI_TRY(FN(inner_rows)(q, s, MLI_GATE, t, gate, ld, &x, &ldx));
-    MLI_TRY(FN(inner_rows)(q, s, MLI_UP, t, up, ld, &x, &ldx));
+    if (!(q->known & MOLAE_KNOWN_GATE))
+        MLI_TRY(FN(inner_rows)(q, s, MLI_GATE, t, gate, ld, &x, &ldx));
+    if (!(q->known & MOLAE_KNOWN_UP))
+        MLI_TRY(FN(inner_rows)(q, s, MLI_UP, t, up, ld, &x, &ldx));
     for (int64_t i = 0; i < t->nr; i++)
         kern->ACT(q->h + at + i * q->F, gate + i * ld, up + i * ld, t->nc, &q->act);
 done:
@@ -71,8 +73,10 @@ FN(forward_chunk)(const molae_ctx *ctx, FN(job) * q)
     ph.z[MLI_GATE] = q->role[MLI_GATE].z;
     ph.z[MLI_UP] = q->role[MLI_UP].z;
     q->pieces.n = 0;
-    FN(project_pieces)(q, MLI_GATE);
-    FN(project_pieces)(q, MLI_UP);
+    if (!(q->known & MOLAE_KNOWN_GATE))
+        FN(project_pieces)(q, MLI_GATE);
+    if (!(q->known & (MOLAE_KNOWN_UP | MOLAE_KNOWN_Z_UP)))
+        FN(project_pieces)(q, MLI_UP);
     MLI_TRY(mli_parallel_for(ctx, q->pieces.n, FN(project_task), &ph));
     FN(expert_pieces)(q);
     MLI_TRY(mli_parallel_for(ctx, q->pieces.n, FN(expert_task), q));
@@ -105,6 +109,7 @@ FN(molae_experts_forward)(const molae_ctx *ctx, void *y, const FN(molae_experts_
         q.x = FN(widened)(&q, x, n0 * l->D, n * l->D, q.x_wide);
         q.y = l->io == OWN ? (REAL *)y + n0 * l->D : q.y_wide;
         if (saved != NULL) {
+            q.known = saved->known;
             q.gate = saved->gate + n0 * K * l->F;
             q.up = saved->up + n0 * K * l->F;
             q.role[MLI_GATE].z = saved->z_gate + n0 * q.role[MLI_GATE].width;

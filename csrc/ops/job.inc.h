@@ -36,6 +36,7 @@ typedef struct {
     void *route_ws;
     size_t route_bytes;
     REAL *gate, *up;   /* (S,F): what forward saved, or NULL */
+    int known;         /* of that: see molae_experts_known */
     REAL *h;           /* (S,F); in backward times the routing weight */
     REAL *dgate, *dup; /* (S,F) */
     REAL *partial;     /* (S,blocks): sums of h dh over blocks of columns */

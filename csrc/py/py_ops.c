@@ -83,9 +83,10 @@ done:
 /* ---------------------------------------------------------------- experts */
 
 PyDoc_STRVAR(experts_forward_doc,
-             "experts_forward($module, y, saved, call, num_threads, borrowed, /)\n--\n\n"
+             "experts_forward($module, y, saved, known, call, num_threads, borrowed, /)\n--\n\n"
              "One layer of routed experts; see molae.ops.latent_experts_forward. y (N,D) and\n"
-             "saved (None, or five arrays) are overwritten. borrowed: on borrow_threads'.");
+             "saved (None, or five arrays) are overwritten, but for what is known, a sum of 1 for\n"
+             "gate, 2 for up, 4 for z_up. borrowed: on borrow_threads'.");
 
 static PyObject *
 py_experts_forward(PyObject *mod, PyObject *args)
@@ -93,7 +94,7 @@ py_experts_forward(PyObject *mod, PyObject *args)
     mli_pystate *st = PyModule_GetState(mod);
     PyObject *y_obj, *saved_obj, *call_obj, *ret = NULL;
     Py_ssize_t num_threads;
-    int borrowed;
+    int known, borrowed;
     mli_py_call c = {0};
     void *to[5] = {NULL}, *ws = NULL, *y = NULL;
     size_t ws_bytes;
@@ -101,9 +102,12 @@ py_experts_forward(PyObject *mod, PyObject *args)
     molae_errinfo err = {0};
     molae_status rc;
 
-    if (!PyArg_ParseTuple(args, "OOO!np:experts_forward", &y_obj, &saved_obj, &PyTuple_Type,
-                          &call_obj, &num_threads, &borrowed))
+    if (!PyArg_ParseTuple(args, "OOiO!np:experts_forward", &y_obj, &saved_obj, &known,
+                          &PyTuple_Type, &call_obj, &num_threads, &borrowed))
         return NULL;
+    if (known & ~(MOLAE_KNOWN_GATE | MOLAE_KNOWN_UP | MOLAE_KNOWN_Z_UP) ||
+        (known != 0 && saved_obj == Py_None))
+        return PyErr_Format(st->ArgumentError, "known: expected a sum of 1, 2, 4 and saved arrays");
     if (mli_py_ctx(st, num_threads, borrowed, &ctx) < 0 || mli_py_call_from(st, &c, call_obj) < 0)
         goto done;
     if (mli_py_output(st, &c, "out", y_obj, c.l.io, c.l.D, "ND", &y) < 0 ||
@@ -121,12 +125,12 @@ py_experts_forward(PyObject *mod, PyObject *args)
     Py_BEGIN_ALLOW_THREADS
     mli_blas_enter();
     if (c.work == MOLAE_F64) {
-        const molae_experts_saved_f64 s = {to[0], to[1], to[2], to[3], to[4]};
+        const molae_experts_saved_f64 s = {to[0], to[1], to[2], to[3], to[4], known};
         rc = molae_experts_forward_f64(&ctx, y, saved_obj == Py_None ? NULL : &s, PyArray_DATA(c.x),
                                        PyArray_DATA(c.index), PyArray_DATA(c.weight), &c.l, c.N,
                                        c.K, ws, ws_bytes, &err);
     } else {
-        const molae_experts_saved_f32 s = {to[0], to[1], to[2], to[3], to[4]};
+        const molae_experts_saved_f32 s = {to[0], to[1], to[2], to[3], to[4], known};
         rc = molae_experts_forward_f32(&ctx, y, saved_obj == Py_None ? NULL : &s, PyArray_DATA(c.x),
                                        PyArray_DATA(c.index), PyArray_DATA(c.weight), &c.l, c.N,
                                        c.K, ws, ws_bytes, &err);
@@ -192,7 +196,7 @@ py_experts_backward(PyObject *mod, PyObject *args)
     Py_BEGIN_ALLOW_THREADS
     mli_blas_enter();
     if (c.work == MOLAE_F64) {
-        const molae_experts_saved_f64 s = {to[0], to[1], to[2], to[3], to[4]};
+        const molae_experts_saved_f64 s = {to[0], to[1], to[2], to[3], to[4], 0};
         const molae_experts_grads_f64 d = {
             dx,
             dw,
@@ -203,7 +207,7 @@ py_experts_backward(PyObject *mod, PyObject *args)
         rc = molae_experts_backward_f64(&ctx, &d, dy, &s, PyArray_DATA(c.x), PyArray_DATA(c.index),
                                         PyArray_DATA(c.weight), &c.l, c.N, c.K, ws, ws_bytes, &err);
     } else {
-        const molae_experts_saved_f32 s = {to[0], to[1], to[2], to[3], to[4]};
+        const molae_experts_saved_f32 s = {to[0], to[1], to[2], to[3], to[4], 0};
         const molae_experts_grads_f32 d = {
             dx,
             dw,

@@ -69,6 +69,9 @@ class Calibration(Protocol):
     def advance(self, layer: int, projections: Mapping[str, Projection] | None = None) -> None:
         """Go on behind a layer, with other experts in it."""
 
+    def scratch_bytes(self, *, trials: int, kept: int, anchored: bool) -> int:
+        """Temporary files, with so many trials in all and so much that a fit keeps."""
+
 
 class Calibrated:
     """What a conversion asks of a calibration.

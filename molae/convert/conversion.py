@@ -17,7 +17,7 @@ from molae.config import ConvertConfig
 from molae.convert.allocation import Allocation, complete_fused, split_numbers
 from molae.convert.calibrated import Calibrated, Calibration
 from molae.convert.card import convert_card
-from molae.convert.estimate import calibrated_seconds, fit_seconds, memory_bytes
+from molae.convert.estimate import calibrated_seconds, fit_seconds, memory_bytes, scratch_bytes
 from molae.convert.jsontext import json_text
 from molae.convert.methods import find_method
 from molae.convert.naming import named
@@ -200,6 +200,7 @@ class Conversion:
             disk_bytes=sum(shard.nbytes for shard in self.shards),
             seconds=self._seconds() if timed else None,
             passes=1 if self.calibrated is None else self.calibrated.footprint.passes,
+            scratch_bytes=scratch_bytes(self),
         )
 
     def _seconds(self) -> float:

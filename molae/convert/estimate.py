@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import numpy as np
 from molae import fit
 from molae.config import TYPES
 from molae.convert.footprint import BASE_BYTES
+from molae.convert.measuring import TRIAL_SIZES
 from molae.convert.naming import named
 from molae.factored import Split
 from molae.fit import LayerInput
@@ -21,7 +23,7 @@ from molae.threads import get_num_threads
 if TYPE_CHECKING:
     from molae.convert.conversion import Conversion
 
-__all__ = ["calibrated_seconds", "fit_seconds", "memory_bytes"]
+__all__ = ["calibrated_seconds", "fit_seconds", "memory_bytes", "scratch_bytes"]
 
 
 def fit_seconds(conversion: Conversion) -> float:
@@ -78,9 +80,9 @@ def calibrated_seconds(conversion: Conversion, tokens: int) -> float:
     passes = calibrated.footprint.passes
     each = 4 * F * D + D * D + 3 * F * F + (4 * F * D if passes > 1 else 0)
     if conversion.config.refit:
-        steps = sum(steps + 1 for _, steps in REFITS)
+        steps = sum(steps for _, steps in REFITS)  # what they do not change is kept
         size = conversion.config.target_size or 1.0
-        each += int(steps * 8 * F * D * size)
+        each += int((10 * len(REFITS) + 5 * steps) * F * D * size)
     each += 6 * F * D * (2 if conversion.config.one_shot else 3)  # the layer itself
     seconds = len(conversion.allocation.layers) * tokens * K * each / pace
     for kind, of_kind in splits.items():
@@ -130,6 +132,23 @@ def _flops(conversion: Conversion, split: Split) -> float:
         rows = len(group) * F
         total += rows * D * min(rows, D) + 9 * min(rows, D) ** 3 + 4 * rows * D * rank
     return total
+
+
+def scratch_bytes(conversion: Conversion) -> int:
+    """Temporary files beside the result: hidden states of the calibration text, and what a refit
+    keeps of one layer."""
+    if conversion.calibration is None:
+        return 0
+    config, model, splits = conversion.config, conversion.model, _splits_by_kind(conversion)
+    K, F = model.letters["K"], model.letters["F"]
+    ranks = [[rank for _, _, rank in s.latent_groups()] for _, s in splits.get("up_proj", [])]
+    width = max((min(sum(some), K * max(some)) for some in ranks), default=0)
+    tokens = math.prod(conversion.calibration.sequences.shape)
+    return conversion.calibration.scratch_bytes(
+        trials=len(model.moe_layers) * len(TYPES) * len(TRIAL_SIZES),
+        kept=4 * tokens * (2 * K * F + width) if config.refit else 0,
+        anchored=not config.one_shot,
+    )
 
 
 def memory_bytes(conversion: Conversion) -> int:

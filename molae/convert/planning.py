@@ -178,6 +178,8 @@ class Plan:
     passes : int
         Over a layer's tokens to gather its moments, at least: more than 1 where `max_memory`
         leaves no room for all.
+    scratch_bytes : int
+        Temporary files meanwhile, where there is a calibration text.
     """
 
     kind: str
@@ -200,6 +202,7 @@ class Plan:
     disk_bytes: int
     seconds: float | None
     passes: int = 1
+    scratch_bytes: int = 0
 
     @property
     def hub_id(self) -> str | None:

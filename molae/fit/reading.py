@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from molae.ops import Activation, Projection, latent_experts_forward, route
 
-__all__ = ["LayerInput", "Routed", "answer_error"]
+__all__ = ["CHUNK", "LayerInput", "Routed", "answer_error"]
 
 Array = npt.NDArray[Any]
 
@@ -39,6 +39,10 @@ class LayerInput:
         have lost.
     answers : (N, D) ndarray, optional
         What its own experts answer, where that is known already; may be mapped.
+    room : callable, optional
+        Given a name and a shape, an array of the dtype of `x` in which a fit may keep what it
+        needs several times, such as one in a mapped file; a name that is asked for again may have
+        the same array again. Without it such things are made again each time.
     """
 
     x: Array
@@ -47,6 +51,7 @@ class LayerInput:
     activation: Activation = "silu"
     lost: Array | None = None
     answers: Array | None = None
+    room: Callable[[str, tuple[int, ...]], Array] | None = None
 
     def first(self, tokens: int) -> LayerInput:
         """The first tokens alone."""
@@ -60,12 +65,13 @@ class LayerInput:
             self.activation,
             lost,
             answers,
+            self.room,
         )
 
     def chunks(self) -> Iterator[tuple[slice, Array, Array, Array]]:
         """Where in N, x, index, weights: a few tokens at a time, in memory."""
         for at in range(0, len(self.x), CHUNK):
-            some = slice(at, at + CHUNK)
+            some = slice(at, min(at + CHUNK, len(self.x)))
             yield some, np.array(self.x[some]), self.index[some], self.weights[some]
 
 

@@ -11,12 +11,14 @@ import numpy.typing as npt
 
 from molae.errors import ArgumentError, ShapeError
 from molae.fit.moments import SecondMoments, second_moments
-from molae.fit.reading import LayerInput, Routed
+from molae.fit.reading import CHUNK, LayerInput, Routed
 from molae.fit.refit_metrics import FactorMetric, RowMetric, latent_grams
 from molae.ops import (
+    ROLES,
     Gradients,
     Projection,
     ProjectionGradients,
+    Saved,
     activate,
     latent_experts_backward,
     latent_experts_forward,
@@ -103,7 +105,9 @@ def refit(
     the metric of the shared factor, H_i the student's intermediate; for up with the mean of the
     rows' weights and the moments of the latent rows. Preconditioned by the exact inverse of each
     expert's own block (down), or of its Kronecker form ``S_i ⊗ B C_i Bᵀ`` (up). Each step is one
-    pass over the tokens, forward and, but for the last, backward in that one factor. Vectors are
+    pass over the tokens, forward and, but for the last, backward in that one factor. With
+    ``given.room`` what no step changes is kept: for down gate and up of each row, 2 F numbers; for
+    up gate and what up reads, F numbers and R. Vectors are
     of the dtype of ``given.x``, seven times the private factors in all.
 
     References
@@ -164,6 +168,7 @@ class _Problem:
             if rank != 0
         ]
         self._row_metric = metric
+        self._kept = _Kept(given, self._student, which)
         if metric is not None and which == "up":
             missing = [e for e in self._members if e not in metric.rows]
             if missing:
@@ -226,7 +231,7 @@ class _Problem:
                 aim = np.array(self._given.answers[some])
             if self._given.lost is not None:
                 aim += self._given.lost[some]
-            y, saved = self._forward(call, self._student)
+            y, saved = self._forward(some, call, self._student)
             missing = aim - y
             squared += float(np.square(missing, dtype=np.float64).sum())
             target += float(np.square(aim, dtype=np.float64).sum())
@@ -259,16 +264,28 @@ class _Problem:
         layer[self._at] = self._with(direction)
         grads = self._zeros()
         length = 0.0
-        for _, x, index, weights in self._given.chunks():
+        for some, x, index, weights in self._given.chunks():
             call = (x, index, weights)
-            y, saved = self._forward(call, layer)
+            y, saved = self._forward(some, call, layer, self._kept.known)
             length += float(np.square(y, dtype=np.float64).sum())
             if gradient:
                 self._backward(y, saved, call, layer, grads)
         return self._listed(grads), length
 
-    def _forward(self, call: tuple[Array, Array, Array], layer: Sequence[Projection]) -> Any:
-        return latent_experts_forward(*call, *layer, activation=self._given.activation, save=True)
+    def _forward(
+        self,
+        some: slice,
+        call: tuple[Array, Array, Array],
+        layer: Sequence[Projection],
+        known: Sequence[str] = (),
+    ) -> Any:
+        return latent_experts_forward(
+            *call,
+            *layer,
+            activation=self._given.activation,
+            save=self._kept.of(some),
+            known=known,
+        )
 
     def _backward(
         self,
@@ -325,6 +342,43 @@ class _Problem:
             new = wide + np.stack([by_expert[e] for e in group])
             private.append(new.astype(stored.dtype))
         return replace(self._stored, private=tuple(private))
+
+
+class _Kept:
+    """What forward saves of some tokens, and of all tokens what no step changes."""
+
+    def __init__(
+        self, given: LayerInput, layer: Sequence[Projection], which: Literal["up", "down"]
+    ) -> None:
+        N, K = given.index.shape
+        gate, up, down = layer
+        F = next((F for p, role in zip(layer, ROLES, strict=True) if (F := p._inner(role))), 1)
+        #: Of each array how many rows a token has, and how long they are.
+        self._shapes = {
+            "gate": (K, F),
+            "up": (K, F),
+            "z_gate": (1, gate.width(K)),
+            "z_up": (1, up.width(K)),
+            "u": (1, down.width(K)),
+        }
+        same = ("gate", "up") if which == "down" else ("gate", "z_up")
+        self.known = [name for name in same if given.room and self._shapes[name][1]]
+        self._arrays = {}
+        for name, (rows, width) in self._shapes.items():
+            if given.room and name in self.known:
+                self._arrays[name] = given.room(name, (N * rows, width))
+            else:
+                self._arrays[name] = np.empty((min(N, CHUNK) * rows, width), given.x.dtype)
+
+    def of(self, some: slice) -> Saved:
+        """For a chunk."""
+
+        def place(name: str) -> Array:
+            rows, array = self._shapes[name][0], self._arrays[name]
+            at = some.start if name in self.known else 0
+            return array[at * rows : (at + some.stop - some.start) * rows]
+
+        return Saved(*(place(name) for name in self._shapes))
 
 
 def in_dtype(p: Projection, dtype: npt.DTypeLike) -> Projection:

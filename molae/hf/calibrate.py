@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -102,7 +103,8 @@ class Calibration:
         As in `molae.convert`.
     folder : path, optional
         Where the hidden states lie meanwhile, ``tokens · hidden_size · 4`` bytes, up to five
-        times; by default the system's folder for temporary files.
+        times, and what a fit keeps (`molae.fit.LayerInput.room`); by default the system's folder
+        for temporary files.
     progress : callable, optional
         Is told layers done, layers in all, and what is under way.
 
@@ -248,7 +250,7 @@ class Calibration:
         with self._fixed_threads():
             walk = self._walk
             walk.start()
-            some = max(1, min(len(self._tokens), -(-TRIAL_TOKENS // self._tokens.shape[1])))
+            some = self._tried
             variants: dict[tuple[int, str], np.ndarray] = {}
             for number in range(len(self._stream)):
                 self._progress(number, len(self._stream), f"measuring layer {number}")
@@ -268,9 +270,16 @@ class Calibration:
                             _all(run, before, hidden, projections={**own, **other})
                             variants[number, name] = hidden
             found = self._divergences(variants, some)
+            for number, name in variants:
+                self._let_go(f"trial {number} {name}")
             self._progress(len(self._stream), len(self._stream), "measured")
             walk.next = None
             return found
+
+    @property
+    def _tried(self) -> int:
+        """Sequences that trials see."""
+        return max(1, min(len(self._tokens), -(-TRIAL_TOKENS // self._tokens.shape[1])))
 
     def _divergences(
         self, variants: Mapping[tuple[int, str], np.ndarray], some: int
@@ -348,14 +357,37 @@ class Calibration:
                 other = {**self._stream.experts(layer), **projections}
             self._walk.over(layer, other)
 
+    def scratch_bytes(self, *, trials: int, kept: int, anchored: bool) -> int:
+        """How large its temporary files become.
+
+        Parameters
+        ----------
+        trials : int
+            That `measure` is given, of all layers.
+        kept : int
+            Bytes that are asked for by way of `molae.fit.LayerInput.room`.
+        anchored : bool
+            As `reading` is.
+        """
+        row = 4 * self._model.letters["D"]
+        measured = 3 * self.tokens + trials * self._tried * self._tokens.shape[1]
+        fitted = (5 if anchored else 3) * self.tokens
+        return max(measured * row, fitted * row + kept)
+
     def _tell(self, layer: int, what: str) -> None:
         self._progress(layer, len(self._stream), what)
 
     def _mapped(self, name: str, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float32]]:
-        """One file a name, mapped once: what holds on to it sees it written anew."""
-        if name not in self._maps:
-            self._maps[name] = _memory_map(self._place / name, shape)
-        return self._maps[name].reshape(shape)  # type: ignore[return-value]
+        """One file a name, mapped once: what holds on to it sees it written anew. For a larger
+        shape it is made anew."""
+        size = math.prod(shape)
+        if name not in self._maps or self._maps[name].size < size:
+            self._maps[name] = _memory_map(self._place / name, size)
+        return self._maps[name][:size].reshape(shape)  # type: ignore[return-value]
+
+    def _let_go(self, name: str) -> None:
+        del self._maps[name]
+        (self._place / name).unlink()
 
     def _new_walk(self, name: str) -> _Walk:
         shape = (*self._tokens.shape, self._model.letters["D"])
@@ -363,7 +395,7 @@ class Calibration:
 
     def _taken(self) -> _Taken:
         shape = self._tokens.numel(), self._model.letters["D"]
-        return _Taken(self._mapped("input", shape), self._mapped("answers", shape))
+        return _Taken(self._mapped("input", shape), self._mapped("answers", shape), self._mapped)
 
     @contextlib.contextmanager
     def _fixed_threads(self) -> Iterator[None]:
@@ -419,8 +451,13 @@ class _Walk:
 class _Taken:
     """Keeps what the experts of one layer are given."""
 
-    def __init__(self, x: np.memmap, answers: np.memmap) -> None:
-        self._x, self._answers, self._at = x, answers, 0
+    def __init__(
+        self,
+        x: np.memmap,
+        answers: np.memmap,
+        room: Callable[[str, tuple[int, ...]], np.ndarray],
+    ) -> None:
+        self._x, self._answers, self._room, self._at = x, answers, room, 0
         self._index: list[np.ndarray] = []
         self._weights: list[np.ndarray] = []
 
@@ -441,6 +478,7 @@ class _Taken:
             activation,
             None if lost is None else lost.reshape(self._x.shape),
             self._answers,
+            self._room,
         )
 
 
@@ -450,14 +488,15 @@ def _all(run: Any, hidden: torch.Tensor, out: np.ndarray, **options: Any) -> Non
         out[i] = run(hidden[i : i + 1], **options)[0].numpy()
 
 
-def _memory_map(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float32]]:
-    nbytes = 4 * int(np.prod(shape))
+def _memory_map(path: Path, size: int) -> np.memmap[Any, np.dtype[np.float32]]:
+    nbytes = 4 * size
     try:
+        path.unlink(missing_ok=True)
         with open(path, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, nbytes)
     except OSError as error:
         raise ArgumentError(
-            f"no room for {nbytes / 1e9:.1f} GB of hidden states in {path.parent.parent}: "
+            f"no room for {nbytes / 1e9:.1f} GB of temporary files in {path.parent.parent}: "
             f"{error.strerror}; name another folder, or take fewer sequences"
         ) from error
-    return np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
+    return np.memmap(path, dtype=np.float32, mode="r+", shape=(size,))

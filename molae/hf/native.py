@@ -94,7 +94,7 @@ def forward_native(
     y = torch.empty_like(x)
     projections = ready.projections if ready else _own_projections(module, factors)
     call = _call(layer, index, x, weights, projections)
-    _core.experts_forward(_array(y), None, call, *_threads())
+    _core.experts_forward(_array(y), None, 0, call, *_threads())
     return y
 
 
@@ -283,7 +283,7 @@ class _Experts(torch.autograd.Function):
             kept = tuple(_empty(shape, weights) for shape in shapes)
         call = _Experts.call(layer, index, x, weights, tensors)
         saved = tuple(_array(t) for t in kept) or None
-        _core.experts_forward(_array(y), saved, call, *_threads())
+        _core.experts_forward(_array(y), saved, 0, call, *_threads())
         ctx.layer = layer
         ctx.save_for_backward(index, x, weights, *kept, *tensors)
         return y

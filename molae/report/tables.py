@@ -191,6 +191,8 @@ def _needs(plan: Plan) -> Table:
     if plan.size_asked is not None:
         table.add_row("size", f"asked {plan.size_asked:g}, reached {plan.size_reached:.4f}")
     table.add_row("disk", f"{plan.disk_bytes:,} bytes ({size_text(plan.disk_bytes)})")
+    if plan.scratch_bytes:
+        table.add_row("temporary files", f"about {size_text(plan.scratch_bytes)}")
     table.add_row("peak memory", f"about {size_text(plan.memory_bytes)}")
     if plan.passes > 1:
         table.add_row(
