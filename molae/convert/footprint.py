@@ -27,8 +27,8 @@ TORCH_BYTES = 500_000_000
 ROWS = 8
 
 #: Arrays as large as the private factors that a refit holds: themselves, gradient, change and what
-#: holds it, direction, and what becomes of that on the way through the layer and its metrics.
-VECTORS = 11
+#: holds it, direction, and what becomes of that in the layer and in its metrics.
+VECTORS = 7
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class Footprint:
         factors = int((3 * size + sum(TRIAL_SIZES)) * stack) * DTYPES[dtype].itemsize
         wide = 12 * stack if dtype == "F16" else 0
         fixed = BASE_BYTES + TORCH_BYTES + ends + tokens + factors + wide
-        refit = 4 * (E * F * F + VECTORS * private + E * min(rank, D) ** 2)
+        roots = 2 * E * F * F + 3 * E * min(rank, D) ** 2  # and what they are roots of
+        refit = 4 * (VECTORS * private + roots)
         return cls(
             E,
             E,

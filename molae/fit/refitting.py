@@ -183,13 +183,20 @@ class _Problem:
         errors, objectives = [squared], [squared]
         change = [np.zeros_like(g) for g in gradient]
         pulled = [np.zeros_like(g) for g in gradient]  # what holds the change
-        direction = metric.solved(gradient)
-        rz = _dot(gradient, direction)
+        stack = self._zeros()  # of the direction, as the layer takes it
+        direction = self._listed(stack)
+        before = np.inf
         for step in range(steps):
+            z = metric.solved(gradient)
+            rz = _dot(gradient, z)
+            for a, p in zip(z, direction, strict=True):
+                p *= rz / before
+                p += a
+            del z
             if not rz > 0:
                 break  # there already
             more = step + 1 < steps  # else nothing asks for the gradient
-            normal, length = self._apply(direction, gradient=more)
+            normal, length = self._apply(stack, gradient=more)
             held = metric.held(direction)
             alpha = rz / (length + _dot(direction, held))
             for a, p in zip(change, direction, strict=True):
@@ -198,15 +205,11 @@ class _Problem:
                 a += alpha * h
             objectives.append(objectives[-1] - alpha * rz)
             errors.append(objectives[-1] - _dot(change, pulled))
-            if not more:
-                break
-            for g, n, h in zip(gradient, normal, held, strict=True):
-                g -= alpha * (n + h)
-            z = metric.solved(gradient)
-            before, rz = rz, _dot(gradient, z)
-            for a, p in zip(z, direction, strict=True):
-                p *= rz / before
-                p += a
+            if more:
+                for g, n, h in zip(gradient, normal, held, strict=True):
+                    g -= alpha * (n + h)
+            del normal, held
+            before = rz
         scale = target if target > 0 else 1.0
         return Refit(
             self._changed(change),
@@ -258,11 +261,13 @@ class _Problem:
             self._hold,
         )
 
-    def _apply(self, direction: list[Array], *, gradient: bool) -> tuple[list[Array], float]:
-        """JᵀJ p where it is asked for, and ‖J p‖² for the layer's output J p."""
+    def _apply(
+        self, direction: ProjectionGradients, *, gradient: bool
+    ) -> tuple[list[Array], float]:
+        """JᵀJ p, or nothing where it is not asked for, and ‖J p‖² for the layer's output J p."""
         layer = list(self._student)
         layer[self._at] = self._with(direction)
-        grads = self._zeros()
+        grads = self._zeros() if gradient else ProjectionGradients((), ())
         length = 0.0
         for some, x, index, weights in self._given.chunks():
             call = (x, index, weights)
@@ -270,7 +275,7 @@ class _Problem:
             length += float(np.square(y, dtype=np.float64).sum())
             if gradient:
                 self._backward(y, saved, call, layer, grads)
-        return self._listed(grads), length
+        return self._listed(grads) if gradient else [], length
 
     def _forward(
         self,
@@ -315,17 +320,12 @@ class _Problem:
             found.append(a)
         return found
 
-    def _with(self, factors: list[Array]) -> Projection:
+    def _with(self, factors: ProjectionGradients) -> Projection:
         """The student's projection with these private factors."""
-        by_expert = dict(zip(self._members, factors, strict=True))
         private = tuple(
-            None
-            if a is None
-            else np.stack([by_expert[e] for e in group]).astype(a.dtype)
-            if rank != 0
-            else a
-            for group, rank, a in zip(
-                self._own.groups, self._own.ranks, self._own.private, strict=True
+            a if rank == 0 else new
+            for rank, a, new in zip(
+                self._own.ranks, self._own.private, factors.private, strict=True
             )
         )
         return replace(self._own, private=private)
