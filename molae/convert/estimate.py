@@ -16,6 +16,7 @@ from molae.convert.measuring import TRIAL_SIZES
 from molae.convert.naming import named
 from molae.factored import Split
 from molae.fit import LayerInput
+from molae.fit.arguments import renumbered
 from molae.fit.layer import REFITS
 from molae.ops import Projection, latent_experts_forward
 from molae.threads import get_num_threads
@@ -37,9 +38,7 @@ def fit_seconds(conversion: Conversion) -> float:
         layer, split = splits[len(splits) // 2]
         sample = _some_groups(split, get_num_threads())
         matrices = conversion.model.matrices(conversion.checkpoint, layer, kind)
-        experts = [i for group in sample.groups for i in group]
-        position = {i: at for at, i in enumerate(experts)}
-        groups = tuple(tuple(position[i] for i in group) for group in sample.groups)
+        experts, groups = renumbered(sample.groups)
         start = time.perf_counter()
         with named(conversion.model, layer, kind, experts):
             conversion.method.fit(
@@ -96,15 +95,14 @@ def calibrated_seconds(conversion: Conversion, tokens: int) -> float:
 
 def _factor_like(kind: str, W: Sequence[np.ndarray], split: Split) -> None:
     """A factorization of these groups in the plainest metric."""
-    members = [e for group in split.groups for e in group]
-    number = {e: n for n, e in enumerate(members)}
+    members, groups = renumbered(split.groups)
     rows, cols = W[0].shape
     one = np.eye(cols, dtype=np.float32)
     fit.factor_weighted(
         [W[e] for e in members],
         [one] * len(members),
         [rank for rank in split.ranks if rank is not None],
-        groups=[[number[e] for e in group] for group in split.groups],
+        groups=groups,
         side="output" if kind == "down_proj" else "input",
         row_metric=None if kind == "down_proj" else [np.eye(rows, dtype=np.float32)] * len(members),
     )

@@ -23,6 +23,7 @@ __all__ = [
     "experts",
     "partition",
     "ranks",
+    "renumbered",
     "work_dtype",
 ]
 
@@ -79,6 +80,13 @@ def partition(groups: Groups | None, E: int) -> tuple[tuple[int, ...], ...]:
     if not all(found):
         raise ArgumentError("groups: expected at least one expert in each group")
     return found
+
+
+def renumbered(groups: Groups) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+    """Experts of some groups, in order, and the groups with numbers in that order."""
+    members = [int(e) for group in groups for e in group]
+    numbers = iter(range(len(members)))
+    return members, tuple(tuple(next(numbers) for _ in group) for group in groups)
 
 
 def ranks(

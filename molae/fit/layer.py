@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from molae.config import TYPES
 from molae.errors import ArgumentError, NonFiniteError, PrecisionWarning
-from molae.fit.arguments import Groups, Stack, experts, partition
+from molae.fit.arguments import Groups, Stack, experts, partition, renumbered
 from molae.fit.factors import SharedFactors, joined
 from molae.fit.layer_moments import Energies, LayerMoments, layer_energies, layer_moments
 from molae.fit.reading import LayerInput
@@ -280,8 +280,7 @@ def _factor(
     errors: bool,
 ) -> list[SharedFactors]:
     """Of some experts, at several ranks; they are numbered in the order of the groups."""
-    members = [int(e) for group in groups for e in group]
-    number = {e: n for n, e in enumerate(members)}
+    members, own = renumbered(groups)
     place = {e: at for at, e in enumerate(moments.experts)}
     metric = moments.x if kind != "down_proj" else moments.hidden
     rows = moments.row_metric.get(kind)
@@ -292,7 +291,7 @@ def _factor(
                 [W[e] for e in members],  # type: ignore[index]
                 [metric.moment[place[e]] for e in members],
                 several,
-                groups=[[number[e] for e in group] for group in groups],
+                groups=own,
                 side="output" if kind == "down_proj" else "input",
                 row_metric=None if rows is None else [rows[place[e]] for e in members],
                 errors=errors,
