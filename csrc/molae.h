@@ -293,12 +293,31 @@ typedef struct {
     const void *bias;            /* (E,F), down (E,D); or NULL */
 } molae_projection;
 
+/* Of each token's K slots, in the order of their weights (equal ones by index, then by slot), the
+ * last n do not run. They act through three vectors of their experts alone,
+ *
+ *   theta_t = sum_k share_k (e1, e2, e3)_k,   share_k = weight[t,k] over the sum of those n,
+ *
+ * equal shares where that sum is 0, and theta_t = 1 where all of them are sentinels; and each
+ * expert that runs, with its weight as it is, gives
+ *
+ *   W_down (h * theta2) + b_down,   h = act(W_gate (x * theta1) + b_gate, W_up (x * theta3) + b_up)
+ */
+typedef struct {
+    int64_t n;           /* 0 <= n < K; 0: all run, and no pointer is read */
+    const void *vectors; /* (E,stride): e1 (D) first */
+    molae_dtype dtype;   /* as of a projection */
+    int64_t stride;      /* numbers from one expert to the next */
+    int64_t e2, e3;      /* where e2 (F) and e3 (D) begin */
+} molae_compressed;
+
 typedef struct {
     int64_t E, D, F;
     molae_dtype io; /* of x, y and dy: F32 or BF16, F64 for _f64 */
     molae_activation activation;
     double alpha, limit; /* of the clamped activation */
     molae_projection gate, up, down;
+    molae_compressed compressed;
 } molae_experts;
 
 /* Latent numbers of a token, at most: min(sum of ranks, K max rank). The width of z and u below. */
@@ -382,11 +401,13 @@ typedef struct {
     float *dx;      /* (N,D) */
     float *dweight; /* (N,K); slots with index E get nothing */
     molae_projection_grads_f32 gate, up, down;
-    int overwrite; /* set all of them, which spares reading; else add to them */
+    float *vectors; /* (E,stride), of compressed experts */
+    int overwrite;  /* set all of them, which spares reading; else add to them */
 } molae_experts_grads_f32;
 typedef struct {
     double *dx, *dweight;
     molae_projection_grads_f64 gate, up, down;
+    double *vectors;
     int overwrite;
 } molae_experts_grads_f64;
 

@@ -15,6 +15,7 @@ from test_ops_forward import KINDS
 from molae import _core, ops
 from molae.errors import ArgumentError, MolaeError, ShapeError
 from molae.ops import Gradients, Projection, Saved
+from molae.ops.call import Call
 
 F32, F64, BF16 = np.float32, np.float64, ml_dtypes.bfloat16
 N, K, E, D, F = 6, 2, 4, 10, 5
@@ -221,12 +222,12 @@ def test_bad_projections_name_the_argument():
 
 def test_the_extension_checks_what_the_face_checked():
     made = layer(2, N, K, E, D, F, **KINDS["gauge"])
-    call, _ = ops._call(
+    call = Call.of(
         *made.args[:3],
         dict(zip(ROLES, made.args[3:], strict=True)),
         dict.fromkeys(ROLES),
         ("silu", 0.0, 0.0),
-    )
+    ).core
     y = zeros(N, D)
     _core.experts_forward(y, None, 0, call, 1, False)
 

@@ -4,8 +4,9 @@
 typedef struct {
     const FN(molae_experts_grads) * d;
     int private_[MLI_ROLES], shared[MLI_ROLES];
-    int dh;  /* the cotangent of h */
-    int add; /* to the gradients of weights, or set them */
+    int dh;      /* the cotangent of h */
+    int vectors; /* those of compressed experts, or what lies behind them */
+    int add;     /* to the gradients of weights, or set them */
 } FN(wants);
 
 static const FN(molae_projection_grads) * FN(grads_of)(const FN(molae_experts_grads) * d, int role)
@@ -25,6 +26,9 @@ FN(any)(REAL *const *list, int64_t n)
 static FN(wants) FN(wants_of)(const molae_experts *l, const FN(molae_experts_grads) * d)
 {
     FN(wants) w = {.d = d, .dh = d->dx != NULL || d->dweight != NULL, .add = !d->overwrite};
+
+    w.vectors = l->compressed.n > 0 && (w.dh || d->vectors != NULL);
+    w.dh |= w.vectors;
 
     for (int role = 0; role < MLI_ROLES; role++) {
         const FN(molae_projection_grads) *g = FN(grads_of)(d, role);
@@ -65,10 +69,20 @@ FN(expert_back_task)(void *arg, int64_t index, int32_t worker)
                                &s->product));
     for (int64_t i = 0; i < t->nr; i++) {
         const int64_t j = at + i * q->F;
+        const REAL *scale = q->scale ? FN(scale_of)(q, t, i) : NULL;
+        REAL *y = s->Y + i * t->nc;
         REAL *partial = q->partial + (row + i) * q->blocks + t->c0 / MLI_FINE;
+        for (int64_t c = 0; scale != NULL && c < t->nc; c++) {
+            s->Z[c] = y[c];
+            y[c] *= scale[c];
+        }
         *partial = kern->ACT_GRAD(
-            q->dgate + j, q->dup + j, b->w->private_[MLI_DOWN] ? q->h + j : NULL, s->Y + i * t->nc,
-            q->gate + j, q->up + j, q->weight[q->rows[row + i]], t->nc, &q->act);
+            q->dgate + j, q->dup + j, b->w->private_[MLI_DOWN] || b->w->vectors ? q->h + j : NULL,
+            y, q->gate + j, q->up + j, q->weight[q->rows[row + i]], t->nc, &q->act);
+        for (int64_t c = 0; scale != NULL && c < t->nc; c++) {
+            q->ce.dscale[j + c] = q->h[j + c] * s->Z[c];
+            q->h[j + c] *= scale[c];
+        }
         for (int64_t c = 1; c * MLI_FINE < t->nc; c++) /* one sum for several blocks */
             partial[c] = 0;
     }
@@ -128,7 +142,7 @@ FN(private_grad)(const FN(back) * b, const FN(scratch) * s, const mli_piece *t)
             MLI_TRY(FN(mli_product_tn)(dW + t->c0 * F, F, add, X, ldx, q->h + at, F, nr, t->nc, F));
         } else {
             const REAL *dinner = (t->role == MLI_GATE ? q->dgate : q->dup) + at + t->c0;
-            X = FN(shared_side)(q, s, r, e, r0, nr, 0, k, q->x, r->z, &ldx);
+            X = FN(shared_side)(q, s, r, e, r0, nr, 0, k, q->in[t->role], r->z, &ldx);
             MLI_TRY(FN(mli_product_tn)(dW + t->c0 * k, k, add, dinner, F, X, ldx, nr, t->nc, k));
         }
     }
@@ -147,7 +161,7 @@ FN(shared_grad)(const FN(back) * b, const FN(scratch) * s, const mli_piece *t)
     const int64_t g = t->unit, R = p->rank[g], rows = r->ptr[g + 1] - r->ptr[g];
     const int gauge = p->form == MOLAE_FORM_GAUGE, down = t->role == MLI_DOWN;
     const int64_t width = gauge ? q->D - R : q->D;
-    const REAL *src = down ? q->dy : q->x, *z = (down ? r->z : r->dz) + r->at[g] + t->c0;
+    const REAL *src = down ? q->dy : q->in[t->role], *z = (down ? r->z : r->dz) + r->at[g] + t->c0;
     REAL *dB = FN(grads_of)(b->w->d, t->role)->shared[g] + t->c0 * width;
     molae_status rc = MOLAE_OK;
 
@@ -240,7 +254,7 @@ FN(grad_pieces)(FN(job) * q, const FN(wants) * w)
 static molae_status
 FN(backward_chunk)(const molae_ctx *ctx, FN(job) * q, const FN(wants) * w, REAL *dx)
 {
-    FN(phase) ph = {.q = q, .src = q->dy};
+    FN(phase) ph = {.q = q, .in = {NULL, NULL, q->dy}};
     FN(back) b = {q, w};
     molae_status rc = MOLAE_OK;
 
@@ -257,10 +271,11 @@ FN(backward_chunk)(const molae_ctx *ctx, FN(job) * q, const FN(wants) * w, REAL 
         MLI_TRY(mli_parallel_for(ctx, mli_ceil_div(q->expert_ptr[q->E], MLI_ROWS), FN(dweight_task),
                                  &b));
     for (int role = MLI_GATE; role <= MLI_UP; role++) {
-        REAL *z = dx != NULL || w->shared[role] ? q->role[role].dz : NULL;
-        MLI_TRY(FN(combine)(ctx, q, role, role == MLI_GATE ? q->dgate : q->dup, z, dx));
-        if (dx != NULL)
-            MLI_TRY(FN(lift)(ctx, q, role, z, dx));
+        REAL *to = w->vectors ? (role == MLI_GATE ? q->ce.dx_gate : q->ce.dx_up) : dx;
+        REAL *z = to != NULL || w->shared[role] ? q->role[role].dz : NULL;
+        MLI_TRY(FN(combine)(ctx, q, role, role == MLI_GATE ? q->dgate : q->dup, z, to));
+        if (to != NULL)
+            MLI_TRY(FN(lift)(ctx, q, role, z, to));
     }
     FN(grad_pieces)(q, w);
     MLI_TRY(mli_parallel_for(ctx, q->pieces.n, FN(grad_task), &b));
@@ -290,21 +305,30 @@ FN(molae_experts_backward)(const molae_ctx *ctx, const FN(molae_experts_grads) *
         const int64_t n = MLI_MIN((int64_t)MOLAE_EXPERTS_CHUNK, N - n0);
         FN(molae_experts_grads) here = *d;
         here.dweight = d->dweight ? d->dweight + n0 * K : NULL;
+        here.dx = d->dx ? d->dx + n0 * l->D : NULL;
         w = FN(wants_of)(l, &here);
         w.add |= n0 > 0;
         if (d->overwrite && d->dx != NULL)
             memset(d->dx + n0 * l->D, 0, (size_t)(n * l->D) * sizeof(REAL));
+        if (n0 == 0 && d->overwrite && d->vectors != NULL)
+            memset(d->vectors, 0, (size_t)(l->E * l->compressed.stride) * sizeof(REAL));
         if (d->overwrite && d->dweight != NULL) /* slots without an expert */
             memset(here.dweight, 0, (size_t)(n * K) * sizeof(REAL));
-        MLI_TRY(FN(job_route)(&q, index, weight, n, n0, err));
+        const int64_t *running = index;
         q.x = FN(widened)(&q, x, n0 * l->D, n * l->D, q.x_wide);
+        MLI_TRY(FN(compress_begin)(ctx, &q, &running, weight, n, n0, err));
+        MLI_TRY(FN(job_route)(&q, running, weight, n, n0, err));
         q.dy = FN(widened)(&q, dy, n0 * l->D, n * l->D, q.y_wide);
         q.gate = saved->gate + n0 * K * l->F;
         q.up = saved->up + n0 * K * l->F;
         q.role[MLI_GATE].z = saved->z_gate + n0 * q.role[MLI_GATE].width;
         q.role[MLI_UP].z = saved->z_up + n0 * q.role[MLI_UP].width;
         q.role[MLI_DOWN].z = saved->u + n0 * q.role[MLI_DOWN].width;
-        MLI_TRY(FN(backward_chunk)(ctx, &q, &w, d->dx ? d->dx + n0 * l->D : NULL));
+        if (w.vectors)
+            MLI_TRY(FN(compress_back_begin)(&q, err));
+        MLI_TRY(FN(backward_chunk)(ctx, &q, &w, here.dx));
+        if (w.vectors)
+            MLI_TRY(FN(compress_back_end)(ctx, &q, &here));
     }
 done:
     return rc;

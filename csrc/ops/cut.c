@@ -139,6 +139,19 @@ mli_experts_check(const molae_experts *l, molae_dtype own, int64_t N, int64_t K,
         err->what = "activation: not one of molae_activation";
         return MOLAE_E_ARG;
     }
+    if (l->compressed.n != 0) {
+        const molae_compressed *c = &l->compressed;
+        err->what = "compressed experts: expected 0 to K - 1 of them, with vectors in the stride";
+        if (c->n < 0 || c->n >= K || c->vectors == NULL || c->e2 < l->D ||
+            c->e2 + l->F > c->stride || c->e3 < l->D || c->e3 + l->D > c->stride ||
+            c->e2 + l->F > c->e3)
+            return MOLAE_E_ARG;
+        err->what =
+            "compressed experts: expected the arithmetic's own dtype, or bfloat16 for float32";
+        if (c->dtype != own && !(own == MOLAE_F32 && c->dtype == MOLAE_BF16))
+            return MOLAE_E_ARG;
+        err->what = NULL;
+    }
     for (int role = 0; role < MLI_ROLES; role++) {
         rc = check_projection(l, mli_projection(l, role), own, err);
         if (rc < 0)

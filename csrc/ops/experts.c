@@ -1,4 +1,4 @@
-/* The expert layer, dense and latent: forward and backward. */
+/* The expert layer, dense and latent, some of its experts compressed: forward and backward. */
 #include "experts.h"
 
 #include <string.h>
@@ -14,6 +14,8 @@
 #define NARROW_STORAGE 1
 #include "job.inc.h"
 #include "latent.inc.h"
+
+#include "compressed.inc.h"
 
 #include "forward.inc.h"
 
@@ -33,6 +35,8 @@
 #define NARROW_STORAGE 0
 #include "job.inc.h"
 #include "latent.inc.h"
+
+#include "compressed.inc.h"
 
 #include "forward.inc.h"
 

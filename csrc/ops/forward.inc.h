@@ -16,15 +16,24 @@ FN(inner_rows)(const FN(job) * q, const FN(scratch) * s, int role, const mli_pie
     if (R >= 0)
         *x = NULL;
     if (R != 0 && *x == NULL)
-        *x = FN(shared_side)(q, s, r, e, t->r0, t->nr, 0, k, q->x, r->z, ldx);
+        *x = FN(shared_side)(q, s, r, e, t->r0, t->nr, 0, k, q->in[role], r->z, ldx);
     MLI_TRY(FN(mli_product_nt)(dst, ld, 0, *x, *ldx, W, k, p->dtype, t->nr, t->nc, k, &s->product));
-    if (R >= 0) /* latent rows are of no use to another role */
+    if (R >= 0 || q->in[MLI_GATE] != q->in[MLI_UP]) /* of no use to another role */
         *x = NULL;
     for (int64_t i = 0; bias != NULL && i < t->nr; i++)
         for (int64_t j = 0; j < t->nc; j++)
             dst[i * ld + j] += bias[j];
 done:
     return rc;
+}
+
+/* What scales the columns of a piece's row i. */
+static const REAL *
+FN(scale_of)(const FN(job) * q, const mli_piece *t, int64_t i)
+{
+    const int64_t token = q->rows[q->expert_ptr[t->unit] + t->r0 + i] / q->K;
+
+    return q->scale + token * (2 * q->D + q->F) + t->c0;
 }
 
 /* h = act(gate, up) for some rows and columns of an expert. */
@@ -48,6 +57,11 @@ FN(expert_task)(void *arg, int64_t index, int32_t worker)
         MLI_TRY(FN(inner_rows)(q, s, MLI_UP, t, up, ld, &x, &ldx));
     for (int64_t i = 0; i < t->nr; i++)
         kern->ACT(q->h + at + i * q->F, gate + i * ld, up + i * ld, t->nc, &q->act);
+    for (int64_t i = 0; q->scale != NULL && i < t->nr; i++) {
+        const REAL *scale = FN(scale_of)(q, t, i);
+        for (int64_t j = 0; j < t->nc; j++)
+            q->h[at + i * q->F + j] *= scale[j];
+    }
 done:
     return rc;
 }
@@ -67,7 +81,7 @@ FN(expert_pieces)(FN(job) * q)
 static molae_status
 FN(forward_chunk)(const molae_ctx *ctx, FN(job) * q)
 {
-    FN(phase) ph = {.q = q, .src = q->x};
+    FN(phase) ph = {.q = q, .in = {q->in[MLI_GATE], q->in[MLI_UP]}};
     molae_status rc = MOLAE_OK;
 
     ph.z[MLI_GATE] = q->role[MLI_GATE].z;
@@ -105,8 +119,10 @@ FN(molae_experts_forward)(const molae_ctx *ctx, void *y, const FN(molae_experts_
         return rc;
     for (int64_t n0 = 0; n0 < N; n0 += MOLAE_EXPERTS_CHUNK) {
         const int64_t n = MLI_MIN((int64_t)MOLAE_EXPERTS_CHUNK, N - n0);
-        MLI_TRY(FN(job_route)(&q, index, weight, n, n0, err));
+        const int64_t *running = index;
         q.x = FN(widened)(&q, x, n0 * l->D, n * l->D, q.x_wide);
+        MLI_TRY(FN(compress_begin)(ctx, &q, &running, weight, n, n0, err));
+        MLI_TRY(FN(job_route)(&q, running, weight, n, n0, err));
         q.y = l->io == OWN ? (REAL *)y + n0 * l->D : q.y_wide;
         if (saved != NULL) {
             q.known = saved->known;

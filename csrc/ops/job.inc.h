@@ -22,14 +22,33 @@ typedef struct {
     int64_t *row; /* (MLI_ROWS,): numbers of rows to gather */
 } FN(scratch);
 
+/* Of compressed experts; see compressed.inc.h. */
+typedef struct {
+    int64_t *main, *aux;   /* (S,): index of the slots that run, and of the others; else E */
+    REAL *share;           /* (S,): of the others */
+    REAL *sum;             /* (N,): of their weights */
+    int64_t *met;          /* (N,): how many they are, without sentinels */
+    REAL *theta;           /* (N,T): the token's vectors, T = 2 D + F */
+    REAL *x_gate, *x_up;   /* (N,D): x by the first, and by the third */
+    int64_t *row_of;       /* (S,): the row of a slot that runs */
+    int64_t *ptr, *rows;   /* (E+1), (S,): slots of the others by expert; see molae_route */
+    REAL *dtheta;          /* (N,T) */
+    REAL *dshare;          /* (S,) */
+    REAL *dscale;          /* (S,F): of theta2, row by row */
+    REAL *dx_gate, *dx_up; /* (N,D) */
+} FN(compressed);
+
 typedef struct {
     const molae_experts *l;
     int64_t N, K, E, D, F;
     int backward;
     mli_act act;
     const int64_t *index;
-    const REAL *weight;         /* (S,) */
-    const REAL *x, *dy;         /* (N,D) */
+    const REAL *weight; /* (S,) */
+    const REAL *x, *dy; /* (N,D) */
+    const REAL *in[2];  /* (N,D): what gate and up read of x */
+    const REAL *scale;  /* (N,F), rows 2 D + F apart: of the intermediate; or NULL */
+    FN(compressed) ce;
     REAL *y;                    /* (N,D) */
     REAL *x_wide, *y_wide;      /* (N,D): x, and y or dy, where io is narrower */
     int64_t *expert_ptr, *rows; /* (E+1), (S,): see molae_route */
@@ -77,6 +96,27 @@ FN(job_cut)(FN(job) * q, char **p, const molae_experts *l, int64_t N, int64_t K,
     MLI_CUT(n, p, q->dup, backward ? rows : 0, sizeof(REAL));
     MLI_CUT(n, p, q->partial, backward ? mli_size_mul(S, blocks) : 0, sizeof(REAL));
     MLI_CUT(n, p, q->lifted, mli_size_mul(lift, D), sizeof(REAL));
+    if (l->compressed.n > 0) {
+        FN(compressed) *c = &q->ce;
+        const size_t wide_x = mli_size_mul(tokens, D), back = backward != 0;
+        const size_t theta = mli_size_mul(tokens, mli_size_add(mli_size_mul(2, D), F));
+        MLI_CUT(n, p, c->main, S, sizeof(int64_t));
+        MLI_CUT(n, p, c->aux, S, sizeof(int64_t));
+        MLI_CUT(n, p, c->share, S, sizeof(REAL));
+        MLI_CUT(n, p, c->sum, tokens, sizeof(REAL));
+        MLI_CUT(n, p, c->met, tokens, sizeof(int64_t));
+        MLI_CUT(n, p, c->theta, theta, sizeof(REAL));
+        MLI_CUT(n, p, c->x_gate, wide_x, sizeof(REAL));
+        MLI_CUT(n, p, c->x_up, wide_x, sizeof(REAL));
+        MLI_CUT(n, p, c->row_of, back * S, sizeof(int64_t));
+        MLI_CUT(n, p, c->ptr, back * (E + 1), sizeof(int64_t));
+        MLI_CUT(n, p, c->rows, back * S, sizeof(int64_t));
+        MLI_CUT(n, p, c->dtheta, back * theta, sizeof(REAL));
+        MLI_CUT(n, p, c->dshare, back * S, sizeof(REAL));
+        MLI_CUT(n, p, c->dscale, back * rows, sizeof(REAL));
+        MLI_CUT(n, p, c->dx_gate, back * wide_x, sizeof(REAL));
+        MLI_CUT(n, p, c->dx_up, back * wide_x, sizeof(REAL));
+    }
     for (int i = 0; i < MLI_ROLES; i++) {
         FN(role) *r = &q->role[i];
         const size_t G = (size_t)mli_projection(l, i)->G;

@@ -3,9 +3,10 @@
 
 typedef struct {
     FN(job) * q;
-    const REAL *src;    /* project: (N,D); combine: (S,F) */
-    REAL *z[MLI_ROLES]; /* latent rows */
-    REAL *out;          /* (N,D) */
+    const REAL *src;           /* combine: (S,F) */
+    const REAL *in[MLI_ROLES]; /* project: (N,D) */
+    REAL *z[MLI_ROLES];        /* latent rows */
+    REAL *out;                 /* (N,D) */
     int role;
     int64_t t0, nt; /* lift: its tokens */
 } FN(phase);
@@ -41,19 +42,20 @@ FN(project_task)(void *arg, int64_t index, int32_t worker)
     const molae_projection *p = r->p;
     const int64_t g = t->unit, R = p->rank[g], D = q->D, rest = D - R;
     const int64_t *token = r->tokens + r->ptr[g] + t->r0;
+    const REAL *src = ph->in[t->role];
     REAL *z = ph->z[t->role] + r->at[g] + t->r0 * R + t->c0;
 
     if (p->form == MOLAE_FORM_GAUGE) { /* the identity is a gather */
-        FN(gather_permuted)(z, R, ph->src, D, token, t->nr, p->perm[g] + t->c0, t->nc);
+        FN(gather_permuted)(z, R, src, D, token, t->nr, p->perm[g] + t->c0, t->nc);
         if (rest == 0)
             return MOLAE_OK;
-        FN(gather_permuted)(s->X, rest, ph->src, D, token, t->nr, p->perm[g] + R, rest);
+        FN(gather_permuted)(s->X, rest, src, D, token, t->nr, p->perm[g] + R, rest);
         return FN(mli_product_nt)(z, R, 1, s->X, rest,
                                   mli_weight_at(p->shared[g], p->dtype, rest, t->c0, 0), rest,
                                   p->dtype, t->nr, t->nc, rest, &s->product);
     } else {
         int64_t ldx;
-        const REAL *X = FN(rows_of)(s->X, &ldx, ph->src, D, token, t->nr, 0, D);
+        const REAL *X = FN(rows_of)(s->X, &ldx, src, D, token, t->nr, 0, D);
         return FN(mli_product_nt)(z, R, 0, X, ldx,
                                   mli_weight_at(p->shared[g], p->dtype, D, t->c0, 0), D, p->dtype,
                                   t->nr, t->nc, D, &s->product);

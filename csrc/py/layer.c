@@ -266,17 +266,95 @@ projection_from(mli_pystate *st, mli_py_call *c, mli_py_projection *k, molae_pro
     return 0;
 }
 
-/* The call from (x, index, weight, gate, up, down, F, activation, alpha, limit). */
+/* Compressed experts from None or (vectors, n): vectors (E,3,D), of the second of which the first F
+ * numbers count, or (E, 2 D + F). */
+static int
+compressed_from(mli_pystate *st, mli_py_call *c, PyObject *given)
+{
+    molae_compressed *to = &c->l.compressed;
+    const npy_intp D = c->l.D, F = c->l.F;
+    npy_intp dims[3] = {c->l.E, 3, D};
+    PyArrayObject *a;
+    PyObject *vectors;
+    Py_ssize_t n;
+    int wide;
+
+    if (given == Py_None)
+        return 0;
+    if (!PyArg_ParseTuple(given, "On", &vectors, &n))
+        return -1;
+    if (n < 0 || n >= c->K) {
+        PyErr_Format(st->ArgumentError, "num_compressed: expected 0 to K - 1 = %zd, got %zd",
+                     (Py_ssize_t)c->K - 1, n);
+        return -1;
+    }
+    if (!PyArray_Check(vectors)) {
+        PyErr_SetString(st->ArgumentError, "embeddings: expected an array");
+        return -1;
+    }
+    a = (PyArrayObject *)vectors;
+    wide = PyArray_NDIM(a) == 3;
+    if (wide && F > D) {
+        PyErr_Format(st->ShapeError,
+                     "embeddings: (E, 3, D) has no room for F=%zd above D=%zd; expected (E, 2 D + F)",
+                     (Py_ssize_t)F, (Py_ssize_t)D);
+        return -1;
+    }
+    if (!wide)
+        dims[1] = 2 * D + F;
+    if (mli_py_dtype(st, "embeddings", a, &to->dtype) < 0)
+        return -1;
+    if (to->dtype != c->work && !(c->work == MOLAE_F32 && to->dtype == MOLAE_BF16)) {
+        PyErr_Format(st->ArgumentError, "embeddings: expected %s for this x, got %S",
+                     c->work == MOLAE_F64 ? "float64" : "float32 or bfloat16",
+                     (PyObject *)PyArray_DESCR(a));
+        return -1;
+    }
+    if (take(st, &c->spans, (label){"embeddings", -1}, vectors, to->dtype, wide ? 3 : 2, dims,
+             wide ? "E3D" : "ET", 0) == NULL)
+        return -1;
+    c->compressed_wide = wide;
+    to->n = n;
+    to->vectors = PyArray_DATA(a);
+    to->stride = wide ? 3 * D : 2 * D + F;
+    to->e2 = D;
+    to->e3 = wide ? 2 * D : D + F;
+    return 0;
+}
+
+/* *to = where their gradient goes, NULL where obj is None. */
+int
+mli_py_vectors_output(mli_pystate *st, mli_py_call *c, PyObject *obj, void **to)
+{
+    const int wide = c->compressed_wide;
+    const npy_intp dims[3] = {c->l.E, wide ? 3 : (npy_intp)c->l.compressed.stride, c->l.D};
+    PyArrayObject *a;
+
+    if (obj == Py_None)
+        return 0;
+    if (c->l.compressed.vectors == NULL) {
+        PyErr_SetString(st->ArgumentError, "dembeddings: there are no embeddings");
+        return -1;
+    }
+    a = take(st, &c->spans, (label){"dembeddings", -1}, obj, c->work, wide ? 3 : 2, dims,
+             wide ? "E3D" : "ET", 1);
+    if (a == NULL)
+        return -1;
+    *to = PyArray_DATA(a);
+    return 0;
+}
+
+/* The call from (x, index, weight, gate, up, down, E, F, activation, alpha, limit, compressed). */
 int
 mli_py_call_from(mli_pystate *st, mli_py_call *c, PyObject *tuple)
 {
-    PyObject *x, *index, *weight, *gate, *up, *down;
+    PyObject *x, *index, *weight, *gate, *up, *down, *compressed;
     npy_intp dims[2] = {-1, -1};
     Py_ssize_t E, F;
     int activation;
 
-    if (!PyArg_ParseTuple(tuple, "OOOOOOnnidd", &x, &index, &weight, &gate, &up, &down, &E, &F,
-                          &activation, &c->l.alpha, &c->l.limit))
+    if (!PyArg_ParseTuple(tuple, "OOOOOOnniddO", &x, &index, &weight, &gate, &up, &down, &E, &F,
+                          &activation, &c->l.alpha, &c->l.limit, &compressed))
         return -1;
     if (!PyArray_Check(x)) {
         PyErr_SetString(st->ArgumentError, "x: expected an array");
@@ -310,7 +388,8 @@ mli_py_call_from(mli_pystate *st, mli_py_call *c, PyObject *tuple)
         take(st, &c->spans, (label){"top_k_weights", -1}, weight, c->work, 2, dims, "NK", 0);
     if (c->weight == NULL)
         return -1;
-    return projection_from(st, c, &c->gate, &c->l.gate, gate, &gate_names, 0) < 0 ||
+    return compressed_from(st, c, compressed) < 0 ||
+                   projection_from(st, c, &c->gate, &c->l.gate, gate, &gate_names, 0) < 0 ||
                    projection_from(st, c, &c->up, &c->l.up, up, &up_names, 0) < 0 ||
                    projection_from(st, c, &c->down, &c->l.down, down, &down_names, 1) < 0
                ? -1

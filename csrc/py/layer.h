@@ -32,9 +32,11 @@ typedef struct {
     PyArrayObject *index, *weight, *x;
     mli_py_spans spans;
     molae_dtype work; /* F32 or F64 */
+    int compressed_wide; /* vectors are (E,3,D) */
 } mli_py_call;
 
-/* The call from (x, index, weight, gate, up, down, E, F, activation, alpha, limit). */
+/* The call from (x, index, weight, gate, up, down, E, F, activation, alpha, limit, compressed), the
+ * last None or (vectors, n). */
 int mli_py_call_from(mli_pystate *st, mli_py_call *c, PyObject *tuple);
 void mli_py_call_clear(mli_py_call *c);
 
@@ -45,6 +47,9 @@ int mli_py_saved_from(mli_pystate *st, mli_py_call *c, PyObject *tuple, void *to
  * or None). */
 int mli_py_grads_from(mli_pystate *st, mli_py_call *c, PyObject *gate, PyObject *up,
                       PyObject *down);
+
+/* *to = where the gradient of compressed experts' vectors goes, NULL where obj is None. */
+int mli_py_vectors_output(mli_pystate *st, mli_py_call *c, PyObject *obj, void **to);
 
 /* *to = data of an output (N,cols), NULL where obj is None. */
 int mli_py_output(mli_pystate *st, mli_py_call *c, const char *name, PyObject *obj,

@@ -152,19 +152,19 @@ PyDoc_STRVAR(
     "experts_backward($module, grads, overwrite, dy, saved, call, num_threads, borrowed, /)\n"
     "--\n\n"
     "Gradients of one layer; see molae.ops.latent_experts_backward. grads: (dx, dweights,\n"
-    "gate, up, down), each None, or set (overwrite) or added to; the last three are (private, "
-    "shared, bias).");
+    "gate, up, down, embeddings), each None, or set (overwrite) or added to; gate, up and down\n"
+    "are (private, shared, bias).");
 
 static PyObject *
 py_experts_backward(PyObject *mod, PyObject *args)
 {
     mli_pystate *st = PyModule_GetState(mod);
-    PyObject *grads, *dx_obj, *dw_obj, *gate, *up, *down, *dy_obj, *saved_obj, *call_obj;
+    PyObject *grads, *dx_obj, *dw_obj, *gate, *up, *down, *dv_obj, *dy_obj, *saved_obj, *call_obj;
     PyObject *ret = NULL;
     Py_ssize_t num_threads;
     int overwrite, borrowed;
     mli_py_call c = {0};
-    void *to[5] = {NULL}, *ws = NULL, *dx = NULL, *dw = NULL;
+    void *to[5] = {NULL}, *ws = NULL, *dx = NULL, *dw = NULL, *dv = NULL;
     const void *dy = NULL;
     size_t ws_bytes;
     molae_ctx ctx;
@@ -174,8 +174,8 @@ py_experts_backward(PyObject *mod, PyObject *args)
     if (!PyArg_ParseTuple(args, "O!pOO!O!np:experts_backward", &PyTuple_Type, &grads, &overwrite,
                           &dy_obj, &PyTuple_Type, &saved_obj, &PyTuple_Type, &call_obj,
                           &num_threads, &borrowed) ||
-        !PyArg_ParseTuple(grads, "OOO!O!O!", &dx_obj, &dw_obj, &PyTuple_Type, &gate, &PyTuple_Type,
-                          &up, &PyTuple_Type, &down))
+        !PyArg_ParseTuple(grads, "OOO!O!O!O", &dx_obj, &dw_obj, &PyTuple_Type, &gate, &PyTuple_Type,
+                          &up, &PyTuple_Type, &down, &dv_obj))
         return NULL;
     if (mli_py_ctx(st, num_threads, borrowed, &ctx) < 0 || mli_py_call_from(st, &c, call_obj) < 0)
         goto done;
@@ -183,6 +183,7 @@ py_experts_backward(PyObject *mod, PyObject *args)
         mli_py_saved_from(st, &c, saved_obj, to, 0) < 0 ||
         mli_py_output(st, &c, "dx", dx_obj, c.work, c.l.D, "ND", &dx) < 0 ||
         mli_py_output(st, &c, "dtop_k_weights", dw_obj, c.work, c.K, "NK", &dw) < 0 ||
+        mli_py_vectors_output(st, &c, dv_obj, &dv) < 0 ||
         mli_py_grads_from(st, &c, gate, up, down) < 0 || mli_py_spans_check(st, &c.spans) < 0)
         goto done;
     ws_bytes = c.work == MOLAE_F64 ? molae_experts_backward_ws_f64(&ctx, &c.l, c.N, c.K)
@@ -203,6 +204,7 @@ py_experts_backward(PyObject *mod, PyObject *args)
             {(double *const *)c.gate.dprivate, (double *const *)c.gate.dshared, c.gate.dbias},
             {(double *const *)c.up.dprivate, (double *const *)c.up.dshared, c.up.dbias},
             {(double *const *)c.down.dprivate, (double *const *)c.down.dshared, c.down.dbias},
+            dv,
             overwrite};
         rc = molae_experts_backward_f64(&ctx, &d, dy, &s, PyArray_DATA(c.x), PyArray_DATA(c.index),
                                         PyArray_DATA(c.weight), &c.l, c.N, c.K, ws, ws_bytes, &err);
@@ -214,6 +216,7 @@ py_experts_backward(PyObject *mod, PyObject *args)
             {(float *const *)c.gate.dprivate, (float *const *)c.gate.dshared, c.gate.dbias},
             {(float *const *)c.up.dprivate, (float *const *)c.up.dshared, c.up.dbias},
             {(float *const *)c.down.dprivate, (float *const *)c.down.dshared, c.down.dbias},
+            dv,
             overwrite};
         rc = molae_experts_backward_f32(&ctx, &d, dy, &s, PyArray_DATA(c.x), PyArray_DATA(c.index),
                                         PyArray_DATA(c.weight), &c.l, c.N, c.K, ws, ws_bytes, &err);

@@ -241,7 +241,7 @@ def _call(
     like = _array(x)
     number = ACTIVATIONS.index(activation)
     each = ((*projection, like, None) for projection in projections)
-    return (like, index.numpy(), _array(weights), *each, E, F, number, 0.0, 0.0)
+    return (like, index.numpy(), _array(weights), *each, E, F, number, 0.0, 0.0, None)
 
 
 _can_borrow = _core.borrow_threads(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
@@ -314,7 +314,7 @@ class _Experts(torch.autograd.Function):
             private, _, _, shared, _, _ = _projection(groups, E, form, arrays)
             to.append((private, shared, None))
         _core.experts_backward(
-            (*(None if g is None else _array(g) for g in grads[:2]), *to),
+            (*(None if g is None else _array(g) for g in grads[:2]), *to, None),
             True,
             _array(dy.contiguous()),
             tuple(_array(t) for t in kept),

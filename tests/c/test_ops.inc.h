@@ -176,6 +176,63 @@ FN(gated)(double g, double u)
     return g / (1 + exp(-g)) * u;
 }
 
+/* The same layer with compressed experts: threads make no difference, nothing is read or written
+ * astray, and the vectors have gradients. What is in dx is lost. */
+static void
+FN(compressed)(const molae_experts *layer, const REAL *dY, const FN(molae_experts_saved) * saved,
+               const REAL *X, const int64_t *index, const REAL *weight, int64_t N, int64_t K,
+               REAL *y, REAL *dx)
+{
+    const int64_t D = layer->D, F = layer->F, T = 2 * D + F, experts = layer->E;
+    const size_t row = (size_t)(N * D) * sizeof(REAL), bytes = (size_t)(experts * T) * sizeof(REAL);
+    FN(molae_experts_grads) grads = {.dx = dx, .overwrite = 1};
+    REAL *vectors = guarded(bytes), *dvectors = guarded(bytes);
+    REAL *first[3] = {guarded(row), guarded(row), guarded(bytes)};
+    molae_experts l = *layer;
+    molae_errinfo err;
+    uint64_t seed = 91;
+
+    for (int64_t i = 0; i < experts * T; i++)
+        vectors[i] = (REAL)(1 + test_random(&seed) / 4);
+    grads.vectors = dvectors;
+    l.compressed = (molae_compressed){K - 1, vectors, OWN, T, D, D + F};
+    for (int32_t threads = 1; threads <= 3; threads += 2) {
+        const molae_ctx ctx = {threads, NULL};
+        const size_t fb = FN(molae_experts_forward_ws)(&ctx, &l, N, K);
+        const size_t bb = FN(molae_experts_backward_ws)(&ctx, &l, N, K);
+        void *ws = guarded(fb);
+        double sum = 0;
+        int any = 0;
+        CHECK(FN(molae_experts_forward)(&ctx, y, saved, X, index, weight, &l, N, K, ws, fb, &err) ==
+              MOLAE_OK);
+        unguard(ws);
+        ws = guarded(bb);
+        CHECK(FN(molae_experts_backward)(&ctx, &grads, dY, saved, X, index, weight, &l, N, K, ws,
+                                         bb, &err) == MOLAE_OK);
+        unguard(ws);
+        for (int64_t i = 0; i < experts * T; i++)
+            sum += fabs((double)dvectors[i]);
+        for (int64_t i = 0; i < N * D; i++)
+            any |= y[i] != 0;
+        CHECK(isfinite(sum) && (sum > 0) == any); /* rank 0 gives nothing */
+        if (threads == 1) {
+            memcpy(first[0], y, row);
+            memcpy(first[1], dx, row);
+            memcpy(first[2], dvectors, bytes);
+        }
+        CHECK(memcmp(first[0], y, row) == 0 && memcmp(first[1], dx, row) == 0);
+        CHECK(memcmp(first[2], dvectors, bytes) == 0);
+        l.compressed.n = K;
+        CHECK(FN(molae_experts_forward)(&ctx, y, NULL, X, index, weight, &l, N, K, first[0], fb,
+                                        &err) == MOLAE_E_ARG);
+        l.compressed.n = K - 1;
+    }
+    for (int i = 0; i < 3; i++)
+        unguard(first[i]);
+    unguard(vectors);
+    unguard(dvectors);
+}
+
 static void
 FN(layer)(const layer_t *c, molae_dtype dtype, molae_form form)
 {
@@ -191,7 +248,7 @@ FN(layer)(const layer_t *c, molae_dtype dtype, molae_form form)
     REAL *dx = guarded(row), *dweight = guarded((size_t)S * sizeof(REAL));
     int64_t *index = guarded((size_t)S * sizeof(int64_t));
     molae_errinfo err;
-    molae_experts l = {E, D, F, OWN, MOLAE_ACT_SILU, 0, 0, {0}, {0}, {0}};
+    molae_experts l = {E, D, F, OWN, MOLAE_ACT_SILU, 0, 0, {0}, {0}, {0}, {0}};
     FN(molae_experts_saved) saved;
     FN(molae_experts_grads) grads;
 
@@ -209,7 +266,7 @@ FN(layer)(const layer_t *c, molae_dtype dtype, molae_form form)
     saved.z_up = guarded((size_t)(N * molae_projection_width(&l.up, K)) * sizeof(REAL));
     saved.u = guarded((size_t)(N * molae_projection_width(&l.down, K)) * sizeof(REAL));
     saved.known = 0;
-    grads = (FN(molae_experts_grads)){dx, dweight, gate.d, up.d, down.d, 0};
+    grads = (FN(molae_experts_grads)){dx, dweight, gate.d, up.d, down.d, NULL, 0};
 
     for (int32_t threads = 1; threads <= 3; threads += 2) {
         const molae_ctx ctx = {threads, NULL};
@@ -245,6 +302,9 @@ FN(layer)(const layer_t *c, molae_dtype dtype, molae_form form)
                                          bb - 1, &err) == MOLAE_E_ARG);
         unguard(ws);
     }
+
+    if (K > 1)
+        FN(compressed)(&l, dY, &saved, X, index, weight, N, K, y, dx);
 
     for (int64_t t = 0; t < N; t++) {
         for (int64_t k = 0; k < K; k++) {

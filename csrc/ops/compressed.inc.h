@@ -1,0 +1,239 @@
+/* Compressed experts: which of a token's slots they are, what the token's vectors are, and the way
+ * back. A token's vectors lie behind each other, T = 2 D + F numbers: theta1, theta2, theta3. */
+
+enum { FN(TOKENS) = 32 }; /* of a task */
+
+/* Columns c0 .. c0+nc-1 of one of the three vectors of an expert; from: where it begins. */
+static const REAL *
+FN(vector_piece)(const molae_compressed *c, int64_t e, int64_t from, int64_t c0, int64_t nc,
+                 REAL *line)
+{
+    const int64_t at = e * c->stride + from + c0;
+
+    if (c->dtype == OWN)
+        return (const REAL *)c->vectors + at;
+#if NARROW_STORAGE
+    (void)mli_kernels_get()->bf16_to_f32(line, (const uint16_t *)c->vectors + at, nc);
+#else
+    (void)nc;
+#endif
+    return line;
+}
+
+/* A token's vectors begin here, and here an expert's; they have so many numbers. */
+static void
+FN(vector_at)(const FN(job) * q, int which, int64_t *own, int64_t *stored, int64_t *count)
+{
+    const molae_compressed *c = &q->l->compressed;
+
+    *own = which == 0 ? 0 : (which == 1 ? q->D : q->D + q->F);
+    *stored = which == 0 ? 0 : (which == 1 ? c->e2 : c->e3);
+    *count = which == 1 ? q->F : q->D;
+}
+
+/* Whether slot k of a token comes behind K - n others by weight. */
+static int
+FN(is_compressed)(const int64_t *index, const REAL *weight, int64_t K, int64_t n, int64_t k)
+{
+    int64_t before = 0;
+
+    for (int64_t j = 0; j < K; j++)
+        before +=
+            weight[j] > weight[k] ||
+            (weight[j] == weight[k] && (index[j] < index[k] || (index[j] == index[k] && j < k)));
+    return before >= K - n;
+}
+
+/* Which slots of a token are compressed, and what share each has. Serial: K^2 comparisons. */
+static void
+FN(compress_slots)(const FN(job) * q, const int64_t *index, const REAL *weight, int64_t t)
+{
+    const FN(compressed) *c = &q->ce;
+    const int64_t K = q->K, E = q->E;
+    REAL sum = 0;
+    int64_t met = 0;
+
+    for (int64_t s = t * K; s < (t + 1) * K; s++) {
+        const int aux =
+            FN(is_compressed)(index + t * K, weight + t * K, K, q->l->compressed.n, s - t * K);
+        c->main[s] = aux ? E : index[s];
+        c->aux[s] = aux ? index[s] : E;
+        c->share[s] = 0;
+        if (aux && index[s] < E) {
+            sum += weight[s];
+            met++;
+        }
+    }
+    for (int64_t s = t * K; s < (t + 1) * K; s++)
+        if (c->aux[s] < E)
+            c->share[s] = sum != 0 ? weight[s] / sum : 1 / (REAL)met;
+    c->sum[t] = sum;
+    c->met[t] = met;
+}
+
+/* Vectors of some tokens, and what gate and up read. */
+static molae_status
+FN(vectors_task)(void *arg, int64_t index, int32_t worker)
+{
+    const FN(job) *q = arg;
+    const FN(compressed) *c = &q->ce;
+    const int64_t D = q->D, T = 2 * D + q->F, end = MLI_MIN((index + 1) * FN(TOKENS), q->N);
+    REAL *line = q->scratch[worker].line;
+
+    for (int64_t t = index * FN(TOKENS); t < end; t++) {
+        REAL *theta = c->theta + t * T;
+        for (int64_t j = 0; j < T; j++)
+            theta[j] = c->met[t] == 0;
+        for (int64_t s = t * q->K; s < (t + 1) * q->K; s++)
+            for (int which = 0; c->aux[s] < q->E && which < 3; which++) {
+                int64_t own, stored, count;
+                FN(vector_at)(q, which, &own, &stored, &count);
+                for (int64_t c0 = 0; c0 < count; c0 += MLI_COARSE) {
+                    const int64_t nc = MLI_MIN((int64_t)MLI_COARSE, count - c0);
+                    const REAL *v =
+                        FN(vector_piece)(&q->l->compressed, c->aux[s], stored, c0, nc, line);
+                    for (int64_t j = 0; j < nc; j++)
+                        theta[own + c0 + j] += c->share[s] * v[j];
+                }
+            }
+        for (int64_t j = 0; j < D; j++) {
+            const REAL x = q->x[t * D + j];
+            c->x_gate[t * D + j] = x * theta[j];
+            c->x_up[t * D + j] = x * theta[D + q->F + j];
+        }
+    }
+    return MOLAE_OK;
+}
+
+/* Before a chunk of N tokens from n0 on is routed; q->x is there. *index: what is left to run. */
+static molae_status
+FN(compress_begin)(const molae_ctx *ctx, FN(job) * q, const int64_t **index, const REAL *weight,
+                   int64_t N, int64_t n0, molae_errinfo *err)
+{
+    FN(compressed) *c = &q->ce;
+    const int64_t K = q->K;
+
+    q->N = N;
+    q->in[MLI_GATE] = q->in[MLI_UP] = q->x;
+    if (q->l->compressed.n == 0)
+        return MOLAE_OK;
+    for (int64_t s = n0 * K; s < (n0 + N) * K; s++)
+        if ((*index)[s] < 0 || (*index)[s] > q->E) {
+            err->what = "top_k_index: expected 0 to E";
+            err->info = s;
+            return MOLAE_E_ARG;
+        }
+    for (int64_t t = 0; t < N; t++)
+        FN(compress_slots)(q, *index + n0 * K, weight + n0 * K, t);
+    *index = c->main - n0 * K;
+    q->in[MLI_GATE] = c->x_gate;
+    q->in[MLI_UP] = c->x_up;
+    q->scale = c->theta + q->D;
+    return mli_parallel_for(ctx, mli_ceil_div(N, FN(TOKENS)), FN(vectors_task), q);
+}
+
+/* ------------------------------------------------------------------ the way back */
+
+typedef struct {
+    FN(job) * q;
+    const FN(molae_experts_grads) * d;
+} FN(compress_back);
+
+/* Of some tokens the gradient of their vectors, of x, and of the compressed slots' weights. */
+static molae_status
+FN(vectors_back_task)(void *arg, int64_t index, int32_t worker)
+{
+    const FN(compress_back) *b = arg;
+    const FN(job) *q = b->q;
+    const FN(compressed) *c = &q->ce;
+    const int64_t D = q->D, F = q->F, K = q->K, T = 2 * D + F;
+    const int64_t end = MLI_MIN((index + 1) * FN(TOKENS), q->N);
+    REAL *line = q->scratch[worker].line;
+
+    for (int64_t t = index * FN(TOKENS); t < end; t++) {
+        const REAL *theta = c->theta + t * T, *dg = c->dx_gate + t * D, *du = c->dx_up + t * D;
+        const REAL *x = q->x + t * D;
+        REAL *d = c->dtheta + t * T, mean = 0;
+        memset(d + D, 0, (size_t)F * sizeof(REAL));
+        for (int64_t s = t * K; s < (t + 1) * K; s++)
+            for (int64_t j = 0; c->main[s] < q->E && j < F; j++)
+                d[D + j] += c->dscale[c->row_of[s] * F + j];
+        for (int64_t j = 0; j < D; j++) {
+            d[j] = dg[j] * x[j];
+            d[D + F + j] = du[j] * x[j];
+        }
+        for (int64_t j = 0; b->d->dx != NULL && j < D; j++)
+            b->d->dx[t * D + j] += dg[j] * theta[j] + du[j] * theta[D + F + j];
+        if (b->d->dweight == NULL || c->met[t] == 0 || c->sum[t] == 0)
+            continue;
+        for (int64_t s = t * K; s < (t + 1) * K; s++) { /* by the share, and from it */
+            REAL sum = 0;
+            for (int which = 0; c->aux[s] < q->E && which < 3; which++) {
+                int64_t own, stored, count;
+                FN(vector_at)(q, which, &own, &stored, &count);
+                for (int64_t c0 = 0; c0 < count; c0 += MLI_COARSE) {
+                    const int64_t nc = MLI_MIN((int64_t)MLI_COARSE, count - c0);
+                    const REAL *v =
+                        FN(vector_piece)(&q->l->compressed, c->aux[s], stored, c0, nc, line);
+                    for (int64_t j = 0; j < nc; j++)
+                        sum += d[own + c0 + j] * v[j];
+                }
+            }
+            c->dshare[s] = sum;
+            mean += c->share[s] * sum;
+        }
+        for (int64_t s = t * K; s < (t + 1) * K; s++)
+            if (c->aux[s] < q->E)
+                b->d->dweight[s] += (c->dshare[s] - mean) / c->sum[t];
+    }
+    return MOLAE_OK;
+}
+
+/* Adds to the gradient of one expert's vectors what each of its tokens has, in their order. */
+static molae_status
+FN(vectors_grad_task)(void *arg, int64_t e, int32_t worker)
+{
+    const FN(compress_back) *b = arg;
+    const FN(job) *q = b->q;
+    const FN(compressed) *c = &q->ce;
+    const int64_t T = 2 * q->D + q->F, stride = q->l->compressed.stride;
+
+    (void)worker;
+    for (int64_t i = c->ptr[e]; i < c->ptr[e + 1]; i++) {
+        const int64_t s = c->rows[i];
+        const REAL *d = c->dtheta + s / q->K * T;
+        for (int which = 0; which < 3; which++) {
+            int64_t own, stored, count;
+            FN(vector_at)(q, which, &own, &stored, &count);
+            for (int64_t j = 0; j < count; j++)
+                b->d->vectors[e * stride + stored + j] += c->share[s] * d[own + j];
+        }
+    }
+    return MOLAE_OK;
+}
+
+/* Where the rows of slots are, and room for what gate and up send back. */
+static molae_status
+FN(compress_back_begin)(FN(job) * q, molae_errinfo *err)
+{
+    FN(compressed) *c = &q->ce;
+    const size_t bytes = (size_t)(q->N * q->D) * sizeof(REAL);
+
+    memset(c->dx_gate, 0, bytes);
+    memset(c->dx_up, 0, bytes);
+    for (int64_t i = 0; i < q->expert_ptr[q->E]; i++)
+        c->row_of[q->rows[i]] = i;
+    return molae_route(c->ptr, c->rows, c->aux, q->N, q->K, q->E, err);
+}
+
+static molae_status
+FN(compress_back_end)(const molae_ctx *ctx, FN(job) * q, const FN(molae_experts_grads) * d)
+{
+    FN(compress_back) b = {q, d};
+    molae_status rc;
+
+    rc = mli_parallel_for(ctx, mli_ceil_div(q->N, FN(TOKENS)), FN(vectors_back_task), &b);
+    if (rc >= 0 && d->vectors != NULL)
+        rc = mli_parallel_for(ctx, q->E, FN(vectors_grad_task), &b);
+    return rc;
+}
