@@ -295,9 +295,10 @@ compressed_from(mli_pystate *st, mli_py_call *c, PyObject *given)
     a = (PyArrayObject *)vectors;
     wide = PyArray_NDIM(a) == 3;
     if (wide && F > D) {
-        PyErr_Format(st->ShapeError,
-                     "embeddings: (E, 3, D) has no room for F=%zd above D=%zd; expected (E, 2 D + F)",
-                     (Py_ssize_t)F, (Py_ssize_t)D);
+        PyErr_Format(
+            st->ShapeError,
+            "embeddings: (E, 3, D) has no room for F=%zd above D=%zd; expected (E, 2 D + F)",
+            (Py_ssize_t)F, (Py_ssize_t)D);
         return -1;
     }
     if (!wide)

@@ -31,7 +31,7 @@ typedef struct {
     mli_py_projection gate, up, down;
     PyArrayObject *index, *weight, *x;
     mli_py_spans spans;
-    molae_dtype work; /* F32 or F64 */
+    molae_dtype work;    /* F32 or F64 */
     int compressed_wide; /* vectors are (E,3,D) */
 } mli_py_call;
 
