@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from checkpoints import transformers_checkpoint
 from converting import fixed_method
+from ref import compressed as ref_compressed
 
 from molae.convert import convert, materialize
 from molae.convert.methods import METHODS
@@ -124,12 +125,26 @@ def by_definition(experts: Any, x: Any, index: Any, weights: Any) -> torch.Tenso
     own = matrices(experts)
     x, weights = x.double(), weights.double()
     y = torch.zeros_like(x)
+    one, two, three = (torch.ones(n, dtype=x.dtype) for n in _widths(experts))
     for t in range(len(x)):
-        for k, e in enumerate(index[t].tolist()):
+        slots = range(index.shape[1])
+        if experts.num_compressed:
+            call = weights[t].tolist(), index[t].tolist(), experts.num_compressed
+            vectors = experts.compressed.detach().double().split(_widths(experts), 1)
+            parts = ref_compressed.theta(*call, [v.numpy() for v in vectors], experts.num_experts)
+            one, two, three = map(torch.from_numpy, parts)
+            slots, _ = ref_compressed.split(*call)
+        for k in slots:
+            e = int(index[t, k])
             if e < experts.num_experts:
-                hidden = experts.act_fn(own["gate_proj"][e] @ x[t]) * (own["up_proj"][e] @ x[t])
+                gate = own["gate_proj"][e] @ (x[t] * one)
+                hidden = experts.act_fn(gate) * (own["up_proj"][e] @ (x[t] * three)) * two
                 y[t] += weights[t, k] * (own["down_proj"][e] @ hidden)
     return y
+
+
+def _widths(experts: Any) -> list[int]:
+    return [experts.hidden_dim, experts.intermediate_dim, experts.hidden_dim]
 
 
 def absolute(experts: Any, x: Any, index: Any, weights: Any) -> torch.Tensor:

@@ -37,6 +37,8 @@ SPLITS = {
     "nothing": {"gate": None, "up": None, "down": None},
     "full rank": dict.fromkeys(("gate", "up", "down"), Split(index_groups(E, 2), (D, D, D))),
     "alone": dict.fromkeys(("gate", "up", "down"), Split(index_groups(E, 1), (4,) * E)),
+    "compressed": {"gate": SAME, "up": SAME, "down": SAME, "num_compressed": 1},
+    "compressed, dense": {"gate": None, "up": None, "down": None, "num_compressed": 2},
     "empty gate": {"gate": Split(index_groups(E, E), (0,)), "up": SAME, "down": SAME},
 }  # fmt: skip
 
@@ -53,6 +55,8 @@ def make(name, form="gauge", dtype=torch.float32, std=0.4):
     torch.manual_seed(0)
     experts = LatentExperts(E, D, F, form=form, dtype=dtype, **SPLITS[name])
     experts.reset_parameters(std)
+    if experts.compressed is not None:
+        torch.nn.init.normal_(experts.compressed, 1, 0.2)
     return experts
 
 
@@ -84,6 +88,22 @@ def test_a_layer_computes_what_its_factors_say(name, form, dtype, way):
     ).all()
 
 
+def test_compressed_experts_begin_at_one(way):
+    """There they are the experts that run; more of them than a token has are refused."""
+    experts, (x, index, weights) = make("one grouping"), inputs()
+    torch.manual_seed(0)
+    other = LatentExperts(E, D, F, **SPLITS["one grouping"], num_compressed=2)
+    assert torch.equal(other.compressed, torch.ones(E, 2 * D + F))
+    other.load_state_dict(experts.state_dict(), strict=False)
+    top = weights.argmax(1, keepdim=True)
+    kept = torch.full_like(index, E).scatter(1, top, index.gather(1, top))
+    assert torch.allclose(other(x, index, weights), experts(x, kept, weights), atol=1e-6)
+    with pytest.raises(ArgumentError, match="num_compressed: expected 0 to K - 1 = 1, got 2"):
+        other(x, index[:, :2], weights[:, :2])
+    with pytest.raises(ArgumentError, match="num_compressed: expected 0 or more"):
+        LatentExperts(E, D, F, **SPLITS["nothing"], num_compressed=-1)
+
+
 def test_inputs_are_left_alone_and_nobody_here_gives_zero(way):
     experts, given = make("mixed"), inputs()
     copies = [tensor.clone() for tensor in given]
@@ -106,7 +126,9 @@ def test_one_choice_a_token_and_all(K, way):
 
 
 @pytest.mark.parametrize("form", ["gauge", "plain"])
-@pytest.mark.parametrize("name", ["one grouping", "mixed", "down alone, fused", "full rank"])
+@pytest.mark.parametrize(
+    "name", ["one grouping", "mixed", "down alone, fused", "full rank", "compressed"]
+)
 def test_gradients_against_differences(name, form, way):
     experts, (x, index, weights) = make(name, form, torch.float64), inputs(4, torch.float64)
     names = [n for n, _ in experts.named_parameters()]

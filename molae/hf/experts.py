@@ -136,13 +136,17 @@ class LatentExperts(nn.Module):
         A name that Transformers knows, or a module.
     fused : bool
         With neither `gate` nor `up`: one parameter ``gate_up_proj`` (E, 2F, D) for both.
+    num_compressed : int
+        How many of a token's experts, the last by their weights, act through the rows of one
+        parameter ``compressed`` (E, 2D + F) alone; see `molae.ops.compressed_experts_forward`.
     device, dtype
         Of the parameters. `perm` is int32 and stays so.
 
     Raises
     ------
     molae.errors.ArgumentError
-        Groups that do not hold each expert once, a rank above D, an unknown form.
+        Groups that do not hold each expert once, a rank above D, an unknown form, less than no
+        compressed experts.
 
     Notes
     -----
@@ -165,6 +169,8 @@ class LatentExperts(nn.Module):
     #: What holds a group's factors as long as no adapter has wrapped it.
     group_type = Group
 
+    compressed: nn.Parameter | None
+
     def __init__(
         self,
         num_experts: int,
@@ -177,6 +183,7 @@ class LatentExperts(nn.Module):
         form: Form = "gauge",
         activation: str | Callable[[torch.Tensor], torch.Tensor] = "silu",
         fused: bool = False,
+        num_compressed: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -210,6 +217,12 @@ class LatentExperts(nn.Module):
                 for experts, rank in zip(split.groups, split.ranks, strict=True)
             )
             self.add_module(kind, nn.ModuleList(groups))
+        if num_compressed < 0:
+            raise ArgumentError(f"num_compressed: expected 0 or more, got {num_compressed}")
+        self.num_compressed, compressed = num_compressed, None
+        if num_compressed:
+            compressed = nn.Parameter(torch.empty(E, 2 * D + F, device=device, dtype=dtype))
+        self.register_parameter("compressed", compressed)
         if torch.empty(0, device=device).device.type != "meta":
             self.reset_parameters()
 
@@ -235,6 +248,11 @@ class LatentExperts(nn.Module):
             y = forward_torch(self, hidden_states, top_k_index, top_k_weights, self.factors())
         return y
 
+    @property
+    def vectors(self) -> tuple[torch.Tensor, int] | None:
+        """Those of the compressed experts, and how many of a token's these are."""
+        return None if self.compressed is None else (self.compressed, self.num_compressed)
+
     def factors(self) -> dict[str, tuple[Factors, ...]]:
         """The tensors of each matrix type, group by group, as they are now."""
         return {kind: self._factors(kind) for kind in TYPES}
@@ -257,11 +275,14 @@ class LatentExperts(nn.Module):
         entries of `shared` have variance 1/D, `perm` is a random permutation, and `private`
         has the variance that gives every expert's product the expected squared Frobenius
         norm F·D·std² of a dense matrix: std²·D/R in plain form, std²·D/(R·(2 − R/D)) in
-        gauge form.
+        gauge form. Compressed experts begin at 1, where they change nothing.
         """
         with torch.no_grad():
-            for parameter in self.parameters(recurse=False):
-                nn.init.normal_(parameter, std=std)
+            for name, parameter in self.named_parameters(recurse=False):
+                if name == "compressed":
+                    nn.init.ones_(parameter)
+                else:
+                    nn.init.normal_(parameter, std=std)
         for module in self.modules():
             if isinstance(module, Group):
                 module.reset_parameters(std)
@@ -270,6 +291,7 @@ class LatentExperts(nn.Module):
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_dim}, "
             f"intermediate_size={self.intermediate_dim}, form={self.form!r}"
+            + (f", num_compressed={self.num_compressed}" if self.num_compressed else "")
         )
 
 

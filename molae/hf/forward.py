@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from molae.errors import ArgumentError
+
 if TYPE_CHECKING:
     from molae.hf.experts import Factors, LatentExperts
 
@@ -57,13 +59,45 @@ def forward_torch(
     Operations of each matrix type: 2·R·D (2·R·(D − R) in gauge form) for each group and each
     token that meets it, and 2·F·R for each row.
     """
+    F, theta = module.intermediate_dim, None
+    if module.vectors is not None:
+        index, theta = _compress(index, weights, *module.vectors, module.num_experts)
     routing = _Routing(index, module.num_experts)
-    gate, up = _inputs(
-        x, routing, factors["gate_proj"], factors["up_proj"], module.intermediate_dim
-    )
-    hidden = module.act_fn(gate) * up
+    if theta is None:
+        gate, up = _inputs(x, routing, factors["gate_proj"], factors["up_proj"], F)
+        hidden = module.act_fn(gate) * up
+    else:
+        D = x.shape[1]
+        first, middle, last = theta.split([D, F, D], 1)
+        (gate,) = _project(x * first, routing, [factors["gate_proj"]], F)
+        (up,) = _project(x * last, routing, [factors["up_proj"]], F)
+        order = _order(factors["gate_proj"])
+        up = routing.reorder(up, _order(factors["up_proj"]), order)
+        tokens = routing.rows(order)[0] // routing.K
+        hidden = module.act_fn(gate) * up * middle.index_select(0, tokens)
     hidden = routing.reorder(hidden, _order(factors["gate_proj"]), _order(factors["down_proj"]))
     return _outputs(x, hidden, weights, routing, factors["down_proj"])
+
+
+def _compress(
+    index: torch.Tensor, weights: torch.Tensor, vectors: torch.Tensor, n: int, E: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is left to run, and each token's vectors; see `molae.ops.compressed_experts_forward`."""
+    K, index = index.shape[1], index.clamp(max=E)
+    if n >= K:
+        raise ArgumentError(f"num_compressed: expected 0 to K - 1 = {K - 1}, got {n}")
+    by_index = torch.argsort(index, dim=1, stable=True)
+    by_weight = torch.argsort(weights.gather(1, by_index), dim=1, descending=True, stable=True)
+    aux = by_index.gather(1, by_weight)[:, K - n :]
+    chosen = index.gather(1, aux)
+    here = chosen < E
+    shares = torch.where(here, weights.gather(1, aux), 0)
+    total, met = shares.sum(1, keepdim=True), here.sum(1, keepdim=True)
+    even = here.to(shares.dtype) / met.clamp(min=1)
+    shares = torch.where(total != 0, shares / torch.where(total != 0, total, 1), even)
+    rows = vectors.index_select(0, chosen.clamp(max=E - 1).reshape(-1)).unflatten(0, chosen.shape)
+    theta = (shares.unsqueeze(2) * rows).sum(1)
+    return index.scatter(1, aux, E), torch.where(met > 0, theta, 1).to(vectors.dtype)
 
 
 class _Routing:

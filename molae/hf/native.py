@@ -87,13 +87,14 @@ def forward_native(
     x, weights = x.contiguous(), weights.to(work).contiguous()
     layer = (module.num_experts, module.intermediate_dim, NAMES_BY_TYPE[type(module.act_fn)])
     if learns:
+        vectors, count = module.vectors or (None, 0)
         y: torch.Tensor = _Experts.apply(
-            (*layer, module.form, factors), index, x, weights, *_tensors(factors)
+            (*layer, module.form, factors, count), index, x, weights, vectors, *_tensors(factors)
         )
         return y
     y = torch.empty_like(x)
     projections = ready.projections if ready else _own_projections(module, factors)
-    call = _call(layer, index, x, weights, projections)
+    call = _call(layer, index, x, weights, projections, *(module.vectors or ()))
     _core.experts_forward(_array(y), None, 0, call, *_threads())
     return y
 
@@ -106,7 +107,7 @@ def _takes(module: LatentExperts, x: torch.Tensor, factors: Mapping[str, Split])
         t.dtype == x.dtype
         and t.device == x.device
         and type(t) in (torch.Tensor, torch.nn.Parameter)
-        for t in _tensors(factors)
+        for t in (*_tensors(factors), *(module.vectors or ())[:1])
     )
 
 
@@ -234,14 +235,23 @@ def _own_projections(module: LatentExperts, factors: Mapping[str, Split]) -> lis
 
 
 def _call(
-    layer: Any, index: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, projections: Any
+    layer: Any,
+    index: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    projections: Any,
+    vectors: torch.Tensor | None = None,
+    num_compressed: int = 0,
 ) -> tuple[Any, ...]:
     """The layer and its inputs as _core takes them."""
     E, F, activation = layer
     like = _array(x)
     number = ACTIVATIONS.index(activation)
     each = ((*projection, like, None) for projection in projections)
-    return (like, index.numpy(), _array(weights), *each, E, F, number, 0.0, 0.0, None)
+    compressed = None
+    if vectors is not None:
+        compressed = np.ascontiguousarray(_array(vectors)), num_compressed
+    return (like, index.numpy(), _array(weights), *each, E, F, number, 0.0, 0.0, compressed)
 
 
 _can_borrow = _core.borrow_threads(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
@@ -268,9 +278,10 @@ class _Experts(torch.autograd.Function):
         index: torch.Tensor,
         x: torch.Tensor,
         weights: torch.Tensor,
+        vectors: torch.Tensor | None,
         *tensors: Any,
     ) -> torch.Tensor:
-        _, F, _, _, factors = layer
+        _, F, _, _, factors, _ = layer
         (N, _), K = x.shape, index.shape[1]
         y = torch.empty_like(x)
         kept: tuple[torch.Tensor, ...] = ()
@@ -281,48 +292,54 @@ class _Experts(torch.autograd.Function):
             ]
             shapes = [(N * K, F), (N * K, F), *((N, width) for width in widths)]
             kept = tuple(_empty(shape, weights) for shape in shapes)
-        call = _Experts.call(layer, index, x, weights, tensors)
+        call = _Experts.call(layer, index, x, weights, vectors, tensors)
         saved = tuple(_array(t) for t in kept) or None
         _core.experts_forward(_array(y), saved, 0, call, *_threads())
         ctx.layer = layer
-        ctx.save_for_backward(index, x, weights, *kept, *tensors)
+        ctx.save_for_backward(index, x, weights, vectors, *kept, *tensors)
         return y
 
     @staticmethod
     def call(
-        layer: Any, index: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, tensors: Any
+        layer: Any,
+        index: torch.Tensor,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        vectors: torch.Tensor | None,
+        tensors: Any,
     ) -> tuple[Any, ...]:
-        E, F, activation, form, factors = layer
+        E, F, activation, form, factors, count = layer
         projections = _projections(factors, E, form, tensors)
-        return _call((E, F, activation), index, x, weights, projections)
+        return _call((E, F, activation), index, x, weights, projections, vectors, count)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        E, _, _, form, factors = ctx.layer
-        index, x, weights, *rest = ctx.saved_tensors
+        E, _, _, form, factors, _ = ctx.layer
+        index, x, weights, vectors, *rest = ctx.saved_tensors
         kept, tensors = rest[:5], rest[5:]
         wanted = ctx.needs_input_grad[2:]
         # Wide, as sums of many products; autograd gets them in the types of the tensors.
         grads = [
             _empty(t.shape, weights) if want else None
-            for t, want in zip((x, weights, *tensors), wanted, strict=True)
+            for t, want in zip((x, weights, vectors, *tensors), wanted, strict=True)
         ]
-        arrays = iter([None if g is None else _array(g) for g in grads[2:]])
+        dx, dweights, dvectors, *rest = (None if g is None else _array(g) for g in grads)
+        arrays = iter(rest)
         to = []
         for groups in factors.values():
             private, _, _, shared, _, _ = _projection(groups, E, form, arrays)
             to.append((private, shared, None))
         _core.experts_backward(
-            (*(None if g is None else _array(g) for g in grads[:2]), *to, None),
+            (dx, dweights, *to, dvectors),
             True,
             _array(dy.contiguous()),
             tuple(_array(t) for t in kept),
-            _Experts.call(ctx.layer, index, x, weights, tensors),
+            _Experts.call(ctx.layer, index, x, weights, vectors, tensors),
             *_threads(),
         )
         found = [
             None if g is None else g.to(t.dtype)
-            for g, t in zip(grads, (x, weights, *tensors), strict=True)
+            for g, t in zip(grads, (x, weights, vectors, *tensors), strict=True)
         ]
         return None, None, *found
