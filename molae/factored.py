@@ -9,7 +9,7 @@ described in ``docs/formats.md``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from molae.config import TYPES
@@ -23,13 +23,15 @@ __all__ = [
     "Form",
     "Part",
     "Split",
+    "compressed_tensor",
     "group_tensors",
     "index_groups",
     "numbers_by_role",
 ]
 
 QUANT_METHOD = "molae"
-FORMAT_VERSION = 1
+#: 2 has compressed experts.
+FORMAT_VERSION = 2
 Form = Literal["gauge", "plain"]
 FORMS: tuple[Form, ...] = ("gauge", "plain")
 
@@ -130,6 +132,11 @@ def group_tensors(
     )
 
 
+def compressed_tensor(prefix: str, *, E: int, F: int, D: int) -> Part:
+    """Name and shape of a layer's embeddings of compressed experts."""
+    return Part("compressed", f"{prefix}.compressed", (E, 2 * D + F))
+
+
 def numbers_by_role(split: Split, *, F: int, D: int, form: Form) -> dict[str, int]:
     """Numbers that one layer's matrix type stores, by role."""
     totals = {"shared": 0, "private": 0, "perm": 0, "dense": 0}
@@ -145,7 +152,8 @@ class Factored:
 
     `layers` holds the types that are stored in molae's form; a type without an
     entry is stored as the source stores it. `layout` is the name of the source's
-    layout in the family's description.
+    layout in the family's description. `compressed` says of each layer that has compressed
+    experts how many of a token's they are.
     """
 
     method: str
@@ -153,12 +161,14 @@ class Factored:
     layout: str
     layers: Mapping[int, Mapping[str, Split]]
     molae_version: str
+    compressed: Mapping[int, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The value of ``quantization_config`` in ``config.json``."""
+        compressed = {str(layer): n for layer, n in self.compressed.items()}
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if compressed else 1,  # what older ones can read
             "molae_version": self.molae_version,
             "method": self.method,
             "form": self.form,
@@ -167,11 +177,13 @@ class Factored:
                 str(layer): {kind: split.to_dict() for kind, split in kinds.items()}
                 for layer, kinds in self.layers.items()
             },
+            **({"compressed_experts": compressed} if compressed else {}),
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, E: int, D: int) -> Factored:
-        """Read and check the ``quantization_config`` of a model with E experts of width D.
+    def from_dict(cls, data: Mapping[str, Any], *, E: int, D: int, K: int) -> Factored:
+        """Read and check the ``quantization_config`` of a model with E experts of width D, of
+        which a token has K.
 
         Raises
         ------
@@ -208,7 +220,18 @@ class Factored:
                 _layer_number(key): _read_kinds(key, kinds, E, D) for key, kinds in layers.items()
             },
             molae_version=str(data.get("molae_version")),
+            compressed=_read_compressed(data.get("compressed_experts", {}), K),
         )
+
+
+def _read_compressed(data: Any, K: int) -> dict[int, int]:
+    where = "quantization_config.compressed_experts"
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"{where}: expected an object of layer numbers, got {data!r}")
+    for key, n in data.items():
+        if not _is_count(n) or not 0 < n < K:
+            raise CheckpointError(f"{where}.{key}: expected 1 to K - 1 = {K - 1}, got {n!r}")
+    return {_layer_number(key): n for key, n in data.items()}
 
 
 def _is_count(value: object) -> bool:

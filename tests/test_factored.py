@@ -1,11 +1,21 @@
 """The quantization_config of a converted checkpoint, and the tensors it promises."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from molae.errors import CheckpointError
-from molae.factored import Factored, Split, group_tensors, index_groups, numbers_by_role
+from molae.factored import (
+    Factored,
+    Part,
+    Split,
+    compressed_tensor,
+    group_tensors,
+    index_groups,
+    numbers_by_role,
+)
 from molae.fit import stored_numbers
 
 SPLIT = Split(((0, 2), (1,), (3, 4)), (3, 0, None))
@@ -19,7 +29,14 @@ WHOLE = Factored(
 
 
 def test_it_survives_a_dict():
-    assert Factored.from_dict(WHOLE.to_dict(), E=5, D=8) == WHOLE
+    assert Factored.from_dict(WHOLE.to_dict(), E=5, D=8, K=3) == WHOLE
+
+
+def test_compressed_experts_are_of_a_newer_format():
+    both = replace(WHOLE, compressed={0: 1, 7: 2})
+    assert Factored.from_dict(both.to_dict(), E=5, D=8, K=3) == both
+    assert (WHOLE.to_dict()["format_version"], both.to_dict()["format_version"]) == (1, 2)
+    assert compressed_tensor("P", E=4, F=6, D=8) == Part("compressed", "P.compressed", (4, 22))
 
 
 def changed(path, value):
@@ -38,7 +55,11 @@ GATE = ("layers", "0", "gate_proj")
     ("path", "value", "named"),
     [
         (("quant_method",), "gptq", "quant_method"),
-        (("format_version",), 2, "newer molae"),
+        (("format_version",), 3, "newer molae"),
+        (("compressed_experts",), [1], "compressed_experts"),
+        (("compressed_experts",), {"x": 1}, "'x'"),
+        (("compressed_experts",), {"0": 3}, "compressed_experts.0: expected 1 to K - 1 = 2"),
+        (("compressed_experts",), {"0": 0}, "compressed_experts.0"),
         (("format_version",), "1", "format_version"),
         (("format_version",), 0, "format_version"),
         (("form",), "round", "form"),
@@ -61,7 +82,7 @@ GATE = ("layers", "0", "gate_proj")
 )
 def test_what_makes_no_sense_is_refused_by_name(path, value, named):
     with pytest.raises(CheckpointError) as caught:
-        Factored.from_dict(changed(path, value), E=5, D=8)
+        Factored.from_dict(changed(path, value), E=5, D=8, K=3)
     assert named in str(caught.value)
 
 

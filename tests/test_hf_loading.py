@@ -360,7 +360,7 @@ def twice(quant):
 
 
 def newer(quant):
-    quant["format_version"] = 2
+    quant["format_version"] = 3
 
 
 def no_such_layer(quant):

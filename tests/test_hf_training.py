@@ -14,7 +14,7 @@ from checkpoints import _CLASSES, FAMILIES, make_config
 from converting import bits, tensors
 
 import molae
-from molae.errors import ArgumentError, UnknownFamilyError
+from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError
 from molae.factored import Split, index_groups
 from molae.hf import LatentExperts, hide_progress, latent_model
 
@@ -243,6 +243,40 @@ def test_a_new_model_is_trained_saved_and_loaded(family, tmp_path):
     hf_models.load(tmp_path / "ordinary")
 
 
+@pytest.mark.parametrize("latent", [{"group_size": 3, "rank": 5}, {}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_with_compressed_experts_is_trained_saved_and_loaded(family, latent, tmp_path):
+    torch.manual_seed(0)
+    config = config_of(family, initializer_range=0.05)
+    model = latent_model(config, num_compressed=1, **latent)
+    experts = model.model.layers[0].mlp.experts
+    assert experts.num_compressed == 1
+    losses = train(model, hf_models.tokens())
+    assert losses[-1] < 0.8 * losses[0]
+    assert not torch.equal(experts.compressed, torch.ones_like(experts.compressed))
+    model.save_pretrained(tmp_path / "new")
+    again = hf_models.load(tmp_path / "new")
+    ids = hf_models.tokens()
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+    found = molae.inspect(tmp_path / "new")
+    F, D = found.letters["F"], found.letters["D"]
+    assert found.factored.compressed == dict.fromkeys(found.moe_layers, 1)
+    torch.manual_seed(0)
+    if latent:
+        latent_model(config, **latent).save_pretrained(tmp_path / "plain")
+    else:
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    plain = molae.inspect(tmp_path / "plain")
+    layers = len(found.moe_layers)
+    vectors = layers * found.letters["E"] * (2 * D + F)
+    assert found.expert_parameters - plain.expert_parameters == vectors
+    if not latent:
+        saved = layers * (3 * F * D - 2 * D - F)
+        assert plain.active_parameters - found.active_parameters == saved
+    with pytest.raises(CheckpointError, match="compressed experts"):
+        molae.materialize(tmp_path / "new", tmp_path / "ordinary")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_but_the_experts_is_as_transformers_makes_it(family):
     config = config_of(family, tie_word_embeddings=True, hidden_size=64)
@@ -294,6 +328,7 @@ def test_a_new_model_with_the_groups_of_a_converted_one(converted):
         ({"group_size": {"gate": 3}, "rank": 3}, "group_size: expected keys among"),
         ({"group_size": {"gate_proj": 3}, "rank": 3}, "expected the same types"),
         ({"group_size": 3, "rank": 3, "form": "round"}, "form: expected one of"),
+        ({"num_compressed": 9}, "num_compressed: expected 0 to K - 1"),
     ],
 )
 def test_new_models_that_make_no_sense(options, message):

@@ -254,7 +254,7 @@ def test_bad_factors_are_refused_by_name(converted, tmp_path, arrays, texts):
     [
         (lambda q: q["layers"]["0"]["gate_proj"]["ranks"].pop(), "layers.0.gate_proj.ranks"),
         (lambda q: q["layers"]["0"]["gate_proj"]["ranks"].__setitem__(0, 99), "at most D=16"),
-        (lambda q: q.update(format_version=2), "install a newer molae"),
+        (lambda q: q.update(format_version=3), "install a newer molae"),
         (lambda q: q.update(layout="unheard"), "'unheard' is unknown"),
         (lambda q: q.update(form="plain"), "expected F32 of shape"),
     ],

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from molae.arch.model import Model
 from molae.config import TYPES
 from molae.errors import CheckpointError
-from molae.factored import Form, Split, group_tensors
+from molae.factored import Form, Split, compressed_tensor, group_tensors
 from molae.io import TensorInfo, TensorSpec
 
-__all__ = ["check_factors", "factored_specs"]
+__all__ = ["check_factors", "compressed_spec", "factored_specs"]
 
 
 def factored_specs(
@@ -24,6 +24,13 @@ def factored_specs(
         for g, (group, rank) in enumerate(zip(split.groups, split.ranks, strict=True))
         for part in group_tensors(prefix, kind, g, len(group), rank, F=F, D=D, form=form)
     )
+
+
+def compressed_spec(model: Model, layer: int) -> TensorSpec:
+    """The tensor that holds one layer's embeddings of compressed experts."""
+    sizes = {letter: model.letters[letter] for letter in "EFD"}
+    part = compressed_tensor(model.experts_prefix(layer), **sizes)
+    return TensorSpec(part.name, model.dtype, part.shape)
 
 
 def check_factors(model: Model, tensors: Mapping[str, TensorInfo]) -> None:
@@ -57,18 +64,7 @@ def check_factors(model: Model, tensors: Mapping[str, TensorInfo]) -> None:
                 )
             specs = factored_specs(model, layer, kind, kinds[kind], factored.form)
             for spec in specs:
-                info = tensors.get(spec.name)
-                if info is None:
-                    raise CheckpointError(
-                        f"{spec.name}: absent, though {where}.{kind} promises it; "
-                        "convert the original again"
-                    )
-                if (info.shape, info.dtype) != (spec.shape, spec.dtype):
-                    raise CheckpointError(
-                        f"{spec.name}: expected {spec.dtype} of shape {spec.shape} by "
-                        f"quantization_config, got {info.dtype} of shape {info.shape}; "
-                        "convert the original again"
-                    )
+                _check(spec, f"{where}.{kind}", tensors)
             prefix = f"{model.experts_prefix(layer)}.{kind}."
             names = {spec.name for spec in specs}
             for name in tensors:
@@ -76,3 +72,22 @@ def check_factors(model: Model, tensors: Mapping[str, TensorInfo]) -> None:
                     raise CheckpointError(
                         f"{name}: quantization_config does not know it; convert the original again"
                     )
+    for layer in factored.compressed:
+        where = f"quantization_config.compressed_experts.{layer}"
+        if layer not in model.moe_layers:
+            raise CheckpointError(f"{where}: this layer has no experts; convert the original again")
+        _check(compressed_spec(model, layer), where, tensors)
+
+
+def _check(spec: TensorSpec, promised_by: str, tensors: Mapping[str, TensorInfo]) -> None:
+    info = tensors.get(spec.name)
+    if info is None:
+        raise CheckpointError(
+            f"{spec.name}: absent, though {promised_by} promises it; convert the original again"
+        )
+    if (info.shape, info.dtype) != (spec.shape, spec.dtype):
+        raise CheckpointError(
+            f"{spec.name}: expected {spec.dtype} of shape {spec.shape} by "
+            f"quantization_config, got {info.dtype} of shape {info.shape}; "
+            "convert the original again"
+        )

@@ -137,22 +137,33 @@ class Model:
             embeddings once. ``expert_parameters``: those of the routed experts in
             `moe_layers`. ``active_parameters``: all others plus K/E of the experts; in a
             converted checkpoint the shared factors count by the chance that a token needs
-            them (see `molae.arch.counts.active_numbers`), rounded.
+            them (see `molae.arch.counts.active_numbers`), rounded; of a token's compressed
+            experts their embeddings alone.
         """
         skip = self.family.head if self._tied else None
         sizes = {n: t.size for n, t in self._tensors.items() if t.dtype in FLOATING and n != skip}
         total, own, factors = sum(sizes.values()), _expected(self), _factor_prefixes(self)
         experts = sum(size for n, size in sizes.items() if n in own or n.startswith(factors))
         active = sum(self._active(layer, kind) for layer in self.moe_layers for kind in TYPES)
+        active += sum(self._active_vectors(layer) for layer in self.moe_layers)
         return Counts(total, experts, total - experts + round(active))
 
     def _active(self, layer: int, kind: str) -> float:
         K, F, D = (self.letters[x] for x in "KFD")
+        K -= self.num_compressed(layer)
         split = self.factored.layers.get(layer, {}).get(kind) if self.factored else None
         if self.factored is None or split is None:
             return K * F * D
         groups = [len(g) for g in split.groups]
         return active_numbers(groups, split.ranks, form=self.factored.form, K=K, F=F, D=D)
+
+    def _active_vectors(self, layer: int) -> int:
+        F, D = self.letters["F"], self.letters["D"]
+        return self.num_compressed(layer) * (2 * D + F)
+
+    def num_compressed(self, layer: int) -> int:
+        """How many of a token's experts are compressed in a layer."""
+        return self.factored.compressed.get(layer, 0) if self.factored else 0
 
     def _tensor(self, kind: str) -> Tensor:
         if kind not in TYPES:
@@ -219,7 +230,9 @@ def describe(
             f"molae converts mixture-of-experts models only"
         )
     quant = config.get("quantization_config")
-    factored = Factored.from_dict(quant, E=letters["E"], D=letters["D"]) if quant else None
+    factored = (
+        Factored.from_dict(quant, E=letters["E"], D=letters["D"], K=letters["K"]) if quant else None
+    )
     tied = config.get("tie_word_embeddings") is True
     candidates = [
         Model(family, letters, layers, layout.name, "", factored, block, layout, tensors, tied)
@@ -306,12 +319,17 @@ def _expected(model: Model) -> dict[str, tuple[Tensor, int, int | None]]:
 
 
 def _factor_prefixes(model: Model) -> tuple[str, ...]:
-    """Prefixes of the names of a converted checkpoint's factors; empty for an ordinary one."""
-    layers = model.factored.layers if model.factored else {}
+    """How names of what molae added to a converted checkpoint begin; empty for an ordinary one."""
+    if model.factored is None:
+        return ()
+    layers, compressed = model.factored.layers, model.factored.compressed
     return tuple(
-        f"{model.experts_prefix(layer)}.{kind}."
+        f"{model.experts_prefix(layer)}.{name}"
         for layer in model.moe_layers
-        for kind in layers.get(layer, {})
+        for name in (
+            *(f"{kind}." for kind in layers.get(layer, {})),
+            *(["compressed"] if layer in compressed else []),
+        )
     )
 
 

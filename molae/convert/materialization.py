@@ -39,6 +39,11 @@ class Materialization:
                 "there is nothing to multiply out"
             )
         self.factored: Factored = self.model.factored
+        if self.factored.compressed:
+            raise CheckpointError(
+                f"{source}: has compressed experts, which an ordinary checkpoint has no place for; "
+                "its model runs in Transformers with molae"
+            )
         check_factors(self.model, checkpoint.tensors)
         self.shards = materialize_shards(checkpoint, self.model)
         E, F, D = (self.model.letters[letter] for letter in "EFD")

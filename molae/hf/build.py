@@ -27,6 +27,7 @@ def latent_model(
     group_size: int | Mapping[str, int] | None = None,
     rank: int | Mapping[str, int] | None = None,
     form: Form = "gauge",
+    num_compressed: int = 0,
     dtype: torch.dtype | None = None,
     device: Any = "cpu",
 ) -> Any:
@@ -47,6 +48,10 @@ def latent_model(
     rank : int or mapping of str to int
         R, likewise, for the same types.
     form : {'gauge', 'plain'}
+    num_compressed : int
+        How many of a token's experts act through light vectors alone, in every layer; see
+        `molae.ops.compressed_experts_forward`. With it `group_size` and `rank` may be left out:
+        then all experts are dense.
     dtype : torch.dtype, optional
         Of the weights; by default the config's, or float32.
     device : str or torch.device
@@ -78,15 +83,24 @@ def latent_model(
     raw = config.to_dict()
     family = find_family(raw)
     letters = family.read_letters(raw)
-    if group_size is None and rank is None:
-        quant = raw.get("quantization_config")
-        if not quant:
-            raise ArgumentError("group_size and rank: needed, the config says nothing of groups")
-        factored = Factored.from_dict(quant, E=letters["E"], D=letters["D"])
+    if not 0 <= num_compressed < letters["K"]:
+        raise ArgumentError(
+            f"num_compressed: expected 0 to K - 1 = {letters['K'] - 1}, got {num_compressed}"
+        )
+    moe_layers = family.read_moe_layers(raw)
+    quant = raw.get("quantization_config")
+    if group_size is None and rank is None and quant:
+        factored = Factored.from_dict(quant, E=letters["E"], D=letters["D"], K=letters["K"])
+    elif group_size is None and rank is None and not num_compressed:
+        raise ArgumentError("group_size and rank: needed, the config says nothing of groups")
     else:
-        kinds = _splits(group_size, rank, letters["E"], letters["D"])
-        layers = dict.fromkeys(family.read_moe_layers(raw), kinds)
+        some = group_size is not None or rank is not None
+        kinds = _splits(group_size, rank, letters["E"], letters["D"]) if some else {}
+        layers = dict.fromkeys(moe_layers, kinds) if some else {}
         factored = Factored("scratch", form, "", layers, __version__)
+    if num_compressed:
+        compressed = dict.fromkeys(moe_layers, num_compressed)
+        factored = dataclasses.replace(factored, compressed=compressed)
     factored = _fused(factored, family)
     config.quantization_config = MolaeConfig(**factored.to_dict())
     with torch.device("meta"):

@@ -135,17 +135,17 @@ def place_experts(
             f"{family.model_type}; known are {', '.join(x.name for x in family.layouts)}"
         )
     letters, moe_layers = family.read_letters(config), family.read_moe_layers(config)
-    for layer in factored.layers:
+    for layer in (*factored.layers, *factored.compressed):
         if layer not in moe_layers:
             raise CheckpointError(
                 f"quantization_config.layers.{layer}: this layer has no experts; "
                 "convert the original again"
             )
     for layer in moe_layers:
-        kinds = factored.layers.get(layer, {})
-        if kinds or any(tensor.per_expert for tensor in layout.tensors):
+        kinds, n = factored.layers.get(layer, {}), factored.compressed.get(layer, 0)
+        if kinds or n or any(tensor.per_expert for tensor in layout.tensors):
             path = _experts_path(model, family, layer)
-            _replace(model, path, kinds, layout, factored, letters)
+            _replace(model, path, kinds, n, layout, factored, letters)
     return layout
 
 
@@ -153,6 +153,7 @@ def _replace(
     model: nn.Module,
     path: str,
     kinds: Mapping[str, Split],
+    num_compressed: int,
     layout: Layout,
     factored: Factored,
     letters: Mapping[str, int],
@@ -170,6 +171,7 @@ def _replace(
         form=factored.form,
         activation=old.act_fn,
         fused=fused,
+        num_compressed=num_compressed,
         device="meta",
         dtype=first.dtype,
     )
@@ -235,7 +237,7 @@ def _read(config: Mapping[str, Any]) -> tuple[Family, Factored]:
     family = find_family(config)
     letters = family.read_letters(config)
     quant = config["quantization_config"]
-    return family, Factored.from_dict(quant, E=letters["E"], D=letters["D"])
+    return family, Factored.from_dict(quant, E=letters["E"], D=letters["D"], K=letters["K"])
 
 
 def _check_files(config: Mapping[str, Any], files: Iterable[str], prefix: str) -> None:
