@@ -13,6 +13,7 @@ next to the output, ``W_i ≈ Bᵀ A_i``. ``B`` is (R, D) either way.
 """
 
 from molae.fit.basis import gauge, stored_numbers, ungauge
+from molae.fit.compressed import CompressedFit, compressed_experts
 from molae.fit.factors import SharedFactors
 from molae.fit.layer import LayerFit, fit_layer
 from molae.fit.layer_moments import Energies, LayerMoments, layer_energies, layer_moments
@@ -25,6 +26,7 @@ from molae.fit.spectra import common_kernel_dim, discarded_energy, effective_ran
 from molae.fit.weighted import factor_weighted, weighted_spectrum
 
 __all__ = [
+    "CompressedFit",
     "Energies",
     "LayerFit",
     "LayerInput",
@@ -35,6 +37,7 @@ __all__ = [
     "SharedFactors",
     "answer_error",
     "common_kernel_dim",
+    "compressed_experts",
     "discarded_energy",
     "effective_rank",
     "factor_shared",
