@@ -383,6 +383,9 @@ def _add_convert_options(convert: argparse.ArgumentParser) -> None:
     text_options.add_argument(
         "--no-refit", action="store_true", help="leave out the last step: " + text("refit")
     )
+    text_options.add_argument(
+        "--compressed-experts", type=int, default=0, metavar="N", help=text("compressed_experts")
+    )
     text_options.add_argument("--max-memory", metavar="SIZE", help=text("max_memory"))
     text_options.add_argument(
         "--stats",
@@ -428,6 +431,7 @@ def _config(args: argparse.Namespace) -> Any:
             one_shot=args.one_shot,
             drop_idle=args.drop_idle,
             refit=not args.no_refit,
+            compressed_experts=args.compressed_experts,
             max_memory=args.max_memory,
         )
     except ArgumentError as error:
@@ -439,6 +443,7 @@ def _config(args: argparse.Namespace) -> Any:
             "one_shot",
             "drop_idle",
             "no_refit",
+            "compressed_experts",
             "max_memory",
             "stats",
         ):

@@ -120,6 +120,14 @@ class ConvertConfig:
         },
     )
 
+    compressed_experts: int = field(
+        default=0,
+        metadata={
+            "help": "With a calibration text: so many of a token's experts, the last by their "
+            "routing weights, do not run but act through light vectors that are fitted to what "
+            "the layer answers."
+        },
+    )
     max_memory: int | str | None = field(
         default=None,
         metadata={
@@ -142,6 +150,11 @@ class ConvertConfig:
         for name in ("uniform", "one_shot", "drop_idle", "refit"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if not (_is_int(self.compressed_experts) and self.compressed_experts >= 0):
+            raise ArgumentError(
+                "compressed_experts: expected a whole number of at least 0, got "
+                f"{self.compressed_experts!r}"
+            )
         object.__setattr__(self, "group_size", _check_group_size(self.group_size))
         if self.max_memory is not None:
             object.__setattr__(self, "max_memory", _nbytes("max_memory", self.max_memory))

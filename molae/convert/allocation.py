@@ -6,7 +6,8 @@ import bisect
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from molae.arch import Model
 from molae.config import TYPES, ConvertConfig
@@ -45,25 +46,29 @@ class Allocation:
     """The groups and ranks of a whole model; what a method decides before any fitting.
 
     `layers` maps a layer and matrix type to its `Split`; types that stay as they
-    are in the source have no entry.
+    are in the source have no entry. `compressed` maps layers with compressed experts to how many
+    of a token's they are.
     """
 
     form: Form
     layers: Mapping[int, Mapping[str, Split]]
     candidates: tuple[Candidate, ...] = ()
+    compressed: Mapping[int, int] = field(default_factory=dict)
 
     def split(self, layer: int, kind: str) -> Split | None:
         return self.layers.get(layer, {}).get(kind)
 
     def digest(self) -> str:
         """SHA-256 of the groups and ranks: two runs with the same digest store the same shapes."""
-        facts = {
+        facts: dict[str, Any] = {
             "form": self.form,
             "layers": {
                 str(layer): {kind: split.to_dict() for kind, split in kinds.items()}
                 for layer, kinds in self.layers.items()
             },
         }
+        if self.compressed:
+            facts["compressed"] = {str(layer): n for layer, n in self.compressed.items()}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

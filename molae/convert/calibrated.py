@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from molae import fit
-from molae.arch import Model, dense_flops
+from molae.arch import Model, compressed_spec, dense_flops
 from molae.config import TYPES, ConvertConfig
 from molae.convert.allocation import Allocation, Candidate, gauge_ranks, group_size
 from molae.convert.budget import Flops, spend
@@ -27,10 +27,10 @@ from molae.convert.measuring import TRIAL_SIZES, Look, Measurements
 from molae.convert.naming import named
 from molae.errors import ArgumentError, CalibrationWarning
 from molae.factored import Split, group_tensors, index_groups
-from molae.fit import Energies, LayerInput
+from molae.fit import CompressedFit, Energies, LayerInput
 from molae.fit.factors import SharedFactors
 from molae.fit.layer import REFITS, Gathered, Part, factor_parts, runnable
-from molae.io import Checkpoint, map_file
+from molae.io import Checkpoint, map_file, numpy_dtype
 from molae.ops import Projection
 
 __all__ = ["Calibrated", "Calibration"]
@@ -40,6 +40,9 @@ GROUP_SIZES = (1, 2, 4, 8, 16, 32)
 
 #: Tokens on which group sizes are compared.
 TRIED_TOKENS = 8192
+
+#: Tokens to which compressed experts are fitted, and in about how many passes over them.
+COMPRESSED_TOKENS, COMPRESSED_STEPS = 8192, 45
 
 
 class Calibration(Protocol):
@@ -66,8 +69,13 @@ class Calibration(Protocol):
     def reading(self, layer: int, *, anchored: bool = False) -> LayerInput:
         """What a layer's experts read after all that was advanced."""
 
-    def advance(self, layer: int, projections: Mapping[str, Projection] | None = None) -> None:
-        """Go on behind a layer, with other experts in it."""
+    def advance(
+        self,
+        layer: int,
+        projections: Mapping[str, Projection] | None = None,
+        vectors: tuple[np.ndarray, int] | None = None,
+    ) -> None:
+        """Go on behind a layer, with other experts in it, the last ones compressed."""
 
     def scratch_bytes(self, *, trials: int, kept: int, anchored: bool) -> int:
         """Temporary files, with so many trials in all and so much that a fit keeps."""
@@ -100,6 +108,11 @@ class Calibrated:
             )
         self._checkpoint, self._model, self._config = checkpoint, model, config
         self._calibration, self._stats = calibration, stats
+        if config.compressed_experts >= model.letters["K"]:
+            raise ArgumentError(
+                f"compressed_experts: expected 0 to K - 1 = {model.letters['K'] - 1}, got "
+                f"{config.compressed_experts}"
+            )
         self.footprint = Footprint.of(checkpoint, model, config)
         facts = {
             "checkpoint": checkpoint.fingerprint(),
@@ -112,6 +125,7 @@ class Calibrated:
         self._layers: Mapping[int, Mapping[str, Split]] = {}
         self._finished: dict[int, Path] = {}
         self._fitted: dict[tuple[int, str], Fitted] = {}
+        self._compressed: dict[int, tuple[np.ndarray, CompressedFit, int]] = {}
         self._warned = False
 
     # --------------------------------------------------------------- allocation
@@ -123,9 +137,15 @@ class Calibrated:
             raise ArgumentError(
                 f"rank: method 'latent' finds its ranks from the size, got {self._config.rank}"
             )
-        flops = self._config.flops
+        flops, n = self._config.flops, self._config.compressed_experts
+        compressed = dict.fromkeys(self._model.moe_layers, n) if n else {}
         if size == 1.0 and flops in (None, 1.0):
-            return Allocation("gauge", {})
+            return Allocation("gauge", {}, compressed=compressed)
+        if n:  # what the embeddings take
+            F, D = self._model.letters["F"], self._model.letters["D"]
+            size -= (2 * D + F) / (3 * F * D)
+            if not size > 0:
+                raise ArgumentError("size: leaves nothing beside compressed experts; take more")
         sizes, candidates = self._group_sizes(min(size, flops or 1.0))
         looks = self._measured(sizes)
         if self._config.uniform:
@@ -139,7 +159,7 @@ class Calibrated:
         for (layer, kind), look in looks.items():
             layers.setdefault(layer, {})[kind] = Split(tuple(look.groups), ranks[layer, kind])
         self._layers = layers
-        return Allocation("gauge", layers, candidates)
+        return Allocation("gauge", layers, candidates, compressed)
 
     def _measured(self, sizes: Mapping[str, int]) -> dict[tuple[int, str], Look]:
         """Of every layer and type in groups of these sizes; what is not known yet is measured."""
@@ -302,15 +322,57 @@ class Calibrated:
     def fit(self, layer: int, kind: str, matrices: Matrices, split: Split) -> Fitted:
         """Factors of one layer's matrix type; layers come in order."""
         if (layer, kind) not in self._fitted:
-            for earlier in [number for number in self._finished if number < layer]:
-                stored = self._stored(earlier)
-                del self._finished[earlier]  # once: to go back is to start from the embedding
-                self._calibration.advance(earlier, None if self._config.one_shot else stored)
-            self._fitted = self._fit_layer(layer)
+            self._fit_layer(layer)
         return self._fitted.pop((layer, kind))
 
-    def _fit_layer(self, layer: int) -> dict[tuple[int, str], Fitted]:
+    def compressed(self, layer: int) -> tuple[np.ndarray, CompressedFit, int]:
+        """Embeddings of a layer's compressed experts, as stored; how they were fitted, and to how
+        many tokens. After what else there is of that layer."""
+        if layer not in self._compressed:
+            self._fit_layer(layer)
+        return self._compressed.pop(layer)
+
+    def _fit_layer(self, layer: int) -> None:
+        for earlier in [number for number in self._finished if number < layer]:
+            stored = self._stored(earlier)
+            del self._finished[earlier]  # once: to go back is to start from the embedding
+            self._advance(earlier, *stored)
         given = self._calibration.reading(layer, anchored=not self._config.one_shot)
+        projections: dict[str, Projection] = {}
+        if layer in self._layers:
+            projections = self._fit_factors(layer, given)
+        vectors = None
+        if self._config.compressed_experts:
+            vectors = self._fit_compressed(layer, given, projections)
+        self._advance(layer, projections, vectors)
+
+    def _advance(
+        self,
+        layer: int,
+        projections: Mapping[str, Projection],
+        vectors: tuple[np.ndarray, int] | None,
+    ) -> None:
+        """With what is stored now, or with the original's own."""
+        if self._config.one_shot:
+            self._calibration.advance(layer)
+        else:
+            self._calibration.advance(layer, projections, vectors)
+
+    def _fit_compressed(
+        self, layer: int, given: LayerInput, projections: Mapping[str, Projection]
+    ) -> tuple[np.ndarray, int]:
+        """On top of the factors; the target is what all of the layer's own experts answer."""
+        n, own = self._config.compressed_experts, self._calibration.experts(layer)
+        some = given.first(COMPRESSED_TOKENS)
+        found = fit.compressed_experts(
+            some, _in_order({**own, **projections}), n, teacher=_in_order(own)
+        )
+        stored = found.embeddings.astype(numpy_dtype(self._model.dtype))
+        self._compressed = {layer: (stored, found, len(some.x))}
+        return _readable(stored), n
+
+    def _fit_factors(self, layer: int, given: LayerInput) -> dict[str, Projection]:
+        """Leaves what is to be stored; gives what a layer is run with."""
         W = self._stacks(layer)
         parts = {
             kind: (list(split.groups), [rank for rank in split.ranks if rank is not None])
@@ -324,15 +386,13 @@ class Calibrated:
             experts_at_once=self.footprint.experts_at_once,
         )
         self._warn(layer, found.energies.count)
-        self._calibration.advance(
-            layer, None if self._config.one_shot else {k: found.projections[k] for k in parts}
-        )
-        return {
+        self._fitted = {
             (layer, kind): _fitted(
                 f, W[kind], found.layer_error.get(kind), found.energies.count.tolist()
             )
             for kind, f in found.factors.items()
         }
+        return {kind: found.projections[kind] for kind in parts}
 
     def _warn(self, layer: int, tokens: np.ndarray) -> None:
         """Once, of experts with too few tokens; the report has them all."""
@@ -349,11 +409,14 @@ class Calibrated:
                 stacklevel=2,
             )
 
-    def _stored(self, layer: int) -> dict[str, Projection]:
-        """Factors that an earlier run has written."""
+    def _stored(self, layer: int) -> tuple[dict[str, Projection], tuple[np.ndarray, int] | None]:
+        """Factors that an earlier run has written, and embeddings of compressed experts."""
         tensors = map_file(self._finished[layer])
         prefix, found = self._model.experts_prefix(layer), {}
-        for kind, split in self._layers[layer].items():
+        vectors = None
+        if n := self._config.compressed_experts:
+            vectors = _readable(tensors[compressed_spec(self._model, layer).name]), n
+        for kind, split in self._layers.get(layer, {}).items():
             shared, perm, private = (
                 tuple(
                     np.require(tensors[name], requirements=["C", "A"]) if name else None
@@ -365,7 +428,7 @@ class Calibrated:
                 groups=split.groups, ranks=split.ranks, shared=shared, perm=perm, private=private
             )
             found[kind] = runnable(own)
-        return found
+        return found, vectors
 
     def _names(self, prefix: str, kind: str, split: Split, role: str) -> list[str | None]:
         """Of each group's tensor of this role, where it has one."""
@@ -375,6 +438,12 @@ class Calibrated:
             parts = group_tensors(prefix, kind, g, len(group), rank, F=F, D=D, form="gauge")
             names.append(next((part.name for part in parts if part.role == role), None))
         return names
+
+
+def _readable(embeddings: np.ndarray) -> np.ndarray:
+    """What `molae.ops` takes: float16 is widened."""
+    array = np.require(embeddings, requirements=["C", "A"])
+    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def _lasting(facts: Mapping[str, Any]) -> dict[str, Any]:

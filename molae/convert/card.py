@@ -17,13 +17,19 @@ __all__ = ["convert_card", "materialize_card"]
 
 def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> str:
     """The ``README.md`` of a converted checkpoint; `kept` names the copied files."""
-    ratio = plan.flops_ratio
+    ratio, n = plan.flops_ratio, plan.settings.get("compressed_experts")
+    data = "fitted to a calibration text" if plan.settings.get("calibration") else "without data"
     lines = [
         *_front_matter(plan),
         f"# {plan.source_title}, converted by molae",
         "",
         f"The routed experts of this {plan.family} checkpoint are stored as shared latent factors.",
-        f"Made by molae {__version__}, method `{plan.method}` ({plan.form} form), without data.",
+        f"Made by molae {__version__}, method `{plan.method}` ({plan.form} form), {data}.",
+        *(
+            [f"The last {n} of a token's experts do not run, but act through light vectors."]
+            if n
+            else []
+        ),
         "",
         "| | before | after | share |",
         "|---|---|---|---|",
@@ -54,7 +60,7 @@ def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> st
             "A weight error says little about the text a model writes: measure that too.",
             "",
         ]
-    else:
+    elif not n:
         lines += ["Nothing was changed: every tensor has the source's bytes.", ""]
     lines += [
         "## Loading",

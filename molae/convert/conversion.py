@@ -24,8 +24,8 @@ from molae.convert.naming import named
 from molae.convert.pipeline import Data
 from molae.convert.planning import Plan, spread, storage, summarize
 from molae.convert.probe import Probe
-from molae.convert.report import TypeRow
-from molae.convert.shards import Job, convert_shards
+from molae.convert.report import CompressedRow, TypeRow
+from molae.convert.shards import COMPRESSED, Job, convert_shards
 from molae.errors import ArgumentError
 from molae.factored import Factored, group_tensors
 from molae.io import DTYPES, Checkpoint
@@ -67,17 +67,22 @@ class Conversion:
             or not config.refit
             or config.flops is not None
             or config.max_memory is not None
+            or config.compressed_experts
             or stats is not None
         ):
             raise ArgumentError(
-                "flops, uniform, one_shot, drop_idle, refit, max_memory, stats: only with a "
-                "calibration text"
+                "flops, uniform, one_shot, drop_idle, refit, compressed_experts, max_memory, "
+                "stats: only with a calibration text"
             )
         else:
             allocation = self.method.allocate(self.model, config, Probe(checkpoint, self.model))
         self.allocation: Allocation = complete_fused(allocation, self.model)
         self.shards = convert_shards(
-            checkpoint, self.model, self.allocation.layers, self.allocation.form
+            checkpoint,
+            self.model,
+            self.allocation.layers,
+            self.allocation.form,
+            self.allocation.compressed,
         )
         E, F, D = (self.model.letters[letter] for letter in "EFD")
         self.stack_bytes = E * F * D * DTYPES["F32"].itemsize
@@ -94,6 +99,8 @@ class Conversion:
         return self.allocation.digest()
 
     def source(self, job: Job) -> Sequence[np.ndarray]:
+        if job.kinds == (COMPRESSED,):
+            return []
         return self.model.matrices(self.checkpoint, job.layer, job.kinds[0])
 
     def resume(self, finished: Mapping[str, Path]) -> None:
@@ -109,8 +116,10 @@ class Conversion:
             )
 
     def compute(self, job: Job) -> tuple[dict[str, Data], list[dict[str, Any]]]:
-        """Factors of one layer's matrix type, and its row of the report."""
+        """Factors of one layer's matrix type, or its compressed experts; a row of the report."""
         (kind,) = job.kinds
+        if kind == COMPRESSED:
+            return self._compute_compressed(job)
         split = self.allocation.layers[job.layer][kind]
         matrices = self.model.matrices(self.checkpoint, job.layer, kind)
         start = time.perf_counter()
@@ -148,9 +157,22 @@ class Conversion:
         )
         return tensors, [dataclasses.asdict(row)]
 
+    def _compute_compressed(self, job: Job) -> tuple[dict[str, Data], list[dict[str, Any]]]:
+        assert self.calibrated is not None
+        start = time.perf_counter()
+        embeddings, found, tokens = self.calibrated.compressed(job.layer)
+        row = CompressedRow(
+            layer=job.layer,
+            num_compressed=self.allocation.compressed[job.layer],
+            layer_error=found.error.tolist(),
+            tokens=tokens,
+            seconds=time.perf_counter() - start,
+        )
+        return {job.specs[0].name: embeddings}, [dataclasses.asdict(row)]
+
     def factored(self) -> Factored | None:
         """The ``quantization_config`` of the result; None where nothing leaves its form."""
-        if not self.allocation.layers:
+        if not self.allocation.layers and not self.allocation.compressed:
             return None
         return Factored(
             method=self.method.name,
@@ -158,6 +180,7 @@ class Conversion:
             layout=self.model.layout,
             layers=self.allocation.layers,
             molae_version=__version__,
+            compressed=self.allocation.compressed,
         )
 
     def config_text(self) -> str:
@@ -178,7 +201,8 @@ class Conversion:
             counts.total_parameters - counts.expert_parameters,
             self.checkpoint.nbytes - counts.expert_parameters * DTYPES[model.dtype].itemsize,
         )
-        before, after = storage(model, {}, form, others), storage(model, layers, form, others)
+        before = storage(model, {}, form, others)
+        after = storage(model, layers, form, others, self.allocation.compressed)
         return Plan(
             kind=self.kind,
             source=self.source_name,

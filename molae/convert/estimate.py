@@ -11,6 +11,7 @@ import numpy as np
 
 from molae import fit
 from molae.config import TYPES
+from molae.convert.calibrated import COMPRESSED_STEPS, COMPRESSED_TOKENS
 from molae.convert.footprint import BASE_BYTES
 from molae.convert.measuring import TRIAL_SIZES
 from molae.convert.naming import named
@@ -57,13 +58,13 @@ def calibrated_seconds(conversion: Conversion, tokens: int) -> float:
     A few tokens really go through the experts of a layer, and as many groups of each type as
     there are threads are really factored; the rest is taken to go at that pace.
     """
-    splits = _splits_by_kind(conversion)
-    if not splits:
+    splits, allocation = _splits_by_kind(conversion), conversion.allocation
+    if not splits and not allocation.compressed:
         return 0.0
     model, calibrated = conversion.model, conversion.calibrated
     assert calibrated is not None
     E, K, F, D = (model.letters[letter] for letter in "EKFD")
-    layer = max(conversion.allocation.layers)
+    layer = max(allocation.layers or allocation.compressed)
     W = {kind: model.matrices(conversion.checkpoint, layer, kind) for kind in TYPES}
     few = max(64, -(-64 * E // K))
     rng = np.random.default_rng(0)
@@ -83,7 +84,9 @@ def calibrated_seconds(conversion: Conversion, tokens: int) -> float:
         size = conversion.config.target_size or 1.0
         each += int((10 * len(REFITS) + 5 * steps) * F * D * size)
     each += 6 * F * D * (2 if conversion.config.one_shot else 3)  # the layer itself
-    seconds = len(conversion.allocation.layers) * tokens * K * each / pace
+    seconds = len(allocation.layers) * tokens * K * each / pace
+    for n in allocation.compressed.values():  # some tokens, forward and backward in each step
+        seconds += min(tokens, COMPRESSED_TOKENS) * COMPRESSED_STEPS * 18 * F * D * (K - n) / pace
     for kind, of_kind in splits.items():
         sample = _some_groups(of_kind[len(of_kind) // 2][1], get_num_threads())
         start = time.perf_counter()

@@ -20,7 +20,7 @@ from molae.convert.destination import locked, prepare
 from molae.convert.journal import Journal, file_sha256
 from molae.convert.jsontext import json_text
 from molae.convert.planning import Plan
-from molae.convert.report import REPORT, Report, TypeRow
+from molae.convert.report import REPORT, CompressedRow, Report, TypeRow
 from molae.convert.shards import INDEX, index_text
 from molae.info import show_config
 from molae.io import copy_file_atomic, write_text_atomic
@@ -124,7 +124,8 @@ def _finish(
 ) -> Report:
     """Write the small files; each is whole or absent at any moment, the report comes last."""
     entries = [journal.shards[shard.file] for shard in task.shards]
-    rows = [TypeRow(**row) for entry in entries for row in entry["rows"]]
+    found = [row for entry in entries for row in entry["rows"]]
+    rows = [TypeRow(**row) for row in found if "kind" in row]
     write_text_atomic(dst / INDEX, index_text(task.shards))
     for name, path in companions.items():
         (dst / name).parent.mkdir(exist_ok=True)
@@ -148,6 +149,7 @@ def _finish(
         rows=tuple(rows),
         files=files,
         seconds=time.perf_counter() - start,
+        compressed=tuple(CompressedRow(**row) for row in found if "kind" not in row),
     )
     write_text_atomic(dst / REPORT, json_text(report.to_dict()))
     return report

@@ -56,7 +56,11 @@ class Storage:
 
 
 def storage(
-    model: Model, layers: Mapping[int, Mapping[str, Split]], form: Form, others: tuple[int, int]
+    model: Model,
+    layers: Mapping[int, Mapping[str, Split]],
+    form: Form,
+    others: tuple[int, int],
+    compressed: Mapping[int, int] | None = None,
 ) -> Storage:
     """Count a model whose types are stored as `layers` says, all others dense.
 
@@ -64,11 +68,17 @@ def storage(
     ----------
     others : (int, int)
         Numbers and bytes of all but the routed experts.
+    compressed : mapping of int to int, optional
+        By layer how many of a token's experts act through embeddings alone.
     """
-    E, K, F, D = (model.letters[letter] for letter in "EKFD")
+    E, top_k, F, D = (model.letters[letter] for letter in "EKFD")
     numbers = {kind: dict.fromkeys(ROLES, 0) for kind in TYPES}
-    flops = 0.0
+    flops, vectors = 0.0, 0
     for layer in model.moe_layers:
+        n = (compressed or {}).get(layer, 0)
+        K = top_k - n
+        flops += 2 * n * (2 * D + F)
+        vectors += E * (2 * D + F) if n else 0
         for kind in TYPES:
             split = layers.get(layer, {}).get(kind)
             if split is None:
@@ -80,7 +90,7 @@ def storage(
             sizes = [len(group) for group in split.groups]
             flops += latent_flops(sizes, split.ranks, form=form, K=K, F=F, D=D)
     indices = sum(roles["perm"] for roles in numbers.values())
-    expert_numbers = sum(sum(roles.values()) for roles in numbers.values()) - indices
+    expert_numbers = sum(sum(roles.values()) for roles in numbers.values()) - indices + vectors
     itemsize = DTYPES[model.dtype].itemsize
     return Storage(
         numbers=numbers,

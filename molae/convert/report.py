@@ -13,7 +13,7 @@ from typing import Any
 
 from molae.errors import CheckpointError
 
-__all__ = ["REPORT", "Report", "TypeRow", "total_error"]
+__all__ = ["REPORT", "CompressedRow", "Report", "TypeRow", "total_error"]
 
 REPORT = "molae-report.json"
 REPORT_VERSION = 1
@@ -74,6 +74,28 @@ class TypeRow:
     tokens: list[int] | None = None
 
 
+@dataclass(frozen=True)
+class CompressedRow:
+    """How one layer's compressed experts were fitted.
+
+    Attributes
+    ----------
+    layer, num_compressed : int
+    layer_error : list of float
+        Relative error of the layer's answers on the calibration text without them (embeddings of
+        1), with what they scale of the intermediate fitted, and with all fitted.
+    tokens : int
+        Of the text that they were fitted to.
+    seconds : float
+    """
+
+    layer: int
+    num_compressed: int
+    layer_error: list[float]
+    tokens: int
+    seconds: float
+
+
 def total_error(rows: Sequence[TypeRow]) -> float:
     """Root mean square of the relative errors of several layers and types; 0 of none.
 
@@ -104,6 +126,8 @@ class Report:
         Everything the run wrote but this report: bytes and SHA-256.
     seconds : float
         Wall time of this run; where it was resumed, of its last part.
+    compressed : tuple of CompressedRow
+        One for each layer that has compressed experts.
     """
 
     kind: str
@@ -114,6 +138,7 @@ class Report:
     rows: tuple[TypeRow, ...]
     files: Mapping[str, Mapping[str, Any]]
     seconds: float
+    compressed: tuple[CompressedRow, ...] = ()
 
     def error(self, kind: str | None = None) -> float:
         """`total_error` of one matrix type, or of all that are in molae's form."""
@@ -133,7 +158,8 @@ class Report:
         out: dict[str, Any] = {"molae_report": REPORT_VERSION}
         for entry in dataclasses.fields(self):
             out[entry.name] = getattr(self, entry.name)
-        out["rows"] = [dataclasses.asdict(row) for row in self.rows]
+        for name in ("rows", "compressed"):
+            out[name] = [dataclasses.asdict(row) for row in getattr(self, name)]
         return out
 
     @classmethod
@@ -151,8 +177,10 @@ class Report:
                 f"molae_report: this molae reads version {REPORT_VERSION}, got {version!r}"
             )
         try:
-            values = {entry.name: data[entry.name] for entry in dataclasses.fields(cls)}
+            names = [entry.name for entry in dataclasses.fields(cls) if entry.name != "compressed"]
+            values = {name: data[name] for name in names}
             values["rows"] = tuple(TypeRow(**row) for row in data["rows"])
+            values["compressed"] = tuple(CompressedRow(**row) for row in data.get("compressed", ()))
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{REPORT}: missing or unknown entry: {error}") from error
         return cls(**values)

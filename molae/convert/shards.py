@@ -6,20 +6,33 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from molae.arch import Model, factored_specs
+from molae.arch import Model, compressed_spec, factored_specs
 from molae.config import TYPES
 from molae.factored import Form, Split
 from molae.io import Checkpoint, TensorSpec, plan_bytes
 from molae.io.checkpoint import INDEX
 
-__all__ = ["INDEX", "Job", "Shard", "convert_shards", "index_text", "materialize_shards"]
+__all__ = [
+    "COMPRESSED",
+    "INDEX",
+    "Job",
+    "Shard",
+    "convert_shards",
+    "index_text",
+    "materialize_shards",
+]
+
+
+#: What a job is of that fits a layer's compressed experts.
+COMPRESSED = "compressed"
 
 
 @dataclass(frozen=True)
 class Job:
     """One layer's matrix types that are computed at a time, and the tensors that result.
 
-    `kinds` has one entry, or gate and up together where they end in the same tensors.
+    `kinds` has one entry, or gate and up together where they end in the same tensors; `COMPRESSED`
+    is no matrix type and reads nothing of the source.
     """
 
     layer: int
@@ -51,7 +64,11 @@ class Shard:
 
 
 def convert_shards(
-    checkpoint: Checkpoint, model: Model, layers: Mapping[int, Mapping[str, Split]], form: Form
+    checkpoint: Checkpoint,
+    model: Model,
+    layers: Mapping[int, Mapping[str, Split]],
+    form: Form,
+    compressed: Iterable[int] = (),
 ) -> tuple[Shard, ...]:
     """The files of a converted checkpoint.
 
@@ -59,6 +76,8 @@ def convert_shards(
     ----------
     layers : mapping of int to mapping of str to Split
         The types that leave the source's form; their tensors are replaced, all others copied.
+    compressed : iterable of int
+        Layers with compressed experts.
     """
     jobs: dict[int, list[Job]] = {}
     replaced: set[str] = set()
@@ -67,6 +86,9 @@ def convert_shards(
             replaced.update(model.expert_tensors(layer, kind))
             specs = factored_specs(model, layer, kind, kinds[kind], form)
             jobs.setdefault(layer, []).append(Job(layer, (kind,), specs))
+    for layer in compressed:
+        specs = (compressed_spec(model, layer),)
+        jobs.setdefault(layer, []).append(Job(layer, (COMPRESSED,), specs))
     return _shards(checkpoint, model, jobs, replaced)
 
 

@@ -235,14 +235,15 @@ class _Problem:
     def _aims(self) -> Iterator[tuple[tuple[Array, Array, Array], Array]]:
         """A few tokens at a time, and what they should be answered."""
         given = self._given
-        for some, *call in given.chunks():
+        for some, x, index, weights in given.chunks():
+            call = x, index, weights
             if given.answers is None:
                 aim = latent_experts_forward(*call, *self._teacher, activation=given.activation)
             else:
                 aim = np.array(given.answers[some])
             if given.lost is not None:
                 aim += given.lost[some]
-            yield (call[0], call[1], call[2]), aim
+            yield call, aim
 
     def _measured(self) -> tuple[Array, float]:
         """``Σ share² ‖y‖²`` of each expert over the numbers that it has (E, 1), that of the others
@@ -270,18 +271,14 @@ class _Problem:
         v = v.astype(self._one.dtype)
         gradient = np.zeros_like(v)
         squared = 0.0
-        options = {"activation": self._given.activation}
+        activation = self._given.activation
         for call, aim in self._aims():
             own = *call, *self._layer, v, self._n
-            y, saved = compressed_experts_forward(*own, **options, save=True)  # type: ignore[arg-type]
+            y, saved = compressed_experts_forward(*own, activation=activation, save=True)
             y -= aim
             squared += float(np.square(y, dtype=np.float64).sum())
             compressed_experts_backward(
-                y,
-                saved,
-                *own,
-                **options,
-                out=Gradients(embeddings=gradient),  # type: ignore[arg-type]
+                y, saved, *own, activation=activation, out=Gradients(embeddings=gradient)
             )
         moved = v.astype(np.float64) - 1
         held = self._hold * moved

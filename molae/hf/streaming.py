@@ -19,10 +19,13 @@ from molae.hf.native import NAMES_BY_TYPE
 from molae.hf.opening import first_line
 from molae.io import Checkpoint
 
-__all__ = ["LayerStream", "Projections", "StreamedExperts", "in_torch"]
+__all__ = ["LayerStream", "Projections", "StreamedExperts", "Vectors", "in_torch"]
 
 #: Gate, up and down of a layer.
 Projections = Mapping[str, ops.Projection]
+
+#: Of compressed experts: embeddings, and how many of a token's they are.
+Vectors = tuple[np.ndarray, int]
 
 #: Is told x (N, D), the experts (N, K), E for none, the routing weights, and the answers (N, D) of
 #: what comes by.
@@ -47,6 +50,7 @@ class StreamedExperts(nn.Module):
         super().__init__()
         self.num_experts, self.act_fn = num_experts, act_fn
         self.projections: Projections | None = None
+        self.vectors: Vectors | None = None
         self.seen: Seen | None = None
 
     @property
@@ -65,16 +69,14 @@ class StreamedExperts(nn.Module):
         gate, up, down = (self.projections[kind] for kind in TYPES)
         for at in range(0, len(x), CHUNK):
             some = slice(at, at + CHUNK)
-            ops.latent_experts_forward(
-                x[some],
-                index[some],
-                weights[some],
-                gate,
-                up,
-                down,
-                activation=self.activation,
-                out=y[some],
-            )
+            call = x[some], index[some], weights[some], gate, up, down
+            if self.vectors is None:
+                ops.latent_experts_forward(*call, activation=self.activation, out=y[some])
+            else:
+                vectors, n = self.vectors
+                ops.compressed_experts_forward(
+                    *call, vectors, n, activation=self.activation, out=y[some]
+                )
         if self.seen is not None:
             self.seen(x, index, weights, y)
         return torch.from_numpy(y).reshape(shape)
@@ -205,7 +207,10 @@ class LayerStream:
 
     @contextlib.contextmanager
     def layer(
-        self, number: int, projections: Projections | None = None
+        self,
+        number: int,
+        projections: Projections | None = None,
+        vectors: Vectors | None = None,
     ) -> Iterator[Callable[..., torch.Tensor]]:
         """A decoder layer, ready to run on what comes before it.
 
@@ -214,6 +219,8 @@ class LayerStream:
         number : int
         projections : mapping of str to Projection, optional
             Experts to run instead of the checkpoint's own.
+        vectors : (ndarray, int), optional
+            Embeddings of compressed experts, and how many of a token's they are.
 
         Yields
         ------
@@ -237,6 +244,7 @@ class LayerStream:
             args, kwargs = self._calls[number]
             if experts is not None:
                 experts.projections, experts.seen = projections or own, seen
+                experts.vectors = vectors
             out = module(hidden, *args, **kwargs)
             out = out[0] if isinstance(out, tuple) else out
             if not torch.isfinite(out).all():
@@ -249,7 +257,7 @@ class LayerStream:
         with self._loaded(module, f"{self._path}.{number}."):
             yield run
         if experts is not None:
-            experts.projections = experts.seen = None
+            experts.projections = experts.seen = experts.vectors = None
 
     def activation(self, layer: int) -> ops.Activation:
         """Of a layer's experts, as `molae.ops` calls it."""

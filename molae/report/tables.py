@@ -75,6 +75,18 @@ def report_view(report: Report) -> RenderableType:
         svd = sum(any(row.used_svd) for row in report.rows)
         if svd:
             parts += [Text(f"A direct SVD was needed for {svd} of {len(report.rows)} stacks.")]
+    if report.compressed:
+        n = {row.num_compressed for row in report.compressed}
+        start, _, end = (
+            sum(row.layer_error[i] for row in report.compressed) / len(report.compressed)
+            for i in range(3)
+        )
+        parts += [
+            Text(
+                f"The last {'/'.join(map(str, sorted(n)))} of a token's experts act through light "
+                f"vectors; fitted, the layers' answers are {end:.4f} off, without them {start:.4f}."
+            )
+        ]
     size = sum(entry["bytes"] for entry in report.files.values())
     parts += [Text(f"{len(report.files) + 1} files, {size_text(size)}, in {report.seconds:.1f} s.")]
     return Group(*parts)
@@ -109,6 +121,9 @@ def inspect_view(found: Inspection) -> RenderableType:
         "converted", f"by molae {factored.molae_version}, method {factored.method}, "
         f"{factored.form} form"
     )  # fmt: skip
+    if factored.compressed:
+        counts = [f"{n} in layer {layer}" for layer, n in factored.compressed.items()]
+        table.add_row("compressed", f"of a token's experts {', '.join(counts)}")
     ranks = _table("layer", *TYPES)
     for layer, kinds in factored.layers.items():
         cells = []
@@ -190,6 +205,8 @@ def _needs(plan: Plan) -> Table:
     table = Table.grid(padding=(0, 2))
     if plan.size_asked is not None:
         table.add_row("size", f"asked {plan.size_asked:g}, reached {plan.size_reached:.4f}")
+    if n := plan.settings.get("compressed_experts"):
+        table.add_row("compressed", f"the last {n} of a token's {plan.letters['K']} experts")
     table.add_row("disk", f"{plan.disk_bytes:,} bytes ({size_text(plan.disk_bytes)})")
     if plan.scratch_bytes:
         table.add_row("temporary files", f"about {size_text(plan.scratch_bytes)}")

@@ -1,0 +1,204 @@
+"""Conversions with compressed experts, alone and on top of latent ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import numpy as np
+import torch
+from checkpoints import FAMILIES, transformers_checkpoint
+from converting import tree
+from hf_models import SETTINGS, SIZES, load, tokens
+from rich.console import Console
+
+import molae
+import molae.demo
+from molae.config import TYPES
+from molae.convert import Report, Watcher, convert
+from molae.demo.corpus import builtin_text
+from molae.errors import ArgumentError
+from molae.hf import LatentExperts, hide_progress
+from molae.hf.calibrate import Calibration
+from molae.io import open_checkpoint
+from molae.report.tables import plan_view, report_view
+
+hide_progress()
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = np.random.default_rng(0).integers(3, 40, 400)
+K, F, D, E = (SIZES[letter] for letter in "KFDE")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    src = tmp_path_factory.mktemp("compressed") / "src"
+    transformers_checkpoint(src, "qwen2_moe", config=SETTINGS, **SIZES)
+    return src
+
+
+def run_on(src, dst, ids=IDS, **settings):
+    config = molae.ConvertConfig(compressed_experts=1, **settings)
+    with Calibration(src, ids, length=40) as calibration:
+        return convert(src, dst, config, calibration=calibration)
+
+
+def experts_of(model):
+    return [m for m in model.modules() if isinstance(m, LatentExperts)]
+
+
+@pytest.mark.parametrize("size", [1.0, 0.6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_converted(tmp_path, family, size):
+    transformers_checkpoint(tmp_path / "src", family, config=SETTINGS, **SIZES)
+    report = run_on(tmp_path / "src", tmp_path / "dst", size=size)
+    found = molae.inspect(tmp_path / "dst")
+    layers = found.moe_layers
+    assert found.factored.compressed == dict.fromkeys(layers, 1)
+    assert [row.layer for row in report.compressed] == list(layers)
+    for row in report.compressed:
+        assert (row.num_compressed, row.tokens) == (1, 400)
+        start, linear, end = row.layer_error
+        assert end <= linear <= start
+        assert end < start
+    if size < 1:
+        assert report.plan["size_reached"] <= size
+    else:
+        assert report.plan["size_reached"] == pytest.approx(1 + (2 * D + F) / (3 * F * D))
+        with open_checkpoint(tmp_path / "src") as a, open_checkpoint(tmp_path / "dst") as b:
+            assert set(b.tensors) - set(a.tensors) == {
+                f"{prefix}.compressed" for prefix in (
+                    molae.arch.describe(a).experts_prefix(layer) for layer in layers)
+            }  # fmt: skip
+            for name in a.tensors:
+                assert bytes(a.raw(name)) == bytes(b.raw(name)), name
+        saved = len(layers) * (3 * F * D - 2 * D - F)
+        before = molae.inspect(tmp_path / "src").active_parameters
+        assert before - found.active_parameters == saved
+    model = load(tmp_path / "dst")
+    assert all(m.num_compressed == 1 for m in experts_of(model))
+    with torch.no_grad():
+        assert torch.isfinite(model(tokens()).logits).all()
+    assert Report.from_file(tmp_path / "dst") == report
+
+
+@pytest.mark.parametrize(
+    "settings", [{"size": 1.0}, {"size": 0.5}, {"size": 0.5, "one_shot": True}]
+)
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(source, tmp_path, settings):
+    run_on(source, tmp_path / "whole", **settings)
+
+    def written():
+        return sorted((tmp_path / "dst").glob("model-*.safetensors"))
+
+    class Stop(Watcher):
+        def advanced(self, done, total, what):
+            if what.startswith("layer 1"):
+                while len(written()) < 1:  # the file before is on its way
+                    time.sleep(0.01)
+                raise KeyboardInterrupt
+
+    config = molae.ConvertConfig(compressed_experts=1, **settings)
+    with Calibration(source, IDS, length=40) as calibration, pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "dst", config, calibration=calibration, watcher=Stop())
+    assert len(written()) == 1
+    run_on(source, tmp_path / "dst", **settings)
+    assert tree(tmp_path / "dst") == tree(tmp_path / "whole")
+
+
+def test_the_next_layer_reads_what_the_loaded_model_makes(source, tmp_path):
+    """`advance` with embeddings is the layer that Transformers runs."""
+    run_on(source, tmp_path / "dst", size=1.0)
+    model = load(tmp_path / "dst")
+    with open_checkpoint(tmp_path / "dst") as found:
+        described = molae.arch.describe(found, converted=True)
+        stored = {
+            layer: np.array(found.array(f"{described.experts_prefix(layer)}.compressed"))
+            for layer in described.moe_layers
+        }
+    with Calibration(source, IDS, length=40) as run:
+        for layer, embeddings in stored.items():
+            run.advance(layer, None, (embeddings, 1))
+        run._walk.up_to(len(run._stream), run._tell)
+        ids = torch.from_numpy(run.sequences)
+        with torch.no_grad():
+            last = model.model(ids, output_hidden_states=True).hidden_states[-1]
+            mine = model.model.norm(torch.from_numpy(np.array(run._walk.states)))
+    torch.testing.assert_close(mine, last, rtol=1e-4, atol=1e-5)
+
+
+def test_on_a_trained_model_answers_come_closer(tmp_path):
+    """On text that the fit has not seen, a layer's answers are nearer to those of all experts."""
+    text = builtin_text()[0]
+    config = molae.ConvertConfig(size=1.0, compressed_experts=2, one_shot=True)
+    with Calibration(molae.demo.CHECKPOINT, text[:60000], length=256) as calibration:
+        report = convert(molae.demo.CHECKPOINT, tmp_path / "dst", config, calibration=calibration)
+    with open_checkpoint(tmp_path / "dst") as found:
+        described = molae.arch.describe(found, converted=True)
+        stored = {
+            layer: np.array(found.array(f"{described.experts_prefix(layer)}.compressed"))
+            for layer in described.moe_layers
+        }
+    assert len(report.compressed) == len(stored)
+    with Calibration(molae.demo.CHECKPOINT, text[60000:90000], length=256) as run:
+        for layer, vectors in stored.items():
+            given, own = run.reading(layer), run.experts(layer)
+            call = given.x, given.index, given.weights, *(own[kind] for kind in TYPES)
+            fitted, ones = (
+                np.linalg.norm(given.answers - molae.ops.compressed_experts_forward(*call, v, 2))
+                for v in (vectors, np.ones_like(vectors))
+            )
+            assert fitted < 0.995 * ones
+
+
+def test_what_makes_no_sense_is_refused(source, tmp_path):
+    with Calibration(source, IDS, length=40) as calibration:
+        config = molae.ConvertConfig(size=1.0, compressed_experts=K)
+        with pytest.raises(
+            ArgumentError, match=f"compressed_experts: expected 0 to K - 1 = {K - 1}"
+        ):
+            convert(source, tmp_path / "dst", config, calibration=calibration)
+    with pytest.raises(ArgumentError, match="compressed_experts, .*only with a calibration"):
+        convert(source, tmp_path / "dst", molae.ConvertConfig(compressed_experts=1))
+    for wrong in (-1, 1.5, True, "1"):
+        with pytest.raises(ArgumentError, match="compressed_experts: expected a whole number"):
+            molae.ConvertConfig(compressed_experts=wrong)
+
+
+def test_the_plan_the_report_and_the_command(source, tmp_path, capsys):
+    from molae.cli import main
+
+    with Calibration(source, IDS, length=40) as calibration:
+        config = molae.ConvertConfig(size=1.0, compressed_experts=1)
+        plan = molae.plan(source, config, calibration=calibration)
+    assert plan.seconds > 0
+    assert plan.flops_ratio == pytest.approx(
+        ((K - 1) * 6 * F * D + 2 * (2 * D + F)) / (K * 6 * F * D)
+    )
+    console = Console(file=io.StringIO(), width=120)
+    console.print(plan_view(plan))
+    assert f"the last 1 of a token's {K} experts" in console.file.getvalue()
+
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "The router sends a token to its experts. " * 60}))
+    src, dst = str(molae.demo.CHECKPOINT), str(tmp_path / "dst")
+    options = ["--calibration", str(text), "--calibration-length", "128", "--size", "1.0"]
+    assert main(["convert", src, dst, *options, "--compressed-experts", "2"]) == 0
+    assert "The last 2 of a token's experts act through light vectors" in capsys.readouterr().out
+    card = (tmp_path / "dst" / "README.md").read_text()
+    assert "The last 2 of a token's experts do not run" in card
+    assert "fitted to a calibration text" in card
+    assert main(["inspect", dst]) == 0
+    assert "2 in layer 0" in capsys.readouterr().out
+    assert main(["materialize", dst, str(tmp_path / "ordinary")]) == 1
+    assert "compressed experts" in capsys.readouterr().err
+    assert main(["convert", src, dst, "--overwrite", "--compressed-experts", "2"]) == 2
+    assert "--compressed-experts: only with --calibration FILE" in capsys.readouterr().err
+    console.print(report_view(Report.from_file(dst)))
+    assert "without them" in console.file.getvalue()
