@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: What a function gives back, and what Transformers makes: shown by other names' examples.
 SHOWN_ELSEWHERE = {
+    "molae.fit.CompressedFit",
+    "molae.ops.from_authors_layout",
     "molae.Report",
     "molae.fit.Energies",
     "molae.fit.LayerFit",
