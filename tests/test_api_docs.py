@@ -13,9 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: What a function gives back, and what Transformers makes: shown by other names' examples.
 SHOWN_ELSEWHERE = {
-    "molae.fit.CompressedFit",
-    "molae.ops.from_authors_layout",
     "molae.Report",
+    "molae.fit.CompressedFit",
     "molae.fit.Energies",
     "molae.fit.LayerFit",
     "molae.fit.LayerInput",
@@ -30,6 +29,7 @@ SHOWN_ELSEWHERE = {
     "molae.ops.ProjectionGradients",
     "molae.ops.Routing",
     "molae.ops.Saved",
+    "molae.ops.from_authors_layout",
 }
 
 

@@ -53,6 +53,15 @@ def experts_of(model):
     return [m for m in model.modules() if isinstance(m, LatentExperts)]
 
 
+def embeddings_in(folder):
+    with open_checkpoint(folder) as found:
+        described = molae.arch.describe(found, converted=True)
+        return {
+            layer: np.array(found.array(f"{described.experts_prefix(layer)}.compressed"))
+            for layer in described.moe_layers
+        }
+
+
 @pytest.mark.parametrize("size", [1.0, 0.6])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_converted(tmp_path, family, size):
@@ -116,12 +125,7 @@ def test_the_next_layer_reads_what_the_loaded_model_makes(source, tmp_path):
     """`advance` with embeddings is the layer that Transformers runs."""
     run_on(source, tmp_path / "dst", size=1.0)
     model = load(tmp_path / "dst")
-    with open_checkpoint(tmp_path / "dst") as found:
-        described = molae.arch.describe(found, converted=True)
-        stored = {
-            layer: np.array(found.array(f"{described.experts_prefix(layer)}.compressed"))
-            for layer in described.moe_layers
-        }
+    stored = embeddings_in(tmp_path / "dst")
     with Calibration(source, IDS, length=40) as run:
         for layer, embeddings in stored.items():
             run.advance(layer, None, (embeddings, 1))
@@ -139,12 +143,7 @@ def test_on_a_trained_model_answers_come_closer(tmp_path):
     config = molae.ConvertConfig(size=1.0, compressed_experts=2, one_shot=True)
     with Calibration(molae.demo.CHECKPOINT, text[:60000], length=256) as calibration:
         report = convert(molae.demo.CHECKPOINT, tmp_path / "dst", config, calibration=calibration)
-    with open_checkpoint(tmp_path / "dst") as found:
-        described = molae.arch.describe(found, converted=True)
-        stored = {
-            layer: np.array(found.array(f"{described.experts_prefix(layer)}.compressed"))
-            for layer in described.moe_layers
-        }
+    stored = embeddings_in(tmp_path / "dst")
     assert len(report.compressed) == len(stored)
     with Calibration(molae.demo.CHECKPOINT, text[60000:90000], length=256) as run:
         for layer, vectors in stored.items():

@@ -222,12 +222,7 @@ def test_bad_projections_name_the_argument():
 
 def test_the_extension_checks_what_the_face_checked():
     made = layer(2, N, K, E, D, F, **KINDS["gauge"])
-    call = Call.of(
-        *made.args[:3],
-        dict(zip(ROLES, made.args[3:], strict=True)),
-        dict.fromkeys(ROLES),
-        ("silu", 0.0, 0.0),
-    ).core
+    call = Call.of(*made.args[:3], made.args[3:], (None, None, None), ("silu", 0.0, 0.0)).core
     y = zeros(N, D)
     _core.experts_forward(y, None, 0, call, 1, False)
 

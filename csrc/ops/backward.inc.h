@@ -314,16 +314,10 @@ FN(molae_experts_backward)(const molae_ctx *ctx, const FN(molae_experts_grads) *
             memset(d->vectors, 0, (size_t)(l->E * l->compressed.stride) * sizeof(REAL));
         if (d->overwrite && d->dweight != NULL) /* slots without an expert */
             memset(here.dweight, 0, (size_t)(n * K) * sizeof(REAL));
-        const int64_t *running = index;
         q.x = FN(widened)(&q, x, n0 * l->D, n * l->D, q.x_wide);
-        MLI_TRY(FN(compress_begin)(ctx, &q, &running, weight, n, n0, err));
-        MLI_TRY(FN(job_route)(&q, running, weight, n, n0, err));
+        MLI_TRY(FN(chunk_begin)(ctx, &q, index + n0 * K, weight + n0 * K, n, err));
         q.dy = FN(widened)(&q, dy, n0 * l->D, n * l->D, q.y_wide);
-        q.gate = saved->gate + n0 * K * l->F;
-        q.up = saved->up + n0 * K * l->F;
-        q.role[MLI_GATE].z = saved->z_gate + n0 * q.role[MLI_GATE].width;
-        q.role[MLI_UP].z = saved->z_up + n0 * q.role[MLI_UP].width;
-        q.role[MLI_DOWN].z = saved->u + n0 * q.role[MLI_DOWN].width;
+        FN(job_saved)(&q, saved, n0);
         if (w.vectors)
             MLI_TRY(FN(compress_back_begin)(&q, err));
         MLI_TRY(FN(backward_chunk)(ctx, &q, &w, here.dx));

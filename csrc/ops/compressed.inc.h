@@ -3,32 +3,44 @@
 
 enum { FN(TOKENS) = 32 }; /* of a task */
 
-/* Columns c0 .. c0+nc-1 of one of the three vectors of an expert; from: where it begins. */
-static const REAL *
-FN(vector_piece)(const molae_compressed *c, int64_t e, int64_t from, int64_t c0, int64_t nc,
-                 REAL *line)
-{
-    const int64_t at = e * c->stride + from + c0;
+/* Where each of the three vectors begins in a token's T numbers and in an expert's, and how many
+ * numbers it has. */
+typedef struct {
+    int64_t own, stored, count;
+} FN(vector);
 
-    if (c->dtype == OWN)
-        return (const REAL *)c->vectors + at;
-#if NARROW_STORAGE
-    (void)mli_kernels_get()->bf16_to_f32(line, (const uint16_t *)c->vectors + at, nc);
-#else
-    (void)nc;
-#endif
-    return line;
-}
-
-/* A token's vectors begin here, and here an expert's; they have so many numbers. */
 static void
-FN(vector_at)(const FN(job) * q, int which, int64_t *own, int64_t *stored, int64_t *count)
+FN(vectors_at)(const FN(job) * q, FN(vector) at[3])
 {
     const molae_compressed *c = &q->l->compressed;
 
-    *own = which == 0 ? 0 : (which == 1 ? q->D : q->D + q->F);
-    *stored = which == 0 ? 0 : (which == 1 ? c->e2 : c->e3);
-    *count = which == 1 ? q->F : q->D;
+    at[0] = (FN(vector)){0, 0, q->D};
+    at[1] = (FN(vector)){q->D, c->e2, q->F};
+    at[2] = (FN(vector)){q->D + q->F, c->e3, q->D};
+}
+
+/* An expert's vectors behind each other, T numbers: where they are if they lie so, else in room. */
+static const REAL *
+FN(vectors_of)(const FN(job) * q, int64_t e, REAL *room)
+{
+    const molae_compressed *c = &q->l->compressed;
+    const int64_t from = e * c->stride;
+    FN(vector) at[3];
+
+    FN(vectors_at)(q, at);
+    if (c->dtype == OWN && at[1].stored == at[1].own && at[2].stored == at[2].own)
+        return (const REAL *)c->vectors + from;
+    for (int i = 0; i < 3; i++) {
+        if (c->dtype == OWN)
+            memcpy(room + at[i].own, (const REAL *)c->vectors + from + at[i].stored,
+                   (size_t)at[i].count * sizeof(REAL));
+#if NARROW_STORAGE
+        else
+            (void)mli_kernels_get()->bf16_to_f32(
+                room + at[i].own, (const uint16_t *)c->vectors + from + at[i].stored, at[i].count);
+#endif
+    }
+    return room;
 }
 
 /* Whether slot k of a token comes behind K - n others by weight. */
@@ -78,24 +90,19 @@ FN(vectors_task)(void *arg, int64_t index, int32_t worker)
     const FN(job) *q = arg;
     const FN(compressed) *c = &q->ce;
     const int64_t D = q->D, T = 2 * D + q->F, end = MLI_MIN((index + 1) * FN(TOKENS), q->N);
-    REAL *line = q->scratch[worker].line;
 
     for (int64_t t = index * FN(TOKENS); t < end; t++) {
         REAL *theta = c->theta + t * T;
         for (int64_t j = 0; j < T; j++)
             theta[j] = c->met[t] == 0;
-        for (int64_t s = t * q->K; s < (t + 1) * q->K; s++)
-            for (int which = 0; c->aux[s] < q->E && which < 3; which++) {
-                int64_t own, stored, count;
-                FN(vector_at)(q, which, &own, &stored, &count);
-                for (int64_t c0 = 0; c0 < count; c0 += MLI_COARSE) {
-                    const int64_t nc = MLI_MIN((int64_t)MLI_COARSE, count - c0);
-                    const REAL *v =
-                        FN(vector_piece)(&q->l->compressed, c->aux[s], stored, c0, nc, line);
-                    for (int64_t j = 0; j < nc; j++)
-                        theta[own + c0 + j] += c->share[s] * v[j];
-                }
-            }
+        for (int64_t s = t * q->K; s < (t + 1) * q->K; s++) {
+            const REAL *v;
+            if (c->aux[s] == q->E)
+                continue;
+            v = FN(vectors_of)(q, c->aux[s], c->room + worker * T);
+            for (int64_t j = 0; j < T; j++)
+                theta[j] += c->share[s] * v[j];
+        }
         for (int64_t j = 0; j < D; j++) {
             const REAL x = q->x[t * D + j];
             c->x_gate[t * D + j] = x * theta[j];
@@ -105,31 +112,29 @@ FN(vectors_task)(void *arg, int64_t index, int32_t worker)
     return MOLAE_OK;
 }
 
-/* Before a chunk of N tokens from n0 on is routed; q->x is there. *index: what is left to run. */
+/* A chunk of N tokens whose input is in q->x: what runs of it, what that reads, and its routing. */
 static molae_status
-FN(compress_begin)(const molae_ctx *ctx, FN(job) * q, const int64_t **index, const REAL *weight,
-                   int64_t N, int64_t n0, molae_errinfo *err)
+FN(chunk_begin)(const molae_ctx *ctx, FN(job) * q, const int64_t *index, const REAL *weight,
+                int64_t N, molae_errinfo *err)
 {
     FN(compressed) *c = &q->ce;
-    const int64_t K = q->K;
+    molae_status rc = MOLAE_OK;
 
     q->N = N;
     q->in[MLI_GATE] = q->in[MLI_UP] = q->x;
-    if (q->l->compressed.n == 0)
-        return MOLAE_OK;
-    for (int64_t s = n0 * K; s < (n0 + N) * K; s++)
-        if ((*index)[s] < 0 || (*index)[s] > q->E) {
-            err->what = "top_k_index: expected 0 to E";
-            err->info = s;
-            return MOLAE_E_ARG;
-        }
-    for (int64_t t = 0; t < N; t++)
-        FN(compress_slots)(q, *index + n0 * K, weight + n0 * K, t);
-    *index = c->main - n0 * K;
-    q->in[MLI_GATE] = c->x_gate;
-    q->in[MLI_UP] = c->x_up;
-    q->scale = c->theta + q->D;
-    return mli_parallel_for(ctx, mli_ceil_div(N, FN(TOKENS)), FN(vectors_task), q);
+    if (q->l->compressed.n > 0) {
+        MLI_TRY(mli_index_check(index, N, q->K, q->E, err));
+        for (int64_t t = 0; t < N; t++)
+            FN(compress_slots)(q, index, weight, t);
+        index = c->main;
+        q->in[MLI_GATE] = c->x_gate;
+        q->in[MLI_UP] = c->x_up;
+        q->scale = c->theta + q->D;
+        MLI_TRY(mli_parallel_for(ctx, mli_ceil_div(N, FN(TOKENS)), FN(vectors_task), q));
+    }
+    MLI_TRY(FN(job_route)(q, index, weight, err));
+done:
+    return rc;
 }
 
 /* ------------------------------------------------------------------ the way back */
@@ -148,7 +153,6 @@ FN(vectors_back_task)(void *arg, int64_t index, int32_t worker)
     const FN(compressed) *c = &q->ce;
     const int64_t D = q->D, F = q->F, K = q->K, T = 2 * D + F;
     const int64_t end = MLI_MIN((index + 1) * FN(TOKENS), q->N);
-    REAL *line = q->scratch[worker].line;
 
     for (int64_t t = index * FN(TOKENS); t < end; t++) {
         const REAL *theta = c->theta + t * T, *dg = c->dx_gate + t * D, *du = c->dx_up + t * D;
@@ -167,18 +171,13 @@ FN(vectors_back_task)(void *arg, int64_t index, int32_t worker)
         if (b->d->dweight == NULL || c->met[t] == 0 || c->sum[t] == 0)
             continue;
         for (int64_t s = t * K; s < (t + 1) * K; s++) { /* by the share, and from it */
+            const REAL *v;
             REAL sum = 0;
-            for (int which = 0; c->aux[s] < q->E && which < 3; which++) {
-                int64_t own, stored, count;
-                FN(vector_at)(q, which, &own, &stored, &count);
-                for (int64_t c0 = 0; c0 < count; c0 += MLI_COARSE) {
-                    const int64_t nc = MLI_MIN((int64_t)MLI_COARSE, count - c0);
-                    const REAL *v =
-                        FN(vector_piece)(&q->l->compressed, c->aux[s], stored, c0, nc, line);
-                    for (int64_t j = 0; j < nc; j++)
-                        sum += d[own + c0 + j] * v[j];
-                }
-            }
+            if (c->aux[s] == q->E)
+                continue;
+            v = FN(vectors_of)(q, c->aux[s], c->room + worker * T);
+            for (int64_t j = 0; j < T; j++)
+                sum += d[j] * v[j];
             c->dshare[s] = sum;
             mean += c->share[s] * sum;
         }
@@ -197,17 +196,16 @@ FN(vectors_grad_task)(void *arg, int64_t e, int32_t worker)
     const FN(job) *q = b->q;
     const FN(compressed) *c = &q->ce;
     const int64_t T = 2 * q->D + q->F, stride = q->l->compressed.stride;
+    FN(vector) at[3];
 
     (void)worker;
+    FN(vectors_at)(q, at);
     for (int64_t i = c->ptr[e]; i < c->ptr[e + 1]; i++) {
         const int64_t s = c->rows[i];
         const REAL *d = c->dtheta + s / q->K * T;
-        for (int which = 0; which < 3; which++) {
-            int64_t own, stored, count;
-            FN(vector_at)(q, which, &own, &stored, &count);
-            for (int64_t j = 0; j < count; j++)
-                b->d->vectors[e * stride + stored + j] += c->share[s] * d[own + j];
-        }
+        for (int k = 0; k < 3; k++)
+            for (int64_t j = 0; j < at[k].count; j++)
+                b->d->vectors[e * stride + at[k].stored + j] += c->share[s] * d[at[k].own + j];
     }
     return MOLAE_OK;
 }

@@ -82,6 +82,10 @@ mli_ceil_div(int64_t a, int64_t b)
 /* First i in lo..hi-1 with a[i] >= value, or hi; a ascends. */
 int64_t mli_lower_bound(const int64_t *a, int64_t lo, int64_t hi, int64_t value);
 
+/* Whether index (N,K) is of experts 0 to E - 1, or E for none; err is set anew. */
+molae_status mli_index_check(const int64_t *index, int64_t N, int64_t K, int64_t E,
+                             molae_errinfo *err);
+
 /* Everything about a layer that could make a kernel read or write astray. `own` is the type of
  * the arithmetic. */
 molae_status mli_experts_check(const molae_experts *l, molae_dtype own, int64_t N, int64_t K,

@@ -119,18 +119,12 @@ FN(molae_experts_forward)(const molae_ctx *ctx, void *y, const FN(molae_experts_
         return rc;
     for (int64_t n0 = 0; n0 < N; n0 += MOLAE_EXPERTS_CHUNK) {
         const int64_t n = MLI_MIN((int64_t)MOLAE_EXPERTS_CHUNK, N - n0);
-        const int64_t *running = index;
         q.x = FN(widened)(&q, x, n0 * l->D, n * l->D, q.x_wide);
-        MLI_TRY(FN(compress_begin)(ctx, &q, &running, weight, n, n0, err));
-        MLI_TRY(FN(job_route)(&q, running, weight, n, n0, err));
+        MLI_TRY(FN(chunk_begin)(ctx, &q, index + n0 * K, weight + n0 * K, n, err));
         q.y = l->io == OWN ? (REAL *)y + n0 * l->D : q.y_wide;
         if (saved != NULL) {
             q.known = saved->known;
-            q.gate = saved->gate + n0 * K * l->F;
-            q.up = saved->up + n0 * K * l->F;
-            q.role[MLI_GATE].z = saved->z_gate + n0 * q.role[MLI_GATE].width;
-            q.role[MLI_UP].z = saved->z_up + n0 * q.role[MLI_UP].width;
-            q.role[MLI_DOWN].z = saved->u + n0 * q.role[MLI_DOWN].width;
+            FN(job_saved)(&q, saved, n0);
         }
         MLI_TRY(FN(forward_chunk)(ctx, &q));
 #if NARROW_STORAGE

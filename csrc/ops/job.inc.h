@@ -30,6 +30,7 @@ typedef struct {
     int64_t *met;          /* (N,): how many they are, without sentinels */
     REAL *theta;           /* (N,T): the token's vectors, T = 2 D + F */
     REAL *x_gate, *x_up;   /* (N,D): x by the first, and by the third */
+    REAL *room;            /* (workers,T): an expert's vectors, widened or moved together */
     int64_t *row_of;       /* (S,): the row of a slot that runs */
     int64_t *ptr, *rows;   /* (E+1), (S,): slots of the others by expert; see molae_route */
     REAL *dtheta;          /* (N,T) */
@@ -108,6 +109,7 @@ FN(job_cut)(FN(job) * q, char **p, const molae_experts *l, int64_t N, int64_t K,
         MLI_CUT(n, p, c->theta, theta, sizeof(REAL));
         MLI_CUT(n, p, c->x_gate, wide_x, sizeof(REAL));
         MLI_CUT(n, p, c->x_up, wide_x, sizeof(REAL));
+        MLI_CUT(n, p, c->room, mli_size_mul(T, mli_size_add(mli_size_mul(2, D), F)), sizeof(REAL));
         MLI_CUT(n, p, c->row_of, back * S, sizeof(int64_t));
         MLI_CUT(n, p, c->ptr, back * (E + 1), sizeof(int64_t));
         MLI_CUT(n, p, c->rows, back * S, sizeof(int64_t));
@@ -201,17 +203,15 @@ FN(job_begin)(FN(job) * q, const molae_ctx *ctx, const molae_experts *l, int64_t
     return MOLAE_OK;
 }
 
-/* Routes a chunk of N tokens from n0 on. */
+/* Routes a chunk of q->N tokens. */
 static molae_status
-FN(job_route)(FN(job) * q, const int64_t *index, const REAL *weight, int64_t N, int64_t n0,
-              molae_errinfo *err)
+FN(job_route)(FN(job) * q, const int64_t *index, const REAL *weight, molae_errinfo *err)
 {
-    const int64_t K = q->K;
+    const int64_t N = q->N, K = q->K;
     molae_status rc;
 
-    q->N = N;
-    q->index = index + n0 * K;
-    q->weight = weight + n0 * K;
+    q->index = index;
+    q->weight = weight;
     rc = molae_route(q->expert_ptr, q->rows, q->index, N, K, q->E, err);
     for (int i = 0; rc >= 0 && i < MLI_ROLES; i++) {
         FN(role) *r = &q->role[i];
@@ -226,6 +226,17 @@ FN(job_route)(FN(job) * q, const int64_t *index, const REAL *weight, int64_t N, 
         }
     }
     return rc;
+}
+
+/* What forward saves, or has saved, of the tokens from n0 on. */
+static void
+FN(job_saved)(FN(job) * q, const FN(molae_experts_saved) * saved, int64_t n0)
+{
+    q->gate = saved->gate + n0 * q->K * q->F;
+    q->up = saved->up + n0 * q->K * q->F;
+    q->role[MLI_GATE].z = saved->z_gate + n0 * q->role[MLI_GATE].width;
+    q->role[MLI_UP].z = saved->z_up + n0 * q->role[MLI_UP].width;
+    q->role[MLI_DOWN].z = saved->u + n0 * q->role[MLI_DOWN].width;
 }
 
 /* n numbers of type io, from number `at` on, as REAL: in place, or widened into `wide`. */

@@ -2,10 +2,10 @@
 #include <string.h>
 
 #include "../base/mem.h"
-#include "../molae.h"
+#include "experts.h"
 
-static molae_status
-check_index(const int64_t *index, int64_t N, int64_t K, int64_t E, molae_errinfo *err)
+molae_status
+mli_index_check(const int64_t *index, int64_t N, int64_t K, int64_t E, molae_errinfo *err)
 {
     *err = (molae_errinfo){NULL, -1, -1, -1};
     if (N < 0 || K < 1 || E < 1) {
@@ -41,7 +41,7 @@ molae_status
 molae_route(int64_t *expert_ptr, int64_t *rows, const int64_t *index, int64_t N, int64_t K,
             int64_t E, molae_errinfo *err)
 {
-    const molae_status rc = check_index(index, N, K, E, err);
+    const molae_status rc = mli_index_check(index, N, K, E, err);
 
     if (rc < 0)
         return rc;
@@ -70,7 +70,7 @@ molae_route_groups(int64_t *group_ptr, int64_t *tokens, int64_t *slot_row, const
 {
     char *p = ws;
     int64_t *last; /* (G,): the token that a group met last */
-    molae_status rc = check_index(index, N, K, E, err);
+    molae_status rc = mli_index_check(index, N, K, E, err);
 
     if (rc < 0)
         return rc;

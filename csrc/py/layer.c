@@ -184,6 +184,26 @@ pointers(Py_ssize_t n)
     return p;
 }
 
+/* *type of an array of weights: that of the arithmetic, or bfloat16 for float32. */
+static int
+stored_type(mli_pystate *st, const mli_py_call *c, const char *name, PyObject *obj,
+            molae_dtype *type)
+{
+    if (!PyArray_Check(obj)) {
+        PyErr_Format(st->ArgumentError, "%s: expected an array", name);
+        return -1;
+    }
+    if (mli_py_dtype(st, name, (PyArrayObject *)obj, type) < 0)
+        return -1;
+    if (*type != c->work && !(c->work == MOLAE_F32 && *type == MOLAE_BF16)) {
+        PyErr_Format(st->ArgumentError, "%s: expected %s for this x, got %S", name,
+                     c->work == MOLAE_F64 ? "float64" : "float32 or bfloat16",
+                     (PyObject *)PyArray_DESCR((PyArrayObject *)obj));
+        return -1;
+    }
+    return 0;
+}
+
 /* p and k from (private, group_of, rank, shared, perm, gauge, dtype of, bias). */
 static int
 projection_from(mli_pystate *st, mli_py_call *c, mli_py_projection *k, molae_projection *p,
@@ -210,18 +230,8 @@ projection_from(mli_pystate *st, mli_py_call *c, mli_py_projection *k, molae_pro
                          (Py_ssize_t)e);
             return -1;
         }
-    if (!PyArray_Check(like)) {
-        PyErr_Format(st->ArgumentError, "%s: expected an array", name->private_);
+    if (stored_type(st, c, name->private_, like, &p->dtype) < 0)
         return -1;
-    }
-    if (mli_py_dtype(st, name->private_, (PyArrayObject *)like, &p->dtype) < 0)
-        return -1;
-    if (p->dtype != c->work && !(c->work == MOLAE_F32 && p->dtype == MOLAE_BF16)) {
-        PyErr_Format(st->ArgumentError, "%s: expected %s for this x, got %S", name->private_,
-                     c->work == MOLAE_F64 ? "float64" : "float32 or bfloat16",
-                     (PyObject *)PyArray_DESCR((PyArrayObject *)like));
-        return -1;
-    }
     if ((k->lists[0] = take_list(st, name->private_, private_, E)) == NULL ||
         (k->lists[1] = take_list(st, name->shared, shared, p->G)) == NULL ||
         (k->lists[2] = take_list(st, name->perm, perm, p->G)) == NULL ||
@@ -288,10 +298,8 @@ compressed_from(mli_pystate *st, mli_py_call *c, PyObject *given)
                      (Py_ssize_t)c->K - 1, n);
         return -1;
     }
-    if (!PyArray_Check(vectors)) {
-        PyErr_SetString(st->ArgumentError, "embeddings: expected an array");
+    if (stored_type(st, c, "embeddings", vectors, &to->dtype) < 0)
         return -1;
-    }
     a = (PyArrayObject *)vectors;
     wide = PyArray_NDIM(a) == 3;
     if (wide && F > D) {
@@ -303,14 +311,6 @@ compressed_from(mli_pystate *st, mli_py_call *c, PyObject *given)
     }
     if (!wide)
         dims[1] = 2 * D + F;
-    if (mli_py_dtype(st, "embeddings", a, &to->dtype) < 0)
-        return -1;
-    if (to->dtype != c->work && !(c->work == MOLAE_F32 && to->dtype == MOLAE_BF16)) {
-        PyErr_Format(st->ArgumentError, "embeddings: expected %s for this x, got %S",
-                     c->work == MOLAE_F64 ? "float64" : "float32 or bfloat16",
-                     (PyObject *)PyArray_DESCR(a));
-        return -1;
-    }
     if (take(st, &c->spans, (label){"embeddings", -1}, vectors, to->dtype, wide ? 3 : 2, dims,
              wide ? "E3D" : "ET", 0) == NULL)
         return -1;

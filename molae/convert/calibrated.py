@@ -28,6 +28,7 @@ from molae.convert.naming import named
 from molae.errors import ArgumentError, CalibrationWarning
 from molae.factored import Split, group_tensors, index_groups
 from molae.fit import CompressedFit, Energies, LayerInput
+from molae.fit.compressed import LINEAR_STEPS, STEPS
 from molae.fit.factors import SharedFactors
 from molae.fit.layer import REFITS, Gathered, Part, factor_parts, runnable
 from molae.io import Checkpoint, map_file, numpy_dtype
@@ -41,8 +42,9 @@ GROUP_SIZES = (1, 2, 4, 8, 16, 32)
 #: Tokens on which group sizes are compared.
 TRIED_TOKENS = 8192
 
-#: Tokens to which compressed experts are fitted, and in about how many passes over them.
-COMPRESSED_TOKENS, COMPRESSED_STEPS = 8192, 45
+#: Tokens to which compressed experts are fitted, and in about how many passes over them: some
+#: measure, some of the steps are halved.
+COMPRESSED_TOKENS, COMPRESSED_STEPS = 8192, LINEAR_STEPS + STEPS + 5
 
 
 class Calibration(Protocol):

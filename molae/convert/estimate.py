@@ -20,6 +20,7 @@ from molae.fit import LayerInput
 from molae.fit.arguments import renumbered
 from molae.fit.layer import REFITS
 from molae.ops import Projection, latent_experts_forward
+from molae.ops.projection import latent_width
 from molae.threads import get_num_threads
 
 if TYPE_CHECKING:
@@ -142,8 +143,7 @@ def scratch_bytes(conversion: Conversion) -> int:
         return 0
     config, model, splits = conversion.config, conversion.model, _splits_by_kind(conversion)
     K, F = model.letters["K"], model.letters["F"]
-    ranks = [[rank for _, _, rank in s.latent_groups()] for _, s in splits.get("up_proj", [])]
-    width = max((min(sum(some), K * max(some)) for some in ranks), default=0)
+    width = max((latent_width(split.ranks, K) for _, split in splits.get("up_proj", [])), default=0)
     tokens = math.prod(conversion.calibration.sequences.shape)
     return conversion.calibration.scratch_bytes(
         trials=len(model.moe_layers) * len(TYPES) * len(TRIAL_SIZES),

@@ -14,6 +14,7 @@ import numpy as np
 from molae import fit
 from molae.errors import NonFiniteError, PrecisionWarning
 from molae.factored import Form, Split
+from molae.fit.arguments import renumbered
 from molae.threads import get_num_threads
 
 if TYPE_CHECKING:
@@ -152,14 +153,12 @@ def _fit(matrices: Matrices, split: Split, side: Side, solve: Solver) -> Fitted:
     latent = list(split.latent_groups())
     step = get_num_threads()
     for batch in (latent[at : at + step] for at in range(0, len(latent), step)):
-        experts = [i for _, group, _ in batch for i in group]
-        position = {i: at for at, i in enumerate(experts)}
-        groups = [tuple(position[i] for i in group) for _, group, _ in batch]
+        experts, groups = renumbered([group for _, group, _ in batch])
         with _numbered(experts), warnings.catch_warnings():
             # The report says where the direct SVD was needed; no warning for each group.
             warnings.simplefilter("ignore", PrecisionWarning)
             result, error[experts] = solve(
-                [matrices[i] for i in experts], groups, [rank for _, _, rank in batch], side
+                [matrices[i] for i in experts], list(groups), [rank for _, _, rank in batch], side
             )
         energy[experts] = result.energy
         for at, (g, _, rank) in enumerate(batch):

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from molae.errors import ArgumentError, NonFiniteError, ShapeError
+from molae.errors import ArgumentError, NonFiniteError
 from molae.fit.arguments import Array
-from molae.fit.reading import LayerInput
-from molae.ops import (
-    Gradients,
-    Projection,
-    compressed_experts_backward,
-    compressed_experts_forward,
-    latent_experts_forward,
-)
+from molae.fit.reading import Layer, LayerInput
+from molae.ops import Gradients, compressed_experts_backward, compressed_experts_forward
+from molae.ops.call import layer_sizes
 
 __all__ = ["CompressedFit", "compressed_experts"]
-
-Layer = tuple[Projection, Projection, Projection]
 
 #: How firmly the vectors are held to 1: this share of their expert's mean curvature.
 RIDGE = 0.01
@@ -126,15 +118,14 @@ def compressed_experts(
         raise ArgumentError(
             f"expected ridge > 0 and steps >= 0, got {ridge}, {linear_steps} and {steps}"
         )
-    for name in ("lost", "answers"):
-        rows = getattr(given, name)
-        if rows is not None and rows.shape != given.x.shape:
-            raise ShapeError(f"{name}: expected the shape of x, {given.x.shape}, got {rows.shape}")
+    given.check()
     K = given.index.shape[1]
     if not 1 <= num_compressed < K:
         raise ArgumentError(f"num_compressed: expected 1 to K - 1 = {K - 1}, got {num_compressed}")
-    problem = _Problem(given, layer, teacher or layer, num_compressed, ridge)
-    return problem.solve(linear_steps, steps)
+    if given.answers is None:  # once for all steps
+        own = replace(given, lost=None).aims(teacher or layer)
+        given = replace(given, answers=np.concatenate([aim for _, _, aim in own]))
+    return _Problem(given, layer, num_compressed, ridge).solve(linear_steps, steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,13 +139,9 @@ class _Point:
 
 
 class _Problem:
-    def __init__(
-        self, given: LayerInput, layer: Layer, teacher: Layer, n: int, ridge: float
-    ) -> None:
-        self._given, self._layer, self._teacher, self._n = given, layer, teacher, n
-        F = next(F for p, role in zip(layer, ("gate", "up", "down"), strict=True)
-                 if (F := p._inner(role)))  # fmt: skip
-        E, D = layer[0].num_experts, given.x.shape[1]
+    def __init__(self, given: LayerInput, layer: Layer, n: int, ridge: float) -> None:
+        self._given, self._layer, self._n = given, layer, n
+        (E, F), D = layer_sizes(*layer), given.x.shape[1]
         #: e2 among the numbers of an expert.
         self._middle = slice(D, D + F)
         self._one = np.ones((E, 2 * D + F), given.x.dtype)
@@ -232,25 +219,12 @@ class _Problem:
 
     # -------------------------------------------------------------------- over the tokens
 
-    def _aims(self) -> Iterator[tuple[tuple[Array, Array, Array], Array]]:
-        """A few tokens at a time, and what they should be answered."""
-        given = self._given
-        for some, x, index, weights in given.chunks():
-            call = x, index, weights
-            if given.answers is None:
-                aim = latent_experts_forward(*call, *self._teacher, activation=given.activation)
-            else:
-                aim = np.array(given.answers[some])
-            if given.lost is not None:
-                aim += given.lost[some]
-            yield call, aim
-
     def _measured(self) -> tuple[Array, float]:
         """``Σ share² ‖y‖²`` of each expert over the numbers that it has (E, 1), that of the others
         on average where it has none; and the target's squared length."""
         E, width = self._one.shape
         energy, target = np.zeros(E + 1), 0.0
-        for call, aim in self._aims():
+        for _, call, aim in self._given.aims(self._layer):
             _, index, weights = call
             y = compressed_experts_forward(
                 *call, *self._layer, self._one, self._n, activation=self._given.activation
@@ -272,7 +246,7 @@ class _Problem:
         gradient = np.zeros_like(v)
         squared = 0.0
         activation = self._given.activation
-        for call, aim in self._aims():
+        for _, call, aim in self._given.aims(self._layer):
             own = *call, *self._layer, v, self._n
             y, saved = compressed_experts_forward(*own, activation=activation, save=True)
             y -= aim

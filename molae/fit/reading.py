@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from molae.errors import ShapeError
 from molae.ops import Activation, Projection, latent_experts_forward, route
 
-__all__ = ["CHUNK", "LayerInput", "Routed", "answer_error"]
+__all__ = ["CHUNK", "Layer", "LayerInput", "Routed", "answer_error"]
 
 Array = npt.NDArray[Any]
+
+#: Gate, up and down.
+Layer = tuple[Projection, Projection, Projection]
 
 #: Tokens that are worked on at once.
 CHUNK = 2048
@@ -74,11 +78,35 @@ class LayerInput:
             some = slice(at, min(at + CHUNK, len(self.x)))
             yield some, np.array(self.x[some]), self.index[some], self.weights[some]
 
+    def aims(self, teacher: Layer) -> Iterator[tuple[slice, tuple[Array, Array, Array], Array]]:
+        """The same, and what should be answered: `answers`, or what the teacher's experts answer,
+        and `lost`."""
+        for some, *call in self.chunks():
+            x, index, weights = call
+            if self.answers is None:
+                aim = latent_experts_forward(
+                    x, index, weights, *teacher, activation=self.activation
+                )
+            else:
+                aim = np.array(self.answers[some])
+            if self.lost is not None:
+                aim += self.lost[some]
+            yield some, (x, index, weights), aim
+
+    def check(self) -> None:
+        """Raises ShapeError where `lost` or `answers` are not of the shape of `x`."""
+        for name in ("lost", "answers"):
+            rows = getattr(self, name)
+            if rows is not None and rows.shape != self.x.shape:
+                raise ShapeError(
+                    f"{name}: expected the shape of x, {self.x.shape}, got {rows.shape}"
+                )
+
 
 def answer_error(
     given: LayerInput,
-    student: tuple[Projection, Projection, Projection],
-    teacher: tuple[Projection, Projection, Projection],
+    student: Layer,
+    teacher: Layer,
 ) -> float:
     """How far a layer's answers are from those of other experts.
 

@@ -9,12 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from molae.errors import ArgumentError, ShapeError
+from molae.errors import ArgumentError
 from molae.fit.moments import SecondMoments, second_moments
-from molae.fit.reading import CHUNK, LayerInput, Routed
+from molae.fit.reading import CHUNK, Layer, LayerInput, Routed
 from molae.fit.refit_metrics import FactorMetric, RowMetric, latent_grams
 from molae.ops import (
-    ROLES,
     Gradients,
     Projection,
     ProjectionGradients,
@@ -23,11 +22,11 @@ from molae.ops import (
     latent_experts_backward,
     latent_experts_forward,
 )
+from molae.ops.call import layer_sizes
 
 __all__ = ["Refit", "in_dtype", "refit"]
 
 Array = npt.NDArray[Any]
-Layer = tuple[Projection, Projection, Projection]
 
 #: How firmly factors are held to where they were: this share of their mean moments.
 HOLD = 0.03
@@ -136,10 +135,7 @@ def refit(
         raise ArgumentError("metric: needed to fit up")
     if steps < 0 or not hold > 0:
         raise ArgumentError(f"expected steps >= 0 and hold > 0, got {steps} and {hold}")
-    for name in ("lost", "answers"):
-        rows = getattr(given, name)
-        if rows is not None and rows.shape != given.x.shape:
-            raise ShapeError(f"{name}: expected the shape of x, {given.x.shape}, got {rows.shape}")
+    given.check()
     return _Problem(given, student, which, metric, hold).solve(teacher, steps)
 
 
@@ -224,23 +220,16 @@ class _Problem:
         squared = target = 0.0
         hidden: SecondMoments | None = None
         if self._which == "down":
-            F = self._own._inner("down") or 1
+            _, F = layer_sizes(*self._student)
             hidden = SecondMoments.nothing(self._E, F, self._given.x.dtype)
-        for some, x, index, weights in self._given.chunks():
-            call = (x, index, weights)
-            if self._given.answers is None:
-                aim = latent_experts_forward(*call, *teacher, activation=self._given.activation)
-            else:
-                aim = np.array(self._given.answers[some])
-            if self._given.lost is not None:
-                aim += self._given.lost[some]
+        for some, call, aim in self._given.aims(teacher):
             y, saved = self._forward(some, call, self._student)
             missing = aim - y
             squared += float(np.square(missing, dtype=np.float64).sum())
             target += float(np.square(aim, dtype=np.float64).sum())
             self._backward(missing, saved, call, self._student, grads)
             if hidden is not None:
-                routed = Routed.of(index, weights, self._E)
+                routed = Routed.of(*call[1:], self._E)
                 h = activate(
                     routed.cut(saved.gate),
                     routed.cut(saved.up),
@@ -352,7 +341,7 @@ class _Kept:
     ) -> None:
         N, K = given.index.shape
         gate, up, down = layer
-        F = next((F for p, role in zip(layer, ROLES, strict=True) if (F := p._inner(role))), 1)
+        _, F = layer_sizes(gate, up, down)
         #: Of each array how many rows a token has, and how long they are.
         self._shapes = {
             "gate": (K, F),

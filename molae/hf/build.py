@@ -89,15 +89,14 @@ def latent_model(
         )
     moe_layers = family.read_moe_layers(raw)
     quant = raw.get("quantization_config")
-    if group_size is None and rank is None and quant:
+    factored = Factored("scratch", form, "", {}, __version__)
+    if group_size is not None or rank is not None:
+        kinds = _splits(group_size, rank, letters["E"], letters["D"])
+        factored = dataclasses.replace(factored, layers=dict.fromkeys(moe_layers, kinds))
+    elif quant:
         factored = Factored.from_dict(quant, E=letters["E"], D=letters["D"], K=letters["K"])
-    elif group_size is None and rank is None and not num_compressed:
+    elif not num_compressed:
         raise ArgumentError("group_size and rank: needed, the config says nothing of groups")
-    else:
-        some = group_size is not None or rank is not None
-        kinds = _splits(group_size, rank, letters["E"], letters["D"]) if some else {}
-        layers = dict.fromkeys(moe_layers, kinds) if some else {}
-        factored = Factored("scratch", form, "", layers, __version__)
     if num_compressed:
         compressed = dict.fromkeys(moe_layers, num_compressed)
         factored = dataclasses.replace(factored, compressed=compressed)

@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 
 from molae import _core
 from molae.ops import ACTIVATIONS
+from molae.ops.projection import latent_width
 from molae.threads import get_num_threads
 
 if TYPE_CHECKING:
@@ -286,10 +287,7 @@ class _Experts(torch.autograd.Function):
         y = torch.empty_like(x)
         kept: tuple[torch.Tensor, ...] = ()
         if any(ctx.needs_input_grad):
-            widths = [
-                min(sum(ranks), K * max(ranks, default=0))
-                for ranks in ([g.rank for g in groups if g.rank] for groups in factors.values())
-            ]
+            widths = [latent_width((g.rank for g in groups), K) for groups in factors.values()]
             shapes = [(N * K, F), (N * K, F), *((N, width) for width in widths)]
             kept = tuple(_empty(shape, weights) for shape in shapes)
         call = _Experts.call(layer, index, x, weights, vectors, tensors)

@@ -18,7 +18,7 @@ from molae.ops.results import Gradients, ProjectionGradients, Saved
 from molae.ops.routing import as_index
 from molae.threads import get_num_threads
 
-__all__ = ["ROLES", "Call"]
+__all__ = ["ROLES", "Call", "layer_sizes"]
 
 Array = npt.NDArray[Any]
 
@@ -56,16 +56,20 @@ class Call:
         x: Array,
         top_k_index: npt.ArrayLike,
         top_k_weights: Array,
-        weights: Mapping[str, Weights],
-        biases: Mapping[str, Array | None],
+        layer: tuple[Weights, Weights, Weights],
+        layer_biases: tuple[Array | None, Array | None, Array | None],
         act: tuple[str, float, float],
         compressed: tuple[Array, int] | None = None,
     ) -> Call:
+        """Of gate, up and down, their biases, (activation, alpha, limit), and of compressed
+        experts the embeddings and how many they are."""
+        weights = dict(zip(ROLES, layer, strict=True))
+        biases = dict(zip(ROLES, layer_biases, strict=True))
         activation, alpha, limit = act
         number = activation_number(activation)
         x = contiguous(np.asarray(x))
         index = as_index(top_k_index)
-        E, F = _sizes(weights)
+        E, F = layer_sizes(*layer)
         if compressed is not None:
             compressed = contiguous(np.asarray(compressed[0])), int(compressed[1])
         core = (
@@ -195,11 +199,11 @@ class Call:
         return Gradients(**made)
 
 
-def _sizes(weights: Mapping[str, Weights]) -> tuple[int, int]:
-    """E and F."""
+def layer_sizes(gate: Weights, up: Weights, down: Weights) -> tuple[int, int]:
+    """E and F; where all ranks are 0 and nothing tells, F is 1."""
     inner: list[int] = []
     counts: list[int] = []
-    for role, W in weights.items():
+    for role, W in zip(ROLES, (gate, up, down), strict=True):
         if isinstance(W, Projection):
             counts.append(W.num_experts)
             F = W._inner(role)

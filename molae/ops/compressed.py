@@ -102,15 +102,9 @@ def compressed_experts_forward(
     >>> bool(np.allclose(y, main))
     True
     """
-    call = Call.of(
-        x,
-        top_k_index,
-        top_k_weights,
-        {"gate": gate, "up": up, "down": down},
-        {"gate": gate_bias, "up": up_bias, "down": down_bias},
-        (activation, alpha, limit),
-        (embeddings, num_compressed),
-    )
+    layer, biases = (gate, up, down), (gate_bias, up_bias, down_bias)
+    act, compressed = (activation, alpha, limit), (embeddings, num_compressed)
+    call = Call.of(x, top_k_index, top_k_weights, layer, biases, act, compressed)
     return call.forward(save=save, out=out)
 
 
@@ -169,15 +163,9 @@ def compressed_experts_backward(
     >>> d.embeddings.shape, bool(d.embeddings[0].any()), bool(d.embeddings[1].any())
     ((4, 3, 16), False, True)
     """
-    call = Call.of(
-        x,
-        top_k_index,
-        top_k_weights,
-        {"gate": gate, "up": up, "down": down},
-        {"gate": gate_bias, "up": up_bias, "down": down_bias},
-        (activation, alpha, limit),
-        (embeddings, num_compressed),
-    )
+    layer, biases = (gate, up, down), (gate_bias, up_bias, down_bias)
+    act, compressed = (activation, alpha, limit), (embeddings, num_compressed)
+    call = Call.of(x, top_k_index, top_k_weights, layer, biases, act, compressed)
     return call.backward(dy, saved, wanted=wanted, out=out)
 
 

@@ -182,14 +182,9 @@ def latent_experts_forward(
     >>> bool(np.allclose(y, molae.ops.experts_forward(x, index, g, gate, up, down)))
     True
     """
-    call = Call.of(
-        x,
-        top_k_index,
-        top_k_weights,
-        {"gate": gate, "up": up, "down": down},
-        {"gate": gate_bias, "up": up_bias, "down": down_bias},
-        (activation, alpha, limit),
-    )
+    layer, biases = (gate, up, down), (gate_bias, up_bias, down_bias)
+    act = activation, alpha, limit
+    call = Call.of(x, top_k_index, top_k_weights, layer, biases, act)
     return call.forward(save=save, known=known, out=out)
 
 
@@ -331,14 +326,9 @@ def latent_experts_backward(
     >>> d.x.shape, d.gate.private[0].shape, d.gate.shared[0].shape, d.down.shape
     ((3, 16), (4, 8, 5), (5, 11), (4, 16, 8))
     """
-    call = Call.of(
-        x,
-        top_k_index,
-        top_k_weights,
-        {"gate": gate, "up": up, "down": down},
-        {"gate": gate_bias, "up": up_bias, "down": down_bias},
-        (activation, alpha, limit),
-    )
+    layer, biases = (gate, up, down), (gate_bias, up_bias, down_bias)
+    act = activation, alpha, limit
+    call = Call.of(x, top_k_index, top_k_weights, layer, biases, act)
     return call.backward(dy, saved, wanted=wanted, out=out)
 
 

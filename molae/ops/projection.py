@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ from molae.ops.routing import as_partition, group_numbers
 if TYPE_CHECKING:
     from molae.fit import SharedFactors
 
-__all__ = ["Projection", "Weights"]
+__all__ = ["Projection", "Weights", "latent_width"]
 
 Array = npt.NDArray[Any]
 Form = Literal["gauge", "plain"]
@@ -149,8 +149,7 @@ class Projection:
 
     def width(self, K: int) -> int:
         """Latent numbers of a token that goes to K experts, at most: ``min(Σ R, K max R)``."""
-        ranks = [rank for rank in self.ranks if rank]
-        return min(sum(ranks), K * max(ranks, default=0))
+        return latent_width(self.ranks, K)
 
     @cached_property
     def _group_of(self) -> Array:
@@ -192,3 +191,9 @@ class Projection:
 
 
 Weights = Array | Projection
+
+
+def latent_width(ranks: Iterable[int | None], K: int) -> int:
+    """Latent numbers of a token that goes to K experts of groups of these ranks, at most."""
+    some = [rank for rank in ranks if rank]
+    return min(sum(some), K * max(some, default=0))
