@@ -144,6 +144,24 @@ def moments_product(
     /,
 ) -> None: ...
 
+# w, m, v, g (n): one step, in place
+def adamw(
+    w: npt.NDArray[Any],
+    m: npt.NDArray[Any],
+    v: npt.NDArray[Any],
+    g: npt.NDArray[Any],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    step: int,
+    scale: float,
+    num_threads: int,
+    /,
+) -> None: ...
+def sum_squares(a: npt.NDArray[np.float32], /) -> float: ...
+
 # outs: (h,) or (h, dgate, dup), of the shape of gate and up
 def activate(
     outs: tuple[npt.NDArray[Any], ...],
@@ -169,6 +187,11 @@ def gauge(B: npt.NDArray[Any], /) -> tuple[npt.NDArray[Any], npt.NDArray[np.int3
 def route(
     index: npt.ArrayLike, E: int, group_of: npt.ArrayLike | None, G: int, /
 ) -> tuple[Any, ...]: ...
+
+# index, weights (N,K) -> main, aux (N,K)
+def split_slots(
+    index: npt.ArrayLike, weights: npt.NDArray[Any], E: int, n: int, /
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
 
 # call: (x (N,D), index (N,K), weights (N,K), gate, up, down, E, F, activation, alpha, limit), where
 # gate, up, down: (private: E arrays (F,D) or (F,R), down (D,F) or (R,F); group_of (E); rank (G), -1

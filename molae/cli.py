@@ -386,6 +386,9 @@ def _add_convert_options(convert: argparse.ArgumentParser) -> None:
     text_options.add_argument(
         "--compressed-experts", type=int, default=0, metavar="N", help=text("compressed_experts")
     )
+    text_options.add_argument(
+        "--light-module", default="vectors", metavar="FORM", help=text("light_module")
+    )
     text_options.add_argument("--max-memory", metavar="SIZE", help=text("max_memory"))
     text_options.add_argument(
         "--stats",
@@ -432,6 +435,7 @@ def _config(args: argparse.Namespace) -> Any:
             drop_idle=args.drop_idle,
             refit=not args.no_refit,
             compressed_experts=args.compressed_experts,
+            light_module=args.light_module,
             max_memory=args.max_memory,
         )
     except ArgumentError as error:

@@ -124,8 +124,16 @@ class ConvertConfig:
         default=0,
         metadata={
             "help": "With a calibration text: so many of a token's experts, the last by their "
-            "routing weights, do not run but act through light vectors that are fitted to what "
-            "the layer answers."
+            "routing weights, do not run; what acts in their place is fitted to what the layer "
+            "answers."
+        },
+    )
+    light_module: str = field(
+        default="vectors",
+        metadata={
+            "help": "What acts in the place of compressed experts: vectors (that scale what the "
+            "other experts read), additive (a vector an expert), narrow:UNITS or narrow:1/N (an "
+            "expert of so many units, or of that share of them)."
         },
     )
     max_memory: int | str | None = field(
@@ -155,6 +163,8 @@ class ConvertConfig:
                 "compressed_experts: expected a whole number of at least 0, got "
                 f"{self.compressed_experts!r}"
             )
+        if not isinstance(self.light_module, str):
+            raise ArgumentError(f"light_module: expected a text, got {self.light_module!r}")
         object.__setattr__(self, "group_size", _check_group_size(self.group_size))
         if self.max_memory is not None:
             object.__setattr__(self, "max_memory", _nbytes("max_memory", self.max_memory))

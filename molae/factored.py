@@ -8,32 +8,36 @@ described in ``docs/formats.md``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from molae.config import TYPES
-from molae.errors import CheckpointError
+from molae.errors import ArgumentError, CheckpointError
 
 __all__ = [
     "FORMAT_VERSION",
     "FORMS",
     "QUANT_METHOD",
+    "VECTORS",
     "Factored",
     "Form",
+    "LightModule",
     "Part",
     "Split",
-    "compressed_tensor",
     "group_tensors",
     "index_groups",
     "numbers_by_role",
 ]
 
 QUANT_METHOD = "molae"
-#: 2 has compressed experts.
-FORMAT_VERSION = 2
+#: 2 has compressed experts, 3 narrow experts in their place.
+FORMAT_VERSION = 3
 Form = Literal["gauge", "plain"]
 FORMS: tuple[Form, ...] = ("gauge", "plain")
+
+_NARROW = re.compile(r"narrow:(?:(\d+)|1/([1-9]\d*))")
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,65 @@ def group_tensors(
     )
 
 
-def compressed_tensor(prefix: str, *, E: int, F: int, D: int) -> Part:
-    """Name and shape of a layer's embeddings of compressed experts."""
-    return Part("compressed", f"{prefix}.compressed", (E, 2 * D + F))
+@dataclass(frozen=True)
+class LightModule:
+    """What acts in the place of a compressed expert.
+
+    Parameters
+    ----------
+    units : int or None
+        None: vectors of 2 D + F numbers that scale what the others read, as in
+        `molae.ops.compressed_experts_forward`. Else a narrow expert of so many units and a bias, as
+        in `molae.ops.narrow_experts_forward`; with 0 units the bias alone.
+    """
+
+    units: int | None = None
+
+    @classmethod
+    def parse(cls, text: str, F: int) -> LightModule:
+        """From 'vectors', 'additive', 'narrow:M' or, as a share of F, 'narrow:1/8'.
+
+        Raises
+        ------
+        ArgumentError
+            Another text, or a width that is not 1 to F.
+        """
+        if text in ("vectors", "additive"):
+            return cls(None if text == "vectors" else 0)
+        match = _NARROW.fullmatch(text)
+        if match is None:
+            raise ArgumentError(
+                "light_module: expected vectors, additive, narrow:UNITS or narrow:1/N, got "
+                f"{text!r}"
+            )
+        units = F // int(match[2]) if match[2] else int(match[1])
+        if not 1 <= units <= F:
+            raise ArgumentError(
+                f"light_module: {text!r} are {units} units, the experts have {F}; take 1 to {F}"
+            )
+        return cls(units)
+
+    @property
+    def title(self) -> str:
+        """Such as 'narrow experts of 128 units'."""
+        if self.units is None:
+            return "vectors that scale what the others read"
+        if self.units == 0:
+            return "additive vectors"
+        return f"narrow experts of {self.units} unit{'s' * (self.units > 1)}"
+
+    def numbers(self, *, F: int, D: int) -> int:
+        """Of one expert; a row costs twice as many operations."""
+        return 2 * D + F if self.units is None else (3 * self.units + 1) * D
+
+    def tensors(self, prefix: str, *, E: int, F: int, D: int) -> tuple[Part, ...]:
+        """Names and shapes of one layer's, roles as in `molae.ops.NarrowExperts`."""
+        if self.units is None:
+            return (Part("compressed", f"{prefix}.compressed", (E, 2 * D + F)),)
+        m = self.units
+        shapes = {"gate": (E, m, D), "up": (E, m, D), "down": (E, D, m)} if m else {}
+        parts = [Part(role, f"{prefix}.light.{role}_proj", s) for role, s in shapes.items()]
+        return (*parts, Part("bias", f"{prefix}.light.bias", (E, D)))
 
 
 def numbers_by_role(split: Split, *, F: int, D: int, form: Form) -> dict[str, int]:
@@ -146,6 +206,10 @@ def numbers_by_role(split: Split, *, F: int, D: int, form: Form) -> dict[str, in
     return totals
 
 
+#: The form of the paper.
+VECTORS = LightModule()
+
+
 @dataclass(frozen=True)
 class Factored:
     """The ``quantization_config`` of a converted checkpoint.
@@ -153,7 +217,7 @@ class Factored:
     `layers` holds the types that are stored in molae's form; a type without an
     entry is stored as the source stores it. `layout` is the name of the source's
     layout in the family's description. `compressed` says of each layer that has compressed
-    experts how many of a token's they are.
+    experts how many of a token's they are, and `light` what acts in their place.
     """
 
     method: str
@@ -162,13 +226,16 @@ class Factored:
     layers: Mapping[int, Mapping[str, Split]]
     molae_version: str
     compressed: Mapping[int, int] = field(default_factory=dict)
+    light: LightModule = VECTORS
 
     def to_dict(self) -> dict[str, Any]:
         """The value of ``quantization_config`` in ``config.json``."""
         compressed = {str(layer): n for layer, n in self.compressed.items()}
+        narrow = bool(compressed) and self.light.units is not None
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION if compressed else 1,  # what older ones can read
+            # What older ones can read.
+            "format_version": 3 if narrow else 2 if compressed else 1,
             "molae_version": self.molae_version,
             "method": self.method,
             "form": self.form,
@@ -178,12 +245,12 @@ class Factored:
                 for layer, kinds in self.layers.items()
             },
             **({"compressed_experts": compressed} if compressed else {}),
+            **({"light_units": self.light.units} if narrow else {}),
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, E: int, D: int, K: int) -> Factored:
-        """Read and check the ``quantization_config`` of a model with E experts of width D, of
-        which a token has K.
+    def from_dict(cls, data: Mapping[str, Any], letters: Mapping[str, int]) -> Factored:
+        """Read and check the ``quantization_config`` of a model with these E, K, D and F.
 
         Raises
         ------
@@ -209,6 +276,12 @@ class Factored:
             raise CheckpointError(
                 f"quantization_config.form: expected one of {FORMS}, got {form!r}"
             )
+        E, K, D, F = (letters[letter] for letter in "EKDF")
+        units = data.get("light_units")
+        if units is not None and not (_is_count(units) and units <= F):
+            raise CheckpointError(
+                f"quantization_config.light_units: expected 0 to F = {F}, got {units!r}"
+            )
         layers = data.get("layers")
         if not isinstance(layers, Mapping):
             raise CheckpointError("quantization_config.layers: missing, or not a JSON object")
@@ -221,6 +294,7 @@ class Factored:
             },
             molae_version=str(data.get("molae_version")),
             compressed=_read_compressed(data.get("compressed_experts", {}), K),
+            light=LightModule(units),
         )
 
 

@@ -128,7 +128,11 @@ def by_definition(experts: Any, x: Any, index: Any, weights: Any) -> torch.Tenso
     one, two, three = (torch.ones(n, dtype=x.dtype) for n in _widths(experts))
     for t in range(len(x)):
         slots = range(index.shape[1])
-        if experts.num_compressed:
+        if experts.light is not None:
+            call = weights[t].tolist(), index[t].tolist(), experts.num_compressed
+            slots, aux = ref_compressed.split(*call)
+            y[t] += _narrow(experts.light, x[t], index[t], weights[t], aux)
+        elif experts.num_compressed:
             call = weights[t].tolist(), index[t].tolist(), experts.num_compressed
             vectors = experts.compressed.detach().double().split(_widths(experts), 1)
             parts = ref_compressed.theta(*call, [v.numpy() for v in vectors], experts.num_experts)
@@ -140,6 +144,20 @@ def by_definition(experts: Any, x: Any, index: Any, weights: Any) -> torch.Tenso
                 gate = own["gate_proj"][e] @ (x[t] * one)
                 hidden = experts.act_fn(gate) * (own["up_proj"][e] @ (x[t] * three)) * two
                 y[t] += weights[t, k] * (own["down_proj"][e] @ hidden)
+    return y
+
+
+def _narrow(light: Any, x: Any, index: Any, weights: Any, aux: Any) -> Any:
+    """What narrow experts give for the slots `aux` of one token."""
+    own = {name: p.detach().double() for name, p in light.named_parameters()}
+    y = torch.zeros_like(x)
+    for k in aux:
+        e = int(index[k])
+        if e < light.num_experts:
+            y += weights[k] * own["bias"][e]
+            if light.intermediate_dim:
+                hidden = light.act_fn(own["gate_proj"][e] @ x) * (own["up_proj"][e] @ x)
+                y += weights[k] * (own["down_proj"][e] @ hidden)
     return y
 
 
@@ -155,6 +173,8 @@ def absolute(experts: Any, x: Any, index: Any, weights: Any) -> torch.Tensor:
     """
     twin = copy.deepcopy(experts).double()
     twin.act_fn = torch.nn.Identity()
+    if twin.light is not None:
+        twin.light.act_fn = twin.act_fn
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.abs_()

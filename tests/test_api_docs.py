@@ -20,6 +20,7 @@ SHOWN_ELSEWHERE = {
     "molae.fit.LayerInput",
     "molae.fit.LayerMoments",
     "molae.fit.Refit",
+    "molae.fit.NarrowFit",
     "molae.fit.RowMetric",
     "molae.fit.SecondMoments",
     "molae.fit.SharedFactors",

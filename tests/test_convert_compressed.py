@@ -26,6 +26,7 @@ from molae.demo.corpus import builtin_text
 from molae.errors import ArgumentError
 from molae.hf import LatentExperts, hide_progress
 from molae.hf.calibrate import Calibration
+from molae.hf.experts import NarrowExperts
 from molae.io import open_checkpoint
 from molae.report.tables import plan_view, report_view
 
@@ -98,7 +99,14 @@ def test_every_family_is_converted(tmp_path, family, size):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"size": 1.0}, {"size": 0.5}, {"size": 0.5, "one_shot": True}]
+    "settings",
+    [
+        {"size": 1.0},
+        {"size": 0.5},
+        {"size": 0.5, "one_shot": True},
+        {"size": 0.6, "light_module": "narrow:1/4"},
+        {"size": 1.0, "light_module": "additive"},
+    ],
 )
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(source, tmp_path, settings):
     run_on(source, tmp_path / "whole", **settings)
@@ -119,6 +127,55 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(source, tmp_path, 
     assert len(written()) == 1
     run_on(source, tmp_path / "dst", **settings)
     assert tree(tmp_path / "dst") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("light", "units"), [("additive", 0), ("narrow:3", 3), ("narrow:1/4", 3)])
+@pytest.mark.parametrize("size", [1.0, 0.7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gets_narrow_experts(tmp_path, family, size, light, units):
+    transformers_checkpoint(tmp_path / "src", family, config=SETTINGS, **SIZES)
+    report = run_on(tmp_path / "src", tmp_path / "dst", size=size, light_module=light)
+    found = molae.inspect(tmp_path / "dst")
+    layers = found.moe_layers
+    assert (found.factored.compressed, found.factored.light.units) == (
+        dict.fromkeys(layers, 1),
+        units,
+    )
+    for row in report.compressed:
+        start, linear, end = row.layer_error
+        assert end < start
+        assert linear < start
+    own = (3 * units + 1) * D
+    if size < 1:
+        assert report.plan["size_reached"] <= size
+    else:
+        assert report.plan["size_reached"] == pytest.approx(1 + own / (3 * F * D))
+        before = molae.inspect(tmp_path / "src").active_parameters
+        assert before - found.active_parameters == len(layers) * (3 * F * D - own)
+    model = load(tmp_path / "dst")
+    assert all(m.num_compressed == 1 for m in experts_of(model) if not isinstance(m, NarrowExperts))
+    with torch.no_grad():
+        assert torch.isfinite(model(tokens()).logits).all()
+    assert Report.from_file(tmp_path / "dst") == report
+
+
+def test_the_next_layer_reads_what_narrow_experts_answer(source, tmp_path):
+    run_on(source, tmp_path / "dst", size=1.0, light_module="narrow:3")
+    model = load(tmp_path / "dst")
+    with Calibration(source, IDS, length=40) as run:
+        with open_checkpoint(tmp_path / "dst") as found:
+            described = molae.arch.describe(found, converted=True)
+            for layer in described.moe_layers:
+                base = f"{described.experts_prefix(layer)}.light"
+                roles = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "bias": "bias"}
+                own = {r: np.array(found.array(f"{base}.{name}")) for r, name in roles.items()}
+                run.advance(layer, None, (molae.ops.NarrowExperts.of(own), 1))
+        run._walk.up_to(len(run._stream), run._tell)
+        ids = torch.from_numpy(run.sequences)
+        with torch.no_grad():
+            last = model.model(ids, output_hidden_states=True).hidden_states[-1]
+            mine = model.model.norm(torch.from_numpy(np.array(run._walk.states)))
+    torch.testing.assert_close(mine, last, rtol=1e-4, atol=1e-5)
 
 
 def test_the_next_layer_reads_what_the_loaded_model_makes(source, tmp_path):
@@ -168,6 +225,14 @@ def test_what_makes_no_sense_is_refused(source, tmp_path):
     for wrong in (-1, 1.5, True, "1"):
         with pytest.raises(ArgumentError, match="compressed_experts: expected a whole number"):
             molae.ConvertConfig(compressed_experts=wrong)
+    with Calibration(source, IDS, length=40) as calibration:
+        for light, text in (
+            ("narrow:99", "99 units, the experts have 12"),
+            ("wide", "expected vectors"),
+        ):
+            config = molae.ConvertConfig(size=1.0, compressed_experts=1, light_module=light)
+            with pytest.raises(ArgumentError, match=f"light_module: .*{text}"):
+                convert(source, tmp_path / "dst", config, calibration=calibration)
 
 
 def test_the_plan_the_report_and_the_command(source, tmp_path, capsys):
@@ -189,9 +254,10 @@ def test_the_plan_the_report_and_the_command(source, tmp_path, capsys):
     src, dst = str(molae.demo.CHECKPOINT), str(tmp_path / "dst")
     options = ["--calibration", str(text), "--calibration-length", "128", "--size", "1.0"]
     assert main(["convert", src, dst, *options, "--compressed-experts", "2"]) == 0
-    assert "The last 2 of a token's experts act through light vectors" in capsys.readouterr().out
+    assert "The last 2 of a token's experts do not run." in capsys.readouterr().out
     card = (tmp_path / "dst" / "README.md").read_text()
-    assert "The last 2 of a token's experts do not run" in card
+    assert "The last 2 of a token's experts do not run; vectors that scale" in card
+    assert "molae materialize" not in card
     assert "fitted to a calibration text" in card
     assert main(["inspect", dst]) == 0
     assert "2 in layer 0" in capsys.readouterr().out
@@ -200,4 +266,4 @@ def test_the_plan_the_report_and_the_command(source, tmp_path, capsys):
     assert main(["convert", src, dst, "--overwrite", "--compressed-experts", "2"]) == 2
     assert "--compressed-experts: only with --calibration FILE" in capsys.readouterr().err
     console.print(report_view(Report.from_file(dst)))
-    assert "without them" in console.file.getvalue()
+    assert "Without them the layers' answers" in console.file.getvalue()

@@ -2,22 +2,24 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molae.errors import CheckpointError
+from molae.errors import ArgumentError, CheckpointError
 from molae.factored import (
     Factored,
+    LightModule,
     Part,
     Split,
-    compressed_tensor,
     group_tensors,
     index_groups,
     numbers_by_role,
 )
 from molae.fit import stored_numbers
 
+LETTERS = {"E": 5, "K": 3, "D": 8, "F": 6}
 SPLIT = Split(((0, 2), (1,), (3, 4)), (3, 0, None))
 WHOLE = Factored(
     method="latent",
@@ -29,14 +31,42 @@ WHOLE = Factored(
 
 
 def test_it_survives_a_dict():
-    assert Factored.from_dict(WHOLE.to_dict(), E=5, D=8, K=3) == WHOLE
+    assert Factored.from_dict(WHOLE.to_dict(), LETTERS) == WHOLE
 
 
 def test_compressed_experts_are_of_a_newer_format():
     both = replace(WHOLE, compressed={0: 1, 7: 2})
-    assert Factored.from_dict(both.to_dict(), E=5, D=8, K=3) == both
+    assert Factored.from_dict(both.to_dict(), LETTERS) == both
     assert (WHOLE.to_dict()["format_version"], both.to_dict()["format_version"]) == (1, 2)
-    assert compressed_tensor("P", E=4, F=6, D=8) == Part("compressed", "P.compressed", (4, 22))
+    (part,) = both.light.tensors("P", E=4, F=6, D=8)
+    assert part == Part("compressed", "P.compressed", (4, 22))
+    assert both.light.numbers(F=6, D=8) == 22
+
+
+@pytest.mark.parametrize("units", [0, 2])
+def test_narrow_experts_are_of_the_newest_format(units):
+    narrow = replace(WHOLE, compressed={0: 1}, light=LightModule(units))
+    data = narrow.to_dict()
+    assert (data["format_version"], data["light_units"]) == (3, units)
+    assert Factored.from_dict(data, LETTERS) == narrow
+    parts = {part.name: part.shape for part in narrow.light.tensors("P", E=4, F=6, D=8)}
+    wide = {"gate": (4, 2, 8), "up": (4, 2, 8), "down": (4, 8, 2)} if units else {}
+    assert parts == {**{f"P.light.{k}_proj": s for k, s in wide.items()}, "P.light.bias": (4, 8)}
+    assert narrow.light.numbers(F=6, D=8) * 4 == sum(np.prod(shape) for shape in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [("vectors", None), ("additive", 0), ("narrow:5", 5), ("narrow:1/3", 2), ("narrow:1/1", 6)],
+)
+def test_light_modules_have_names(text, units):
+    assert LightModule.parse(text, 6) == LightModule(units)
+
+
+@pytest.mark.parametrize("text", ["", "narrow", "narrow:0", "narrow:7", "narrow:1/7", "narrow:-1"])
+def test_light_modules_that_make_no_sense_are_refused(text):
+    with pytest.raises(ArgumentError, match="light_module"):
+        LightModule.parse(text, 6)
 
 
 def changed(path, value):
@@ -55,7 +85,10 @@ GATE = ("layers", "0", "gate_proj")
     ("path", "value", "named"),
     [
         (("quant_method",), "gptq", "quant_method"),
-        (("format_version",), 3, "newer molae"),
+        (("format_version",), 4, "newer molae"),
+        (("light_units",), 7, "light_units: expected 0 to F = 6"),
+        (("light_units",), -1, "light_units"),
+        (("light_units",), True, "light_units"),
         (("compressed_experts",), [1], "compressed_experts"),
         (("compressed_experts",), {"x": 1}, "'x'"),
         (("compressed_experts",), {"0": 3}, "compressed_experts.0: expected 1 to K - 1 = 2"),
@@ -82,7 +115,7 @@ GATE = ("layers", "0", "gate_proj")
 )
 def test_what_makes_no_sense_is_refused_by_name(path, value, named):
     with pytest.raises(CheckpointError) as caught:
-        Factored.from_dict(changed(path, value), E=5, D=8, K=3)
+        Factored.from_dict(changed(path, value), LETTERS)
     assert named in str(caught.value)
 
 

@@ -20,7 +20,7 @@ import molae.hf.experts
 import molae.hf.forward
 import molae.hf.native
 from molae.errors import ArgumentError
-from molae.factored import Split, index_groups
+from molae.factored import LightModule, Split, index_groups
 from molae.hf import LatentExperts
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unset_is_nan")
@@ -38,6 +38,10 @@ SPLITS = {
     "full rank": dict.fromkeys(("gate", "up", "down"), Split(index_groups(E, 2), (D, D, D))),
     "alone": dict.fromkeys(("gate", "up", "down"), Split(index_groups(E, 1), (4,) * E)),
     "compressed": {"gate": SAME, "up": SAME, "down": SAME, "num_compressed": 1},
+    "narrow": {"gate": SAME, "up": SAME, "down": SAME, "num_compressed": 1,
+               "light": LightModule(3)},
+    "additive": {"gate": None, "up": None, "down": None, "num_compressed": 1,
+                 "light": LightModule(0)},
     "compressed, dense": {"gate": None, "up": None, "down": None, "num_compressed": 2},
     "empty gate": {"gate": Split(index_groups(E, E), (0,)), "up": SAME, "down": SAME},
 }  # fmt: skip
@@ -57,6 +61,8 @@ def make(name, form="gauge", dtype=torch.float32, std=0.4):
     experts.reset_parameters(std)
     if experts.compressed is not None:
         torch.nn.init.normal_(experts.compressed, 1, 0.2)
+    if experts.light is not None:
+        torch.nn.init.normal_(experts.light.bias, 0, std)
     return experts
 
 

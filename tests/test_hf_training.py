@@ -243,17 +243,22 @@ def test_a_new_model_is_trained_saved_and_loaded(family, tmp_path):
     hf_models.load(tmp_path / "ordinary")
 
 
+@pytest.mark.parametrize("light", ["vectors", "additive", "narrow:4"])
 @pytest.mark.parametrize("latent", [{"group_size": 3, "rank": 5}, {}])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_with_compressed_experts_is_trained_saved_and_loaded(family, latent, tmp_path):
+def test_a_model_with_compressed_experts_is_trained_saved_and_loaded(
+    family, latent, light, tmp_path
+):
     torch.manual_seed(0)
     config = config_of(family, initializer_range=0.05)
-    model = latent_model(config, num_compressed=1, **latent)
+    model = latent_model(config, num_compressed=1, light_module=light, **latent)
     experts = model.model.layers[0].mlp.experts
     assert experts.num_compressed == 1
+    own = experts.compressed if light == "vectors" else experts.light.bias
+    begun = own.detach().clone()
     losses = train(model, hf_models.tokens())
     assert losses[-1] < 0.8 * losses[0]
-    assert not torch.equal(experts.compressed, torch.ones_like(experts.compressed))
+    assert not torch.equal(own, begun)
     model.save_pretrained(tmp_path / "new")
     again = hf_models.load(tmp_path / "new")
     ids = hf_models.tokens()
@@ -268,10 +273,11 @@ def test_a_model_with_compressed_experts_is_trained_saved_and_loaded(family, lat
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
     plain = molae.inspect(tmp_path / "plain")
     layers = len(found.moe_layers)
-    vectors = layers * found.letters["E"] * (2 * D + F)
-    assert found.expert_parameters - plain.expert_parameters == vectors
+    numbers = {"vectors": 2 * D + F, "additive": D, "narrow:4": 13 * D}[light]
+    added = layers * found.letters["E"] * numbers
+    assert found.expert_parameters - plain.expert_parameters == added
     if not latent:
-        saved = layers * (3 * F * D - 2 * D - F)
+        saved = layers * (3 * F * D - numbers)
         assert plain.active_parameters - found.active_parameters == saved
     with pytest.raises(CheckpointError, match="compressed experts"):
         molae.materialize(tmp_path / "new", tmp_path / "ordinary")

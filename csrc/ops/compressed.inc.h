@@ -56,28 +56,46 @@ FN(is_compressed)(const int64_t *index, const REAL *weight, int64_t K, int64_t n
     return before >= K - n;
 }
 
-/* Which slots of a token are compressed, and what share each has. Serial: K^2 comparisons. */
+molae_status
+FN(molae_split_slots)(int64_t *main_, int64_t *aux, const int64_t *index, const REAL *weight,
+                      int64_t N, int64_t K, int64_t E, int64_t n, molae_errinfo *err)
+{
+    const molae_status rc = mli_index_check(index, N, K, E, err);
+
+    if (rc < 0)
+        return rc;
+    if (n < 0 || n >= K) {
+        err->what = "num_compressed: expected 0 to K - 1";
+        err->info = n;
+        return MOLAE_E_ARG;
+    }
+    for (int64_t t = 0; t < N * K; t += K)
+        for (int64_t k = 0; k < K; k++) {
+            const int is_aux = FN(is_compressed)(index + t, weight + t, K, n, k);
+            main_[t + k] = is_aux ? E : index[t + k];
+            aux[t + k] = is_aux ? index[t + k] : E;
+        }
+    return MOLAE_OK;
+}
+
+/* What share each of a token's compressed slots has. */
 static void
-FN(compress_slots)(const FN(job) * q, const int64_t *index, const REAL *weight, int64_t t)
+FN(share_slots)(const FN(job) * q, const REAL *weight, int64_t t)
 {
     const FN(compressed) *c = &q->ce;
     const int64_t K = q->K, E = q->E;
     REAL sum = 0;
     int64_t met = 0;
 
-    for (int64_t s = t * K; s < (t + 1) * K; s++) {
-        const int aux =
-            FN(is_compressed)(index + t * K, weight + t * K, K, q->l->compressed.n, s - t * K);
-        c->main[s] = aux ? E : index[s];
-        c->aux[s] = aux ? index[s] : E;
-        c->share[s] = 0;
-        if (aux && index[s] < E) {
+    for (int64_t s = t * K; s < (t + 1) * K; s++)
+        if (c->aux[s] < E) {
             sum += weight[s];
             met++;
         }
-    }
     for (int64_t s = t * K; s < (t + 1) * K; s++)
-        if (c->aux[s] < E)
+        if (c->aux[s] == E)
+            c->share[s] = 0;
+        else
             c->share[s] = sum != 0 ? weight[s] / sum : 1 / (REAL)met;
     c->sum[t] = sum;
     c->met[t] = met;
@@ -123,9 +141,10 @@ FN(chunk_begin)(const molae_ctx *ctx, FN(job) * q, const int64_t *index, const R
     q->N = N;
     q->in[MLI_GATE] = q->in[MLI_UP] = q->x;
     if (q->l->compressed.n > 0) {
-        MLI_TRY(mli_index_check(index, N, q->K, q->E, err));
+        MLI_TRY(FN(molae_split_slots)(c->main, c->aux, index, weight, N, q->K, q->E,
+                                      q->l->compressed.n, err));
         for (int64_t t = 0; t < N; t++)
-            FN(compress_slots)(q, index, weight, t);
+            FN(share_slots)(q, weight, t);
         index = c->main;
         q->in[MLI_GATE] = c->x_gate;
         q->in[MLI_UP] = c->x_up;

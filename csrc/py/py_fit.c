@@ -4,6 +4,7 @@
 
 #include "../base/blas.h"
 #include "../base/mem.h"
+#include "../kern/kern.h"
 
 /* ------------------------------------------------------------ reduce_rank */
 
@@ -356,7 +357,96 @@ done:
     return ret;
 }
 
+/* ------------------------------------------------------------------ adamw */
+
+PyDoc_STRVAR(adamw_doc, "adamw($module, w, m, v, g, lr, beta1, beta2, eps, decay, step, scale,\n"
+                        "      num_threads, /)\n--\n\n"
+                        "One step of AdamW, in place on w, m and v; see molae.fit.AdamW.");
+
+static PyObject *
+py_adamw(PyObject *mod, PyObject *args)
+{
+    static const char *const names[4] = {"weights", "m", "v", "gradient"};
+    mli_pystate *st = PyModule_GetState(mod);
+    PyArrayObject *a[4];
+    molae_adamw how;
+    Py_ssize_t step, num_threads;
+    double scale;
+    molae_dtype dtype[4];
+    molae_ctx ctx;
+    molae_errinfo err = {0};
+    molae_status rc;
+    int64_t n;
+
+    if (!PyArg_ParseTuple(args, "O!O!O!O!dddddndn:adamw", &PyArray_Type, &a[0], &PyArray_Type,
+                          &a[1], &PyArray_Type, &a[2], &PyArray_Type, &a[3], &how.lr, &how.beta1,
+                          &how.beta2, &how.eps, &how.decay, &step, &scale, &num_threads) ||
+        mli_py_ctx(st, num_threads, 0, &ctx) < 0)
+        return NULL;
+    for (int i = 0; i < 4; i++) {
+        if (mli_py_dtype(st, names[i], a[i], &dtype[i]) < 0 ||
+            mli_py_check_layout(st, names[i], a[i]) < 0)
+            return NULL;
+        if (dtype[i] != dtype[0] || (dtype[0] != MOLAE_F32 && dtype[0] != MOLAE_F64))
+            return PyErr_Format(st->ArgumentError, "%s: expected float32 or float64, all alike",
+                                names[i]);
+        if (PyArray_SIZE(a[i]) != PyArray_SIZE(a[0]))
+            return PyErr_Format(st->ShapeError, "%s: expected as many numbers as weights",
+                                names[i]);
+        if (i < 3 && !PyArray_ISWRITEABLE(a[i]))
+            return PyErr_Format(st->ArgumentError, "%s: the array is read-only", names[i]);
+        for (int j = 0; j < i; j++) {
+            const char *lo = PyArray_DATA(a[i]), *other = PyArray_DATA(a[j]);
+            if (lo < other + PyArray_NBYTES(a[j]) && other < lo + PyArray_NBYTES(a[i]))
+                return PyErr_Format(st->ArgumentError, "%s: overlaps %s", names[i], names[j]);
+        }
+    }
+    n = PyArray_SIZE(a[0]);
+
+    Py_BEGIN_ALLOW_THREADS
+    rc = dtype[0] == MOLAE_F64
+             ? molae_adamw_f64(&ctx, PyArray_DATA(a[0]), PyArray_DATA(a[1]), PyArray_DATA(a[2]),
+                               PyArray_DATA(a[3]), n, &how, step, scale, &err)
+             : molae_adamw_f32(&ctx, PyArray_DATA(a[0]), PyArray_DATA(a[1]), PyArray_DATA(a[2]),
+                               PyArray_DATA(a[3]), n, &how, step, scale, &err);
+    Py_END_ALLOW_THREADS
+
+    if (mli_py_raise(st, rc, &err) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(sum_squares_doc, "sum_squares($module, a, /)\n--\n\n"
+                              "Sum of squares of a float32 array, in double, in one order.");
+
+static PyObject *
+py_sum_squares(PyObject *mod, PyObject *arg)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    molae_dtype dtype;
+    double sum;
+
+    if (!PyArray_Check(arg)) {
+        PyErr_SetString(st->ArgumentError, "a: expected an array");
+        return NULL;
+    }
+    if (mli_py_dtype(st, "a", (PyArrayObject *)arg, &dtype) < 0 ||
+        mli_py_check_layout(st, "a", (PyArrayObject *)arg) < 0)
+        return NULL;
+    if (dtype != MOLAE_F32) {
+        PyErr_SetString(st->ArgumentError, "a: expected float32");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    sum = mli_kernels_get()->f32_sumsq(PyArray_DATA((PyArrayObject *)arg),
+                                       PyArray_SIZE((PyArrayObject *)arg));
+    Py_END_ALLOW_THREADS
+    return PyFloat_FromDouble(sum);
+}
+
 PyMethodDef mli_py_fit_methods[] = {
+    {"adamw", py_adamw, METH_VARARGS, adamw_doc},
+    {"sum_squares", py_sum_squares, METH_O, sum_squares_doc},
     {"second_moments", py_second_moments, METH_VARARGS, second_moments_doc},
     {"moments_product", py_moments_product, METH_VARARGS, moments_product_doc},
     {"reduce_rank", py_reduce_rank, METH_VARARGS, reduce_rank_doc},

@@ -80,6 +80,57 @@ done:
     return ret;
 }
 
+PyDoc_STRVAR(split_slots_doc, "split_slots($module, index, weights, E, n, /)\n--\n\n"
+                              "Slots that run and slots that do not; see molae.ops.split_slots.");
+
+static PyObject *
+py_split_slots(PyObject *mod, PyObject *args)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    PyObject *index_obj, *ret = NULL;
+    PyArrayObject *weights, *index = NULL, *main_ = NULL, *aux = NULL;
+    Py_ssize_t E, n;
+    npy_intp dims[2] = {-1, -1};
+    molae_dtype dtype;
+    molae_errinfo err = {0};
+    molae_status rc;
+
+    if (!PyArg_ParseTuple(args, "OO!nn:split_slots", &index_obj, &PyArray_Type, &weights, &E, &n) ||
+        (index = mli_py_int64_array(st, "top_k_index", index_obj, 2, dims, "NK")) == NULL)
+        return NULL;
+    dims[0] = PyArray_DIM(index, 0);
+    dims[1] = PyArray_DIM(index, 1);
+    if (mli_py_dtype(st, "top_k_weights", weights, &dtype) < 0 ||
+        mli_py_check_layout(st, "top_k_weights", weights) < 0 ||
+        mli_py_check_shape(st, "top_k_weights", weights, 2, dims, "NK") < 0)
+        goto done;
+    if (dtype != MOLAE_F32 && dtype != MOLAE_F64) {
+        PyErr_SetString(st->ArgumentError, "top_k_weights: expected float32 or float64");
+        goto done;
+    }
+    main_ = (PyArrayObject *)PyArray_EMPTY(2, dims, NPY_INT64, 0);
+    aux = (PyArrayObject *)PyArray_EMPTY(2, dims, NPY_INT64, 0);
+    if (main_ == NULL || aux == NULL)
+        goto done;
+
+    Py_BEGIN_ALLOW_THREADS
+    rc = dtype == MOLAE_F64
+             ? molae_split_slots_f64(PyArray_DATA(main_), PyArray_DATA(aux), PyArray_DATA(index),
+                                     PyArray_DATA(weights), dims[0], dims[1], E, n, &err)
+             : molae_split_slots_f32(PyArray_DATA(main_), PyArray_DATA(aux), PyArray_DATA(index),
+                                     PyArray_DATA(weights), dims[0], dims[1], E, n, &err);
+    Py_END_ALLOW_THREADS
+
+    if (mli_py_raise(st, rc, &err) < 0)
+        goto done;
+    ret = Py_BuildValue("OO", main_, aux);
+done:
+    Py_XDECREF((PyObject *)index);
+    Py_XDECREF((PyObject *)main_);
+    Py_XDECREF((PyObject *)aux);
+    return ret;
+}
+
 /* ---------------------------------------------------------------- experts */
 
 PyDoc_STRVAR(experts_forward_doc,
@@ -339,6 +390,7 @@ py_empty(PyObject *mod, PyObject *args)
 
 PyMethodDef mli_py_ops_methods[] = {
     {"empty", py_empty, METH_VARARGS, empty_doc},
+    {"split_slots", py_split_slots, METH_VARARGS, split_slots_doc},
     {"route", py_route, METH_VARARGS, route_doc},
     {"experts_forward", py_experts_forward, METH_VARARGS, experts_forward_doc},
     {"activate", py_activate, METH_VARARGS, activate_doc},

@@ -1,7 +1,7 @@
 """Model families: which tensors are an expert's, of which shapes, under which names."""
 
 from molae.arch.counts import active_numbers, dense_flops, hit_probabilities, latent_flops
-from molae.arch.factors import check_factors, compressed_spec, factored_specs
+from molae.arch.factors import check_factors, factored_specs, light_specs
 from molae.arch.family import Family, families, find_family, load_family
 from molae.arch.model import Counts, Model, describe
 
@@ -11,7 +11,6 @@ __all__ = [
     "Model",
     "active_numbers",
     "check_factors",
-    "compressed_spec",
     "dense_flops",
     "describe",
     "factored_specs",
@@ -19,5 +18,6 @@ __all__ = [
     "find_family",
     "hit_probabilities",
     "latent_flops",
+    "light_specs",
     "load_family",
 ]

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from molae.arch.model import Model
 from molae.config import TYPES
 from molae.errors import CheckpointError
-from molae.factored import Form, Split, compressed_tensor, group_tensors
+from molae.factored import Form, LightModule, Split, group_tensors
 from molae.io import TensorInfo, TensorSpec
 
-__all__ = ["check_factors", "compressed_spec", "factored_specs"]
+__all__ = ["check_factors", "factored_specs", "light_specs"]
 
 
 def factored_specs(
@@ -26,11 +26,11 @@ def factored_specs(
     )
 
 
-def compressed_spec(model: Model, layer: int) -> TensorSpec:
-    """The tensor that holds one layer's embeddings of compressed experts."""
+def light_specs(model: Model, layer: int, light: LightModule) -> dict[str, TensorSpec]:
+    """The tensors that hold what acts in the place of one layer's compressed experts, by role."""
     sizes = {letter: model.letters[letter] for letter in "EFD"}
-    part = compressed_tensor(model.experts_prefix(layer), **sizes)
-    return TensorSpec(part.name, model.dtype, part.shape)
+    parts = light.tensors(model.experts_prefix(layer), **sizes)
+    return {part.role: TensorSpec(part.name, model.dtype, part.shape) for part in parts}
 
 
 def check_factors(model: Model, tensors: Mapping[str, TensorInfo]) -> None:
@@ -76,7 +76,8 @@ def check_factors(model: Model, tensors: Mapping[str, TensorInfo]) -> None:
         where = f"quantization_config.compressed_experts.{layer}"
         if layer not in model.moe_layers:
             raise CheckpointError(f"{where}: this layer has no experts; convert the original again")
-        _check(compressed_spec(model, layer), where, tensors)
+        for spec in light_specs(model, layer, factored.light).values():
+            _check(spec, where, tensors)
 
 
 def _check(spec: TensorSpec, promised_by: str, tensors: Mapping[str, TensorInfo]) -> None:

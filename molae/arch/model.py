@@ -138,14 +138,14 @@ class Model:
             `moe_layers`. ``active_parameters``: all others plus K/E of the experts; in a
             converted checkpoint the shared factors count by the chance that a token needs
             them (see `molae.arch.counts.active_numbers`), rounded; of a token's compressed
-            experts their embeddings alone.
+            experts what acts in their place alone.
         """
         skip = self.family.head if self._tied else None
         sizes = {n: t.size for n, t in self._tensors.items() if t.dtype in FLOATING and n != skip}
         total, own, factors = sum(sizes.values()), _expected(self), _factor_prefixes(self)
         experts = sum(size for n, size in sizes.items() if n in own or n.startswith(factors))
         active = sum(self._active(layer, kind) for layer in self.moe_layers for kind in TYPES)
-        active += sum(self._active_vectors(layer) for layer in self.moe_layers)
+        active += sum(self._active_light(layer) for layer in self.moe_layers)
         return Counts(total, experts, total - experts + round(active))
 
     def _active(self, layer: int, kind: str) -> float:
@@ -157,9 +157,11 @@ class Model:
         groups = [len(g) for g in split.groups]
         return active_numbers(groups, split.ranks, form=self.factored.form, K=K, F=F, D=D)
 
-    def _active_vectors(self, layer: int) -> int:
+    def _active_light(self, layer: int) -> int:
+        if self.factored is None:
+            return 0
         F, D = self.letters["F"], self.letters["D"]
-        return self.num_compressed(layer) * (2 * D + F)
+        return self.num_compressed(layer) * self.factored.light.numbers(F=F, D=D)
 
     def num_compressed(self, layer: int) -> int:
         """How many of a token's experts are compressed in a layer."""
@@ -230,9 +232,7 @@ def describe(
             f"molae converts mixture-of-experts models only"
         )
     quant = config.get("quantization_config")
-    factored = (
-        Factored.from_dict(quant, E=letters["E"], D=letters["D"], K=letters["K"]) if quant else None
-    )
+    factored = Factored.from_dict(quant, letters) if quant else None
     tied = config.get("tie_word_embeddings") is True
     candidates = [
         Model(family, letters, layers, layout.name, "", factored, block, layout, tensors, tied)
@@ -328,7 +328,7 @@ def _factor_prefixes(model: Model) -> tuple[str, ...]:
         for layer in model.moe_layers
         for name in (
             *(f"{kind}." for kind in layers.get(layer, {})),
-            *(["compressed"] if layer in compressed else []),
+            *(["compressed", "light."] if layer in compressed else []),
         )
     )
 

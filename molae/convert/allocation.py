@@ -12,7 +12,7 @@ from typing import Any
 from molae.arch import Model
 from molae.config import TYPES, ConvertConfig
 from molae.errors import ArgumentError
-from molae.factored import Form, Split
+from molae.factored import VECTORS, Form, LightModule, Split
 from molae.fit import stored_numbers
 
 __all__ = [
@@ -47,13 +47,14 @@ class Allocation:
 
     `layers` maps a layer and matrix type to its `Split`; types that stay as they
     are in the source have no entry. `compressed` maps layers with compressed experts to how many
-    of a token's they are.
+    of a token's they are; `light` is what acts in their place.
     """
 
     form: Form
     layers: Mapping[int, Mapping[str, Split]]
     candidates: tuple[Candidate, ...] = ()
     compressed: Mapping[int, int] = field(default_factory=dict)
+    light: LightModule = VECTORS
 
     def split(self, layer: int, kind: str) -> Split | None:
         return self.layers.get(layer, {}).get(kind)
@@ -69,6 +70,7 @@ class Allocation:
         }
         if self.compressed:
             facts["compressed"] = {str(layer): n for layer, n in self.compressed.items()}
+            facts["light_units"] = self.light.units
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

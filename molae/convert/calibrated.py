@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from molae import fit
-from molae.arch import Model, compressed_spec, dense_flops
+from molae.arch import Model, dense_flops, light_specs
 from molae.config import TYPES, ConvertConfig
 from molae.convert.allocation import Allocation, Candidate, gauge_ranks, group_size
 from molae.convert.budget import Flops, spend
@@ -26,13 +27,12 @@ from molae.convert.footprint import Footprint
 from molae.convert.measuring import TRIAL_SIZES, Look, Measurements
 from molae.convert.naming import named
 from molae.errors import ArgumentError, CalibrationWarning
-from molae.factored import Split, group_tensors, index_groups
-from molae.fit import CompressedFit, Energies, LayerInput
-from molae.fit.compressed import LINEAR_STEPS, STEPS
+from molae.factored import LightModule, Split, group_tensors, index_groups
+from molae.fit import Energies, LayerInput
 from molae.fit.factors import SharedFactors
 from molae.fit.layer import REFITS, Gathered, Part, factor_parts, runnable
 from molae.io import Checkpoint, map_file, numpy_dtype
-from molae.ops import Projection
+from molae.ops import NarrowExperts, Projection
 
 __all__ = ["Calibrated", "Calibration"]
 
@@ -42,9 +42,36 @@ GROUP_SIZES = (1, 2, 4, 8, 16, 32)
 #: Tokens on which group sizes are compared.
 TRIED_TOKENS = 8192
 
-#: Tokens to which compressed experts are fitted, and in about how many passes over them: some
-#: measure, some of the steps are halved.
-COMPRESSED_TOKENS, COMPRESSED_STEPS = 8192, LINEAR_STEPS + STEPS + 5
+#: Tokens to which vectors are fitted; narrow experts are fitted to all.
+VECTOR_TOKENS = 8192
+
+
+#: What acts in the place of compressed experts, and how many of a token's they are.
+Light = tuple[np.ndarray | NarrowExperts, int]
+
+
+@dataclass(frozen=True, eq=False)
+class FittedLight:
+    """What acts in the place of one layer's compressed experts.
+
+    Attributes
+    ----------
+    arrays : dict of str to ndarray
+        By role, as stored.
+    error : (3,) ndarray of float64
+        As `molae.fit.CompressedFit` or `molae.fit.NarrowFit` has it.
+    tokens : int
+        To which it was fitted.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    error: np.ndarray
+    tokens: int
+
+    def runnable(self) -> np.ndarray | NarrowExperts:
+        """As `molae.ops` takes it: float16 is widened."""
+        wide = {role: _readable(array) for role, array in self.arrays.items()}
+        return wide["compressed"] if "compressed" in wide else NarrowExperts.of(wide)
 
 
 class Calibration(Protocol):
@@ -75,7 +102,7 @@ class Calibration(Protocol):
         self,
         layer: int,
         projections: Mapping[str, Projection] | None = None,
-        vectors: tuple[np.ndarray, int] | None = None,
+        light: Light | None = None,
     ) -> None:
         """Go on behind a layer, with other experts in it, the last ones compressed."""
 
@@ -127,7 +154,8 @@ class Calibrated:
         self._layers: Mapping[int, Mapping[str, Split]] = {}
         self._finished: dict[int, Path] = {}
         self._fitted: dict[tuple[int, str], Fitted] = {}
-        self._compressed: dict[int, tuple[np.ndarray, CompressedFit, int]] = {}
+        self._light = LightModule.parse(config.light_module, model.letters["F"])
+        self._compressed: dict[int, FittedLight] = {}
         self._warned = False
 
     # --------------------------------------------------------------- allocation
@@ -142,10 +170,10 @@ class Calibrated:
         flops, n = self._config.flops, self._config.compressed_experts
         compressed = dict.fromkeys(self._model.moe_layers, n) if n else {}
         if size == 1.0 and flops in (None, 1.0):
-            return Allocation("gauge", {}, compressed=compressed)
-        if n:  # what the embeddings take
+            return Allocation("gauge", {}, compressed=compressed, light=self._light)
+        if n:  # what the light modules take
             F, D = self._model.letters["F"], self._model.letters["D"]
-            size -= (2 * D + F) / (3 * F * D)
+            size -= self._light.numbers(F=F, D=D) / (3 * F * D)
             if not size > 0:
                 raise ArgumentError("size: leaves nothing beside compressed experts; take more")
         sizes, candidates = self._group_sizes(min(size, flops or 1.0))
@@ -161,7 +189,7 @@ class Calibrated:
         for (layer, kind), look in looks.items():
             layers.setdefault(layer, {})[kind] = Split(tuple(look.groups), ranks[layer, kind])
         self._layers = layers
-        return Allocation("gauge", layers, candidates, compressed)
+        return Allocation("gauge", layers, candidates, compressed, self._light)
 
     def _measured(self, sizes: Mapping[str, int]) -> dict[tuple[int, str], Look]:
         """Of every layer and type in groups of these sizes; what is not known yet is measured."""
@@ -327,9 +355,9 @@ class Calibrated:
             self._fit_layer(layer)
         return self._fitted.pop((layer, kind))
 
-    def compressed(self, layer: int) -> tuple[np.ndarray, CompressedFit, int]:
-        """Embeddings of a layer's compressed experts, as stored; how they were fitted, and to how
-        many tokens. After what else there is of that layer."""
+    def compressed(self, layer: int) -> FittedLight:
+        """What acts in the place of a layer's compressed experts. After what else there is of
+        that layer."""
         if layer not in self._compressed:
             self._fit_layer(layer)
         return self._compressed.pop(layer)
@@ -343,35 +371,41 @@ class Calibrated:
         projections: dict[str, Projection] = {}
         if layer in self._layers:
             projections = self._fit_factors(layer, given)
-        vectors = None
+        light = None
         if self._config.compressed_experts:
-            vectors = self._fit_compressed(layer, given, projections)
-        self._advance(layer, projections, vectors)
+            light = self._fit_compressed(layer, given, projections)
+        self._advance(layer, projections, light)
 
     def _advance(
         self,
         layer: int,
         projections: Mapping[str, Projection],
-        vectors: tuple[np.ndarray, int] | None,
+        light: Light | None,
     ) -> None:
         """With what is stored now, or with the original's own."""
         if self._config.one_shot:
             self._calibration.advance(layer)
         else:
-            self._calibration.advance(layer, projections, vectors)
+            self._calibration.advance(layer, projections, light)
 
     def _fit_compressed(
         self, layer: int, given: LayerInput, projections: Mapping[str, Projection]
-    ) -> tuple[np.ndarray, int]:
+    ) -> Light:
         """On top of the factors; the target is what all of the layer's own experts answer."""
         n, own = self._config.compressed_experts, self._calibration.experts(layer)
-        some = given.first(COMPRESSED_TOKENS)
-        found = fit.compressed_experts(
-            some, _in_order({**own, **projections}), n, teacher=_in_order(own)
-        )
-        stored = found.embeddings.astype(numpy_dtype(self._model.dtype))
-        self._compressed = {layer: (stored, found, len(some.x))}
-        return _readable(stored), n
+        student, teacher = _in_order({**own, **projections}), _in_order(own)
+        if self._light.units is None:
+            given = given.first(VECTOR_TOKENS)
+            found = fit.compressed_experts(given, student, n, teacher=teacher)
+            arrays, error = {"compressed": found.embeddings}, found.error
+        else:
+            units = self._light.units
+            other = fit.narrow_experts(given, student, n, units, teacher=teacher)
+            arrays, error = dict(other.experts.arrays), other.error
+        dtype = numpy_dtype(self._model.dtype)
+        stored = {role: array.astype(dtype) for role, array in arrays.items()}
+        self._compressed = {layer: FittedLight(stored, error, len(given.x))}
+        return self._compressed[layer].runnable(), n
 
     def _fit_factors(self, layer: int, given: LayerInput) -> dict[str, Projection]:
         """Leaves what is to be stored; gives what a layer is run with."""
@@ -411,13 +445,15 @@ class Calibrated:
                 stacklevel=2,
             )
 
-    def _stored(self, layer: int) -> tuple[dict[str, Projection], tuple[np.ndarray, int] | None]:
-        """Factors that an earlier run has written, and embeddings of compressed experts."""
+    def _stored(self, layer: int) -> tuple[dict[str, Projection], Light | None]:
+        """Factors that an earlier run has written, and what acts for compressed experts."""
         tensors = map_file(self._finished[layer])
         prefix, found = self._model.experts_prefix(layer), {}
-        vectors = None
+        light = None
         if n := self._config.compressed_experts:
-            vectors = _readable(tensors[compressed_spec(self._model, layer).name]), n
+            specs = light_specs(self._model, layer, self._light)
+            arrays = {role: tensors[spec.name] for role, spec in specs.items()}
+            light = FittedLight(arrays, np.zeros(3), 0).runnable(), n
         for kind, split in self._layers.get(layer, {}).items():
             shared, perm, private = (
                 tuple(
@@ -430,7 +466,7 @@ class Calibrated:
                 groups=split.groups, ranks=split.ranks, shared=shared, perm=perm, private=private
             )
             found[kind] = runnable(own)
-        return found, vectors
+        return found, light
 
     def _names(self, prefix: str, kind: str, split: Split, role: str) -> list[str | None]:
         """Of each group's tensor of this role, where it has one."""
@@ -442,9 +478,9 @@ class Calibrated:
         return names
 
 
-def _readable(embeddings: np.ndarray) -> np.ndarray:
-    """What `molae.ops` takes: float16 is widened."""
-    array = np.require(embeddings, requirements=["C", "A"])
+def _readable(array: np.ndarray) -> np.ndarray:
+    """What `molae.ops` takes."""
+    array = np.require(array, requirements=["C", "A"])
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 

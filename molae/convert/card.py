@@ -26,7 +26,7 @@ def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> st
         f"The routed experts of this {plan.family} checkpoint are stored as shared latent factors.",
         f"Made by molae {__version__}, method `{plan.method}` ({plan.form} form), {data}.",
         *(
-            [f"The last {n} of a token's experts do not run, but act through light vectors."]
+            [f"The last {n} of a token's experts do not run; {plan.light} act in their place."]
             if n
             else []
         ),
@@ -73,15 +73,25 @@ def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> st
         "runs it as it is, factored. Without the first line Transformers only warns, and fills the",
         "experts with random numbers.",
         "",
-        "    molae materialize THIS_FOLDER NEW_FOLDER",
-        "",
-        "multiplies the factors out to an ordinary checkpoint, of the original's full size, that",
-        "Transformers, vLLM and llama.cpp load.",
+        *(_NO_ORDINARY_FORM if n else _ORDINARY_FORM),
         f"`{REPORT}` has the figures of each layer.",
         "",
         *_licence(kept),
     ]
     return "\n".join(lines)
+
+
+_ORDINARY_FORM = (
+    "    molae materialize THIS_FOLDER NEW_FOLDER",
+    "",
+    "multiplies the factors out to an ordinary checkpoint, of the original's full size, that",
+    "Transformers, vLLM and llama.cpp load.",
+)
+
+_NO_ORDINARY_FORM = (
+    "There is no ordinary checkpoint that computes the same: other programs know no compressed",
+    "experts.",
+)
 
 
 def materialize_card(plan: Plan, kept: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from molae import __version__
-from molae.arch import Family, Model, describe
+from molae.arch import Family, Model, describe, light_specs
 from molae.config import ConvertConfig
 from molae.convert.allocation import Allocation, complete_fused, split_numbers
 from molae.convert.calibrated import Calibrated, Calibration
@@ -68,11 +68,12 @@ class Conversion:
             or config.flops is not None
             or config.max_memory is not None
             or config.compressed_experts
+            or config.light_module != "vectors"
             or stats is not None
         ):
             raise ArgumentError(
-                "flops, uniform, one_shot, drop_idle, refit, compressed_experts, max_memory, "
-                "stats: only with a calibration text"
+                "flops, uniform, one_shot, drop_idle, refit, compressed_experts, light_module, "
+                "max_memory, stats: only with a calibration text"
             )
         else:
             allocation = self.method.allocate(self.model, config, Probe(checkpoint, self.model))
@@ -83,6 +84,7 @@ class Conversion:
             self.allocation.layers,
             self.allocation.form,
             self.allocation.compressed,
+            self.allocation.light,
         )
         E, F, D = (self.model.letters[letter] for letter in "EFD")
         self.stack_bytes = E * F * D * DTYPES["F32"].itemsize
@@ -160,15 +162,17 @@ class Conversion:
     def _compute_compressed(self, job: Job) -> tuple[dict[str, Data], list[dict[str, Any]]]:
         assert self.calibrated is not None
         start = time.perf_counter()
-        embeddings, found, tokens = self.calibrated.compressed(job.layer)
+        found = self.calibrated.compressed(job.layer)
         row = CompressedRow(
             layer=job.layer,
             num_compressed=self.allocation.compressed[job.layer],
             layer_error=found.error.tolist(),
-            tokens=tokens,
+            tokens=found.tokens,
             seconds=time.perf_counter() - start,
         )
-        return {job.specs[0].name: embeddings}, [dataclasses.asdict(row)]
+        specs = light_specs(self.model, job.layer, self.allocation.light)
+        tensors: dict[str, Data] = {specs[role].name: own for role, own in found.arrays.items()}
+        return tensors, [dataclasses.asdict(row)]
 
     def factored(self) -> Factored | None:
         """The ``quantization_config`` of the result; None where nothing leaves its form."""
@@ -181,6 +185,7 @@ class Conversion:
             layers=self.allocation.layers,
             molae_version=__version__,
             compressed=self.allocation.compressed,
+            light=self.allocation.light,
         )
 
     def config_text(self) -> str:
@@ -202,7 +207,8 @@ class Conversion:
             self.checkpoint.nbytes - counts.expert_parameters * DTYPES[model.dtype].itemsize,
         )
         before = storage(model, {}, form, others)
-        after = storage(model, layers, form, others, self.allocation.compressed)
+        compressed, light = self.allocation.compressed, self.allocation.light
+        after = storage(model, layers, form, others, compressed, light)
         return Plan(
             kind=self.kind,
             source=self.source_name,
@@ -224,6 +230,7 @@ class Conversion:
             disk_bytes=sum(shard.nbytes for shard in self.shards),
             seconds=self._seconds() if timed else None,
             passes=1 if self.calibrated is None else self.calibrated.footprint.passes,
+            light=light.title if compressed else None,
             scratch_bytes=scratch_bytes(self),
         )
 

@@ -11,14 +11,16 @@ import numpy as np
 
 from molae import fit
 from molae.config import TYPES
-from molae.convert.calibrated import COMPRESSED_STEPS, COMPRESSED_TOKENS
+from molae.convert.calibrated import VECTOR_TOKENS
 from molae.convert.footprint import BASE_BYTES
 from molae.convert.measuring import TRIAL_SIZES
 from molae.convert.naming import named
 from molae.factored import Split
 from molae.fit import LayerInput
 from molae.fit.arguments import renumbered
+from molae.fit.compressed import PASSES as VECTOR_PASSES
 from molae.fit.layer import REFITS
+from molae.fit.narrow import PASSES as NARROW_PASSES
 from molae.ops import Projection, latent_experts_forward
 from molae.ops.projection import latent_width
 from molae.threads import get_num_threads
@@ -86,8 +88,13 @@ def calibrated_seconds(conversion: Conversion, tokens: int) -> float:
         each += int((10 * len(REFITS) + 5 * steps) * F * D * size)
     each += 6 * F * D * (2 if conversion.config.one_shot else 3)  # the layer itself
     seconds = len(allocation.layers) * tokens * K * each / pace
-    for n in allocation.compressed.values():  # some tokens, forward and backward in each step
-        seconds += min(tokens, COMPRESSED_TOKENS) * COMPRESSED_STEPS * 18 * F * D * (K - n) / pace
+    units = allocation.light.units
+    for n in allocation.compressed.values():  # forward and backward in each step
+        if units is None:
+            rows = min(tokens, VECTOR_TOKENS) * VECTOR_PASSES * (K - n)
+        else:
+            rows = tokens * NARROW_PASSES * n
+        seconds += rows * 18 * (F if units is None else units) * D / pace
     for kind, of_kind in splits.items():
         sample = _some_groups(of_kind[len(of_kind) // 2][1], get_num_threads())
         start = time.perf_counter()

@@ -12,7 +12,7 @@ from typing import Any
 from molae.arch import Model, dense_flops, latent_flops
 from molae.config import TYPES
 from molae.convert.allocation import Candidate, split_numbers
-from molae.factored import Form, Split, numbers_by_role
+from molae.factored import VECTORS, Form, LightModule, Split, numbers_by_role
 from molae.io import DTYPES
 from molae.io.hub import is_hub_id
 
@@ -61,6 +61,7 @@ def storage(
     form: Form,
     others: tuple[int, int],
     compressed: Mapping[int, int] | None = None,
+    light: LightModule = VECTORS,
 ) -> Storage:
     """Count a model whose types are stored as `layers` says, all others dense.
 
@@ -69,16 +70,18 @@ def storage(
     others : (int, int)
         Numbers and bytes of all but the routed experts.
     compressed : mapping of int to int, optional
-        By layer how many of a token's experts act through embeddings alone.
+        By layer how many of a token's experts do not run.
+    light : LightModule
+        What acts in their place.
     """
     E, top_k, F, D = (model.letters[letter] for letter in "EKFD")
     numbers = {kind: dict.fromkeys(ROLES, 0) for kind in TYPES}
-    flops, vectors = 0.0, 0
+    flops, light_numbers, own = 0.0, 0, light.numbers(F=F, D=D)
     for layer in model.moe_layers:
         n = (compressed or {}).get(layer, 0)
         K = top_k - n
-        flops += 2 * n * (2 * D + F)
-        vectors += E * (2 * D + F) if n else 0
+        flops += 2 * n * own
+        light_numbers += E * own if n else 0
         for kind in TYPES:
             split = layers.get(layer, {}).get(kind)
             if split is None:
@@ -90,7 +93,8 @@ def storage(
             sizes = [len(group) for group in split.groups]
             flops += latent_flops(sizes, split.ranks, form=form, K=K, F=F, D=D)
     indices = sum(roles["perm"] for roles in numbers.values())
-    expert_numbers = sum(sum(roles.values()) for roles in numbers.values()) - indices + vectors
+    expert_numbers = sum(sum(roles.values()) for roles in numbers.values()) - indices
+    expert_numbers += light_numbers
     itemsize = DTYPES[model.dtype].itemsize
     return Storage(
         numbers=numbers,
@@ -188,6 +192,8 @@ class Plan:
     passes : int
         Over a layer's tokens to gather its moments, at least: more than 1 where `max_memory`
         leaves no room for all.
+    light : str, optional
+        What acts in the place of compressed experts, where there are any.
     scratch_bytes : int
         Temporary files meanwhile, where there is a calibration text.
     """
@@ -212,6 +218,7 @@ class Plan:
     disk_bytes: int
     seconds: float | None
     passes: int = 1
+    light: str | None = None
     scratch_bytes: int = 0
 
     @property

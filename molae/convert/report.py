@@ -82,8 +82,8 @@ class CompressedRow:
     ----------
     layer, num_compressed : int
     layer_error : list of float
-        Relative error of the layer's answers on the calibration text without them (embeddings of
-        1), with what they scale of the intermediate fitted, and with all fitted.
+        Relative error of the layer's answers on the calibration text without them, after the
+        linear part of the fit, and after all of it.
     tokens : int
         Of the text that they were fitted to.
     seconds : float

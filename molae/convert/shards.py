@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from molae.arch import Model, compressed_spec, factored_specs
+from molae.arch import Model, factored_specs, light_specs
 from molae.config import TYPES
-from molae.factored import Form, Split
+from molae.factored import VECTORS, Form, LightModule, Split
 from molae.io import Checkpoint, TensorSpec, plan_bytes
 from molae.io.checkpoint import INDEX
 
@@ -69,6 +69,7 @@ def convert_shards(
     layers: Mapping[int, Mapping[str, Split]],
     form: Form,
     compressed: Iterable[int] = (),
+    light: LightModule = VECTORS,
 ) -> tuple[Shard, ...]:
     """The files of a converted checkpoint.
 
@@ -78,6 +79,8 @@ def convert_shards(
         The types that leave the source's form; their tensors are replaced, all others copied.
     compressed : iterable of int
         Layers with compressed experts.
+    light : LightModule
+        What acts in their place.
     """
     jobs: dict[int, list[Job]] = {}
     replaced: set[str] = set()
@@ -87,7 +90,7 @@ def convert_shards(
             specs = factored_specs(model, layer, kind, kinds[kind], form)
             jobs.setdefault(layer, []).append(Job(layer, (kind,), specs))
     for layer in compressed:
-        specs = (compressed_spec(model, layer),)
+        specs = tuple(light_specs(model, layer, light).values())
         jobs.setdefault(layer, []).append(Job(layer, (COMPRESSED,), specs))
     return _shards(checkpoint, model, jobs, replaced)
 

@@ -12,12 +12,14 @@ the input, ``W_i ≈ A_i B``. On the output side (``down_proj``: D×F) it shares
 next to the output, ``W_i ≈ Bᵀ A_i``. ``B`` is (R, D) either way.
 """
 
+from molae.fit.adamw import AdamW
 from molae.fit.basis import gauge, stored_numbers, ungauge
 from molae.fit.compressed import CompressedFit, compressed_experts
 from molae.fit.factors import SharedFactors
 from molae.fit.layer import LayerFit, fit_layer
 from molae.fit.layer_moments import Energies, LayerMoments, layer_energies, layer_moments
 from molae.fit.moments import SecondMoments, second_moments
+from molae.fit.narrow import NarrowFit, narrow_experts
 from molae.fit.reading import LayerInput, answer_error
 from molae.fit.refit_metrics import RowMetric, row_metric
 from molae.fit.refitting import Refit, refit
@@ -26,11 +28,13 @@ from molae.fit.spectra import common_kernel_dim, discarded_energy, effective_ran
 from molae.fit.weighted import factor_weighted, weighted_spectrum
 
 __all__ = [
+    "AdamW",
     "CompressedFit",
     "Energies",
     "LayerFit",
     "LayerInput",
     "LayerMoments",
+    "NarrowFit",
     "Refit",
     "RowMetric",
     "SecondMoments",
@@ -46,6 +50,7 @@ __all__ = [
     "gauge",
     "layer_energies",
     "layer_moments",
+    "narrow_experts",
     "reduce_rank",
     "refit",
     "row_metric",

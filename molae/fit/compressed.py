@@ -23,6 +23,9 @@ RESIDUAL, LINEAR_STEPS = 1e-2, 20
 #: Steps of the descent in all three vectors, and how many of them it remembers.
 STEPS, MEMORY = 20, 8
 
+#: Passes over the tokens, about: some measure, some of the steps are halved.
+PASSES = LINEAR_STEPS + STEPS + 5
+
 #: A step must gain this share of what its slope promises; else it is halved, so often at most.
 GAIN, HALVINGS = 1e-4, 12
 

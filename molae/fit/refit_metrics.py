@@ -15,7 +15,7 @@ from molae.fit.layer_moments import LayerMoments, inner_products
 from molae.ops import Projection
 from molae.threads import get_num_threads
 
-__all__ = ["FactorMetric", "RowMetric", "latent_grams", "row_metric"]
+__all__ = ["FactorMetric", "RowMetric", "bases", "latent_grams", "moments_product", "row_metric"]
 
 Array = npt.NDArray[Any]
 
@@ -71,7 +71,7 @@ def row_metric(moments: LayerMoments, up: Projection) -> RowMetric:
     """
     C = dict(zip(moments.experts, moments.x.moment, strict=True))
     latent: dict[int, Array | None] = {}
-    for group, B in zip(up.groups, _bases(up), strict=True):
+    for group, B in zip(up.groups, bases(up), strict=True):
         some = [e for e in group if e in C]
         if B is None:
             latent.update((e, C[e]) for e in some)
@@ -79,7 +79,7 @@ def row_metric(moments: LayerMoments, up: Projection) -> RowMetric:
             B = np.ascontiguousarray(B, dtype=C[some[0]].dtype)
             out = [np.empty((len(B), len(B)), B.dtype) for _ in some]
             metrics = [C[e] for e in some]
-            _product(PROJECT, out, [B] * len(some), metrics)
+            moments_product(PROJECT, out, [B] * len(some), metrics)
             latent.update(zip(some, out, strict=True))
     return RowMetric(dict(zip(moments.experts, moments.row_metric["up_proj"], strict=True)), latent)
 
@@ -135,7 +135,7 @@ class FactorMetric:
     def solved(self, gradient: Sequence[Array]) -> list[Array]:
         """The inverse's image."""
         found = [np.empty_like(g) for g in gradient]
-        _product(SOLVE, found, list(gradient), self._rows, left=self._up)
+        moments_product(SOLVE, found, list(gradient), self._rows, left=self._up)
         self._on_latent_side(SOLVE, found, found, self._latent_roots)
         return found
 
@@ -145,7 +145,7 @@ class FactorMetric:
         """Those of the identity are left as they are in `out`."""
         for some in _by_size(metrics):
             at = [n for n, _ in some]
-            _product(
+            moments_product(
                 op,
                 [out[n] for n in at],
                 [factors[n] for n in at],
@@ -165,11 +165,11 @@ def _by_size(metrics: Sequence[Array | None]) -> list[list[tuple[int, Array]]]:
 
 def _roots(metrics: Sequence[Array], ridge: float, dtype: npt.DTypeLike) -> list[Array]:
     out = [np.empty(m.shape, dtype) for m in metrics]
-    _product(ROOT, out, [], list(metrics), ridge=ridge)
+    moments_product(ROOT, out, [], list(metrics), ridge=ridge)
     return out
 
 
-def _product(
+def moments_product(
     op: int,
     out: list[Array],
     factors: list[Array],
@@ -185,13 +185,13 @@ def _product(
 def latent_grams(p: Projection) -> dict[int, Array | None]:
     """``B Bᵀ`` by expert; None for dense ones."""
     found: dict[int, Array | None] = {}
-    for group, B in zip(p.groups, _bases(p), strict=True):
+    for group, B in zip(p.groups, bases(p), strict=True):
         gram = None if B is None else inner_products(np.ascontiguousarray(B.T))
         found.update(dict.fromkeys(group, gram))
     return found
 
 
-def _bases(p: Projection) -> list[Array | None]:
+def bases(p: Projection) -> list[Array | None]:
     """The shared factor of each latent group, written out, as stored; None for the others."""
     bases: list[Array | None] = []
     for rank, shared, perm in zip(p.ranks, p.shared, p.perm, strict=True):

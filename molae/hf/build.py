@@ -14,7 +14,7 @@ from molae import __version__
 from molae.arch import Family, find_family
 from molae.config import TYPES
 from molae.errors import ArgumentError
-from molae.factored import Factored, Form, Split, index_groups
+from molae.factored import Factored, Form, LightModule, Split, index_groups
 from molae.hf.experts import DEFAULT_STD, LatentExperts
 from molae.hf.loading import MolaeConfig, place_experts
 
@@ -28,6 +28,7 @@ def latent_model(
     rank: int | Mapping[str, int] | None = None,
     form: Form = "gauge",
     num_compressed: int = 0,
+    light_module: str = "vectors",
     dtype: torch.dtype | None = None,
     device: Any = "cpu",
 ) -> Any:
@@ -49,9 +50,11 @@ def latent_model(
         R, likewise, for the same types.
     form : {'gauge', 'plain'}
     num_compressed : int
-        How many of a token's experts act through light vectors alone, in every layer; see
-        `molae.ops.compressed_experts_forward`. With it `group_size` and `rank` may be left out:
-        then all experts are dense.
+        How many of a token's experts do not run, in every layer. With it `group_size` and `rank`
+        may be left out: then all experts are dense.
+    light_module : str
+        What acts in their place: 'vectors' (`molae.ops.compressed_experts_forward`), 'additive',
+        or 'narrow:UNITS' or 'narrow:1/N' (`molae.ops.narrow_experts_forward`).
     dtype : torch.dtype, optional
         Of the weights; by default the config's, or float32.
     device : str or torch.device
@@ -94,12 +97,13 @@ def latent_model(
         kinds = _splits(group_size, rank, letters["E"], letters["D"])
         factored = dataclasses.replace(factored, layers=dict.fromkeys(moe_layers, kinds))
     elif quant:
-        factored = Factored.from_dict(quant, E=letters["E"], D=letters["D"], K=letters["K"])
+        factored = Factored.from_dict(quant, letters)
     elif not num_compressed:
         raise ArgumentError("group_size and rank: needed, the config says nothing of groups")
     if num_compressed:
         compressed = dict.fromkeys(moe_layers, num_compressed)
-        factored = dataclasses.replace(factored, compressed=compressed)
+        light = LightModule.parse(light_module, letters["F"])
+        factored = dataclasses.replace(factored, compressed=compressed, light=light)
     factored = _fused(factored, family)
     config.quantization_config = MolaeConfig(**factored.to_dict())
     with torch.device("meta"):

@@ -21,7 +21,7 @@ from molae.arch import Family, describe
 from molae.errors import ArgumentError, CheckpointError
 from molae.fit import LayerInput
 from molae.hf.opening import open_tokenizer
-from molae.hf.streaming import LayerStream, Projections, Vectors, in_torch
+from molae.hf.streaming import LayerStream, Light, Projections, in_torch
 from molae.hf.windows import decoded, read_text, tokenize
 from molae.io import open_checkpoint
 from molae.ops import Activation
@@ -345,7 +345,7 @@ class Calibration:
         self,
         layer: int,
         projections: Projections | None = None,
-        vectors: Vectors | None = None,
+        light: Light | None = None,
     ) -> None:
         """Go on behind a layer, with other experts in it.
 
@@ -354,15 +354,15 @@ class Calibration:
         layer : int
         projections : mapping of str to Projection, optional
             For each of gate_proj, up_proj and down_proj that is not the checkpoint's own.
-        vectors : (ndarray, int), optional
-            Embeddings of compressed experts, and how many of a token's they are.
+        light : (ndarray or NarrowExperts, int), optional
+            What acts in the place of compressed experts, and how many of a token's they are.
         """
         with self._fixed_threads():
             self._walk.up_to(layer, self._tell)
             other = None
-            if projections or vectors:
+            if projections or light:
                 other = {**self._stream.experts(layer), **(projections or {})}
-            self._walk.over(layer, other, vectors)
+            self._walk.over(layer, other, light)
 
     def scratch_bytes(self, *, trials: int, kept: int, anchored: bool) -> int:
         """How large its temporary files become.
@@ -450,10 +450,10 @@ class _Walk:
         self,
         number: int,
         projections: Projections | None = None,
-        vectors: Vectors | None = None,
+        light: Light | None = None,
     ) -> None:
         """From before a layer to behind it."""
-        with self._stream.layer(number, projections, vectors) as run:
+        with self._stream.layer(number, projections, light) as run:
             for i in range(len(self.states)):
                 self.states[i] = run(self.hidden(i))[0].numpy()
         self.next = number + 1

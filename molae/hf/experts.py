@@ -12,11 +12,11 @@ from transformers.activations import ACT2FN
 
 from molae.config import TYPES
 from molae.errors import ArgumentError
-from molae.factored import FORMS, Form, Split, group_tensors
-from molae.hf.forward import forward_torch
+from molae.factored import FORMS, VECTORS, Form, LightModule, Split, group_tensors
+from molae.hf.forward import forward_torch, split_slots
 from molae.hf.native import forward_native
 
-__all__ = ["Factors", "Group", "LatentExperts"]
+__all__ = ["Factors", "Group", "LatentExperts", "NarrowExperts"]
 
 #: Standard deviation of a dense expert's matrix whose size the factors start with.
 DEFAULT_STD = 0.02
@@ -137,8 +137,10 @@ class LatentExperts(nn.Module):
     fused : bool
         With neither `gate` nor `up`: one parameter ``gate_up_proj`` (E, 2F, D) for both.
     num_compressed : int
-        How many of a token's experts, the last by their weights, act through the rows of one
-        parameter ``compressed`` (E, 2D + F) alone; see `molae.ops.compressed_experts_forward`.
+        How many of a token's experts, the last by their weights, do not run.
+    light : LightModule
+        What acts in their place: the rows of one parameter ``compressed`` (E, 2D + F), see
+        `molae.ops.compressed_experts_forward`, or a module ``light`` of `NarrowExperts`.
     device, dtype
         Of the parameters. `perm` is int32 and stays so.
 
@@ -157,7 +159,7 @@ class LatentExperts(nn.Module):
     Examples
     --------
     >>> import torch
-    >>> from molae.factored import Split, index_groups
+    >>> from molae.factored import VECTORS, Split, index_groups
     >>> from molae.hf import LatentExperts
     >>> half = Split(index_groups(4, 2), (3, 3))
     >>> experts = LatentExperts(4, 8, 6, gate=half, up=half, down=None)
@@ -184,6 +186,7 @@ class LatentExperts(nn.Module):
         activation: str | Callable[[torch.Tensor], torch.Tensor] = "silu",
         fused: bool = False,
         num_compressed: int = 0,
+        light: LightModule = VECTORS,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -220,8 +223,14 @@ class LatentExperts(nn.Module):
         if num_compressed < 0:
             raise ArgumentError(f"num_compressed: expected 0 or more, got {num_compressed}")
         self.num_compressed, compressed = num_compressed, None
-        if num_compressed:
+        self.light: NarrowExperts | None = None
+        if num_compressed and light.units is None:
             compressed = nn.Parameter(torch.empty(E, 2 * D + F, device=device, dtype=dtype))
+        elif num_compressed:
+            assert light.units is not None
+            self.light = NarrowExperts(
+                E, D, light.units, activation=self.act_fn, device=device, dtype=dtype
+            )
         self.register_parameter("compressed", compressed)
         if torch.empty(0, device=device).device.type != "meta":
             self.reset_parameters()
@@ -242,11 +251,17 @@ class LatentExperts(nn.Module):
         -------
         (T, D) tensor of the type of `hidden_states`
         """
-        # The one place that chooses how the layer is computed.
-        y = forward_native(self, hidden_states, top_k_index, top_k_weights)
-        if y is None:
-            y = forward_torch(self, hidden_states, top_k_index, top_k_weights, self.factors())
-        return y
+        if self.light is None:
+            return self._sum(hidden_states, top_k_index, top_k_weights)
+        main, aux = split_slots(top_k_index, top_k_weights, self.num_compressed, self.num_experts)
+        y = self._sum(hidden_states, main, top_k_weights)
+        answer: torch.Tensor = y + self.light(hidden_states, aux, top_k_weights)
+        return answer
+
+    def _sum(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The one place that chooses how the layer is computed."""
+        y = forward_native(self, x, index, weights)
+        return forward_torch(self, x, index, weights, self.factors()) if y is None else y
 
     @property
     def vectors(self) -> tuple[torch.Tensor, int] | None:
@@ -281,11 +296,15 @@ class LatentExperts(nn.Module):
             for name, parameter in self.named_parameters(recurse=False):
                 if name == "compressed":
                     nn.init.ones_(parameter)
+                elif name == "bias":
+                    nn.init.zeros_(parameter)
                 else:
                     nn.init.normal_(parameter, std=std)
         for module in self.modules():
             if isinstance(module, Group):
                 module.reset_parameters(std)
+        if self.light is not None:
+            self.light.reset_parameters(std)
 
     def extra_repr(self) -> str:
         return (
@@ -293,6 +312,61 @@ class LatentExperts(nn.Module):
             f"intermediate_size={self.intermediate_dim}, form={self.form!r}"
             + (f", num_compressed={self.num_compressed}" if self.num_compressed else "")
         )
+
+
+class NarrowExperts(LatentExperts):
+    """Of each expert one of a few units and a bias, which answers where the expert is compressed.
+
+    Parameters
+    ----------
+    num_experts, hidden_size : int
+        E and D.
+    units : int
+        m, 0 or more; with 0 the bias (E, D) is all there is.
+    activation, device, dtype
+        As of `LatentExperts`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from molae.hf.experts import NarrowExperts
+    >>> narrow = NarrowExperts(4, 8, 2)
+    >>> narrow(torch.ones(5, 8), torch.tensor([[0, 4]] * 5), torch.full((5, 2), 0.5)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        units: int,
+        *,
+        activation: str | Callable[[torch.Tensor], torch.Tensor] = "silu",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_experts, hidden_size, units, gate=None, up=None, down=None,
+            activation=activation, device=device, dtype=dtype,
+        )  # fmt: skip
+        if units == 0:
+            for kind in TYPES:
+                setattr(self, kind, None)
+        bias = torch.zeros(num_experts, hidden_size, device=device, dtype=dtype)
+        self.bias = nn.Parameter(bias)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As of `LatentExperts`."""
+        here = top_k_index < self.num_experts
+        scale = torch.where(here, top_k_weights, 0).to(self.bias.dtype)
+        rows = top_k_index.clamp(max=self.num_experts - 1)
+        y = nn.functional.embedding_bag(rows, self.bias, per_sample_weights=scale, mode="sum")
+        y = y.to(hidden_states.dtype)
+        if self.intermediate_dim:
+            y = y + self._sum(hidden_states, top_k_index, top_k_weights)
+        return y
 
 
 def _check_split(kind: str, split: Split, E: int, D: int) -> None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from molae import ops
 from molae.errors import ArgumentError
 
 if TYPE_CHECKING:
     from molae.hf.experts import Factors, LatentExperts
 
-__all__ = ["forward_torch"]
+__all__ = ["forward_torch", "split_slots"]
 
 #: What `torch.nn.functional.grouped_mm` takes, by device. On a GPU it also saves a launch an
 #: expert; on a CPU it was 5 to 20 % faster than a loop.
@@ -79,16 +80,36 @@ def forward_torch(
     return _outputs(x, hidden, weights, routing, factors["down_proj"])
 
 
-def _compress(
-    index: torch.Tensor, weights: torch.Tensor, vectors: torch.Tensor, n: int, E: int
+def split_slots(
+    index: torch.Tensor, weights: torch.Tensor, n: int, E: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is left to run, and each token's vectors; see `molae.ops.compressed_experts_forward`."""
-    K, index = index.shape[1], index.clamp(max=E)
+    """As `molae.ops.split_slots`, of tensors on any device."""
+    index, wide = index.clamp(max=E), weights.detach()
+    if wide.device.type == "cpu":
+        wide = wide if wide.dtype == torch.float64 else wide.to(torch.float32)
+        main, aux = ops.split_slots(index.numpy(), wide.numpy(), E, n)
+        return torch.from_numpy(main), torch.from_numpy(aux)
+    last = _last_slots(index, wide, n)
+    kept = torch.full_like(index, E).scatter(1, last, index.gather(1, last))
+    return index.scatter(1, last, E), kept
+
+
+def _last_slots(index: torch.Tensor, weights: torch.Tensor, n: int) -> torch.Tensor:
+    """(T, n): each token's slots of least weight; of equal ones the largest numbers."""
+    K = index.shape[1]
     if n >= K:
         raise ArgumentError(f"num_compressed: expected 0 to K - 1 = {K - 1}, got {n}")
     by_index = torch.argsort(index, dim=1, stable=True)
     by_weight = torch.argsort(weights.gather(1, by_index), dim=1, descending=True, stable=True)
-    aux = by_index.gather(1, by_weight)[:, K - n :]
+    return by_index.gather(1, by_weight)[:, K - n :]
+
+
+def _compress(
+    index: torch.Tensor, weights: torch.Tensor, vectors: torch.Tensor, n: int, E: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is left to run, and each token's vectors; see `molae.ops.compressed_experts_forward`."""
+    index = index.clamp(max=E)
+    aux = _last_slots(index, weights, n)
     chosen = index.gather(1, aux)
     here = chosen < E
     shares = torch.where(here, weights.gather(1, aux), 0)

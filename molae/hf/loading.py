@@ -172,6 +172,7 @@ def _replace(
         activation=old.act_fn,
         fused=fused,
         num_compressed=num_compressed,
+        light=factored.light,
         device="meta",
         dtype=first.dtype,
     )
@@ -237,7 +238,7 @@ def _read(config: Mapping[str, Any]) -> tuple[Family, Factored]:
     family = find_family(config)
     letters = family.read_letters(config)
     quant = config["quantization_config"]
-    return family, Factored.from_dict(quant, E=letters["E"], D=letters["D"], K=letters["K"])
+    return family, Factored.from_dict(quant, letters)
 
 
 def _check_files(config: Mapping[str, Any], files: Iterable[str], prefix: str) -> None:

@@ -19,13 +19,14 @@ from molae.hf.native import NAMES_BY_TYPE
 from molae.hf.opening import first_line
 from molae.io import Checkpoint
 
-__all__ = ["LayerStream", "Projections", "StreamedExperts", "Vectors", "in_torch"]
+__all__ = ["LayerStream", "Light", "Projections", "StreamedExperts", "in_torch"]
 
 #: Gate, up and down of a layer.
 Projections = Mapping[str, ops.Projection]
 
-#: Of compressed experts: embeddings, and how many of a token's they are.
-Vectors = tuple[np.ndarray, int]
+#: What acts in the place of compressed experts, embeddings or narrow ones, and how many of a
+#: token's they are.
+Light = tuple[np.ndarray | ops.NarrowExperts, int]
 
 #: Is told x (N, D), the experts (N, K), E for none, the routing weights, and the answers (N, D) of
 #: what comes by.
@@ -50,7 +51,7 @@ class StreamedExperts(nn.Module):
         super().__init__()
         self.num_experts, self.act_fn = num_experts, act_fn
         self.projections: Projections | None = None
-        self.vectors: Vectors | None = None
+        self.light: Light | None = None
         self.seen: Seen | None = None
 
     @property
@@ -70,13 +71,13 @@ class StreamedExperts(nn.Module):
         for at in range(0, len(x), CHUNK):
             some = slice(at, at + CHUNK)
             call = x[some], index[some], weights[some], gate, up, down
-            if self.vectors is None:
-                ops.latent_experts_forward(*call, activation=self.activation, out=y[some])
+            to: Any = {"activation": self.activation, "out": y[some]}
+            if self.light is None:
+                ops.latent_experts_forward(*call, **to)
+            elif isinstance(self.light[0], ops.NarrowExperts):
+                ops.narrow_experts_forward(*call, self.light[0], self.light[1], **to)
             else:
-                vectors, n = self.vectors
-                ops.compressed_experts_forward(
-                    *call, vectors, n, activation=self.activation, out=y[some]
-                )
+                ops.compressed_experts_forward(*call, self.light[0], self.light[1], **to)
         if self.seen is not None:
             self.seen(x, index, weights, y)
         return torch.from_numpy(y).reshape(shape)
@@ -210,7 +211,7 @@ class LayerStream:
         self,
         number: int,
         projections: Projections | None = None,
-        vectors: Vectors | None = None,
+        light: Light | None = None,
     ) -> Iterator[Callable[..., torch.Tensor]]:
         """A decoder layer, ready to run on what comes before it.
 
@@ -219,8 +220,8 @@ class LayerStream:
         number : int
         projections : mapping of str to Projection, optional
             Experts to run instead of the checkpoint's own.
-        vectors : (ndarray, int), optional
-            Embeddings of compressed experts, and how many of a token's they are.
+        light : (ndarray or NarrowExperts, int), optional
+            What acts in the place of compressed experts, and how many of a token's they are.
 
         Yields
         ------
@@ -244,7 +245,7 @@ class LayerStream:
             args, kwargs = self._calls[number]
             if experts is not None:
                 experts.projections, experts.seen = projections or own, seen
-                experts.vectors = vectors
+                experts.light = light
             out = module(hidden, *args, **kwargs)
             out = out[0] if isinstance(out, tuple) else out
             if not torch.isfinite(out).all():
@@ -257,7 +258,7 @@ class LayerStream:
         with self._loaded(module, f"{self._path}.{number}."):
             yield run
         if experts is not None:
-            experts.projections = experts.seen = experts.vectors = None
+            experts.projections = experts.seen = experts.light = None
 
     def activation(self, layer: int) -> ops.Activation:
         """Of a layer's experts, as `molae.ops` calls it."""

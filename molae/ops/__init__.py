@@ -34,13 +34,15 @@ from molae.ops.layers import (
     latent_experts_forward,
     release_scratch,
 )
+from molae.ops.narrow import NarrowExperts, narrow_experts_forward
 from molae.ops.projection import Projection
 from molae.ops.results import Gradients, ProjectionGradients, Saved
-from molae.ops.routing import Routing, route
+from molae.ops.routing import Routing, route, split_slots
 
 __all__ = [
     "ACTIVATIONS",
     "Gradients",
+    "NarrowExperts",
     "Projection",
     "ProjectionGradients",
     "Routing",
@@ -53,7 +55,9 @@ __all__ = [
     "from_authors_layout",
     "latent_experts_backward",
     "latent_experts_forward",
+    "narrow_experts_forward",
     "release_scratch",
     "route",
+    "split_slots",
     "to_authors_layout",
 ]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from molae import _core
 from molae.errors import ArgumentError, ShapeError
 
-__all__ = ["Groups", "Routing", "as_index", "as_partition", "group_numbers", "route"]
+__all__ = ["Groups", "Routing", "as_index", "as_partition", "group_numbers", "route", "split_slots"]
 
 Array = npt.NDArray[Any]
 Groups = Sequence[Sequence[int]]
@@ -87,6 +87,49 @@ def route(top_k_index: npt.ArrayLike, num_experts: int, groups: Groups | None = 
     if group_ptr is not None:
         tokens = tokens[: group_ptr[-1]]
     return Routing(ptr, rows // index.shape[1], rows % index.shape[1], group_ptr, tokens)
+
+
+def split_slots(
+    top_k_index: npt.ArrayLike, top_k_weights: Array, num_experts: int, num_compressed: int
+) -> tuple[Array, Array]:
+    """Tell a token's main experts from its least important ones.
+
+    Parameters
+    ----------
+    top_k_index : (N, K) array_like of int
+        Experts of each token, 0 to E; E means no expert.
+    top_k_weights : (N, K) ndarray of float32 or float64
+        By which they are ordered, equal ones by number.
+    num_experts : int
+        E.
+    num_compressed : int
+        n, 0 to K − 1: how many of a token's K are not main experts.
+
+    Returns
+    -------
+    main, auxiliary : (N, K) ndarray of int64
+        `top_k_index` twice, with E in the places of the others: either may go to
+        `experts_forward`, with the same `top_k_weights`.
+
+    Raises
+    ------
+    ShapeError, ArgumentError
+        Arrays that do not belong together, another dtype, an index outside 0 to E, an n of K.
+
+    References
+    ----------
+    Compressed experts, arXiv 2503.00634, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np, molae
+    >>> weights = np.array([[0.7, 0.3], [0.2, 0.8]])
+    >>> main, aux = molae.ops.split_slots([[0, 1], [2, 3]], weights, 4, 1)
+    >>> main.tolist(), aux.tolist()
+    ([[0, 4], [4, 3]], [[4, 1], [2, 4]])
+    """
+    weights = np.ascontiguousarray(top_k_weights)
+    return _core.split_slots(as_index(top_k_index), weights, num_experts, num_compressed)
 
 
 def as_index(top_k_index: npt.ArrayLike) -> Array:

@@ -83,8 +83,9 @@ def report_view(report: Report) -> RenderableType:
         )
         parts += [
             Text(
-                f"The last {'/'.join(map(str, sorted(n)))} of a token's experts act through light "
-                f"vectors; fitted, the layers' answers are {end:.4f} off, without them {start:.4f}."
+                f"The last {'/'.join(map(str, sorted(n)))} of a token's experts do not run. "
+                f"Without them the layers' answers are {start:.4f} off; with what acts in their "
+                f"place, fitted, {end:.4f}."
             )
         ]
     size = sum(entry["bytes"] for entry in report.files.values())
@@ -124,6 +125,7 @@ def inspect_view(found: Inspection) -> RenderableType:
     if factored.compressed:
         counts = [f"{n} in layer {layer}" for layer, n in factored.compressed.items()]
         table.add_row("compressed", f"of a token's experts {', '.join(counts)}")
+        table.add_row("in their place", factored.light.title)
     ranks = _table("layer", *TYPES)
     for layer, kinds in factored.layers.items():
         cells = []
@@ -206,7 +208,9 @@ def _needs(plan: Plan) -> Table:
     if plan.size_asked is not None:
         table.add_row("size", f"asked {plan.size_asked:g}, reached {plan.size_reached:.4f}")
     if n := plan.settings.get("compressed_experts"):
-        table.add_row("compressed", f"the last {n} of a token's {plan.letters['K']} experts")
+        table.add_row(
+            "compressed", f"the last {n} of a token's {plan.letters['K']} experts: {plan.light}"
+        )
     table.add_row("disk", f"{plan.disk_bytes:,} bytes ({size_text(plan.disk_bytes)})")
     if plan.scratch_bytes:
         table.add_row("temporary files", f"about {size_text(plan.scratch_bytes)}")

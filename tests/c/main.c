@@ -15,6 +15,7 @@ main(void)
     test_fit();
     test_gram();
     test_solve();
+    test_adamw();
     test_weighted();
     test_kern();
     test_ops();

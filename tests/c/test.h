@@ -31,6 +31,7 @@ void test_eigen(void);
 void test_fit(void);
 void test_gram(void);
 void test_solve(void);
+void test_adamw(void);
 void test_weighted(void);
 void test_kern(void);
 void test_ops(void);

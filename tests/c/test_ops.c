@@ -65,6 +65,26 @@ unguard(void *block)
     mli_free(p);
 }
 
+/* The last two of four by weight; equal weights by number, sentinels like any other. */
+static void
+splits(void)
+{
+    const int64_t index[8] = {3, 1, 0, 2, E, 4, 4, 0};
+    const float weight[8] = {0.5F, 0.1F, 0.1F, 0.3F, 0.2F, 0.2F, 0.2F, 0.9F};
+    const int64_t want[8] = {3, E, E, 2, E, 4, E, 0};
+    int64_t run[8], aux[8];
+    molae_errinfo err;
+
+    CHECK(molae_split_slots_f32(run, aux, index, weight, 2, 4, E, 2, &err) == MOLAE_OK);
+    for (int i = 0; i < 8; i++) {
+        CHECK(run[i] == want[i]);
+        CHECK(aux[i] == (run[i] == E ? index[i] : E));
+    }
+    CHECK(molae_split_slots_f32(run, aux, index, weight, 2, 4, E, 4, &err) == MOLAE_E_ARG);
+    CHECK(molae_split_slots_f32(run, aux, index, weight, 2, 4, 4, 1, &err) == MOLAE_E_ARG);
+    CHECK(molae_split_slots_f32(run, aux, index, weight, -1, 4, E, 1, &err) == MOLAE_E_SHAPE);
+}
+
 static void
 routes(void)
 {
@@ -114,6 +134,7 @@ routes(void)
 void
 test_ops(void)
 {
+    splits();
     routes();
     products_f32(MOLAE_F32, 0);
     products_f32(MOLAE_BF16, 0);
