@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 #: Public modules; names of a module that are modules themselves have a page of their own.
-MODULES = ("molae", "molae.fit", "molae.ops", "molae.hf", "molae.hf.calibrate", "molae.errors")
+MODULES = (
+    "molae",
+    "molae.fit",
+    "molae.ops",
+    "molae.hf",
+    "molae.hf.calibrate",
+    "molae.train",
+    "molae.errors",
+)
 
 FOLDER = Path(__file__).resolve().parent / "api"
 

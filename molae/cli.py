@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molae._version import __version__
+from molae.arguments import BUILTIN, make_parser
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,13 +27,20 @@ __all__ = ["main"]
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-#: Stands for a calibration text that needs no file.
-BUILTIN = "builtin"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = _parser()
+    parser = make_parser(
+        {
+            "inspect": _inspect,
+            "convert": _convert,
+            "materialize": _materialize,
+            "eval": _eval,
+            "generate": _generate,
+            "finetune": _finetune,
+            "demo": _demo,
+        }
+    )
     args = parser.parse_args(argv)
     if args.run is None:
         parser.print_help(sys.stderr)
@@ -209,6 +216,43 @@ def _generate(args: argparse.Namespace) -> None:
         _say(f"{found.tokens} tokens in {found.seconds:.1f} s ({rate:.3g} a second)")
 
 
+def _finetune(args: argparse.Namespace) -> None:
+    from molae.errors import ArgumentError
+    from molae.hf import hide_progress
+    from molae.hf.opening import use_threads
+    from molae.report.evaluation import finetuned_view, steps_progress
+    from molae.train.finetune import FinetuneConfig, finetune
+
+    names = [entry.name for entry in dataclasses.fields(FinetuneConfig)]
+    try:
+        config = FinetuneConfig(**{name: getattr(args, name) for name in names})
+    except ArgumentError as error:
+        raise _UsageError(str(error)) from error
+    if args.teacher is None and args.distill != FinetuneConfig.distill:
+        raise _UsageError("--distill: only with --teacher")
+    hide_progress()
+    use_threads(args.threads)
+    shown = None if args.quiet or args.json else _console(sys.stderr)
+    with steps_progress(shown) as progress:
+        found = finetune(
+            args.path,
+            args.dst,
+            args.data,
+            config,
+            teacher=args.teacher,
+            dtype=args.dtype,
+            device=args.device,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    if args.json:
+        _print_json(dataclasses.asdict(found))
+    elif not args.quiet:
+        console = _console(sys.stdout)
+        console.print(finetuned_view(found))
+        console.print(f"Written to {args.dst}", soft_wrap=True, highlight=False)
+
+
 def _demo(args: argparse.Namespace) -> None:
     from molae.demo.run import run
     from molae.report.demo import demo_view
@@ -219,204 +263,6 @@ def _demo(args: argparse.Namespace) -> None:
         _print_json(result.to_dict())
     else:
         _console(sys.stdout).print(demo_view(result))
-
-
-# -------------------------------------------------------------------- arguments
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="molae", description="Makes mixture-of-experts models smaller."
-    )
-    parser.add_argument("--version", action="version", version=f"molae {__version__}")
-    parser.set_defaults(run=None, debug=False)
-    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-
-    every = argparse.ArgumentParser(add_help=False)
-    every.add_argument("--json", action="store_true", help="print the facts as JSON")
-    every.add_argument(
-        "--debug", action="store_true", help="show where an error came from (or MOLAE_DEBUG=1)"
-    )
-    source = argparse.ArgumentParser(add_help=False)
-    source.add_argument(
-        "--family", metavar="FILE", help="JSON description of a family that molae does not know"
-    )
-    running = argparse.ArgumentParser(add_help=False)
-    running.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    running.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace a finished result, or an unfinished run with other settings",
-    )
-    running.add_argument("--threads", type=_count, metavar="N", help="threads to compute with")
-    running.add_argument("--quiet", action="store_true", help="print nothing but errors")
-
-    inspect = commands.add_parser(
-        "inspect", parents=[every, source], help="say what a checkpoint is"
-    )
-    inspect.add_argument("path", metavar="PATH", help="folder of a checkpoint, or hub id")
-    inspect.set_defaults(run=_inspect)
-
-    convert = commands.add_parser(
-        "convert",
-        parents=[every, source, running],
-        help="make a smaller checkpoint",
-        description="Make a smaller checkpoint from SRC in DST. Interrupted, the same command "
-        "goes on where it stopped.",
-    )
-    _add_convert_options(convert)
-    convert.set_defaults(run=_convert)
-
-    materialize = commands.add_parser(
-        "materialize",
-        parents=[every, source, running],
-        help="make an ordinary checkpoint from a converted one, of the original's full size",
-        description="Multiply the factors of SRC out to an ordinary checkpoint in DST. It has "
-        "the original's full size.",
-    )
-    materialize.add_argument("src", metavar="SRC", help="folder of a converted checkpoint")
-    materialize.add_argument("dst", metavar="DST", nargs="?", help="folder of the result")
-    materialize.set_defaults(run=_materialize)
-
-    _add_model_commands(commands, every)
-
-    demo = commands.add_parser(
-        "demo", parents=[every], help="convert the checkpoint that comes with molae"
-    )
-    demo.add_argument("--out", metavar="DIR", help="keep the results in this folder")
-    demo.add_argument("--quiet", action="store_true", help="print only the result")
-    demo.set_defaults(run=_demo)
-    return parser
-
-
-def _add_model_commands(commands: Any, every: argparse.ArgumentParser) -> None:
-    """Commands that run a model; they need the extra [hf]."""
-    running = argparse.ArgumentParser(add_help=False)
-    running.add_argument("path", metavar="PATH", help="folder of a checkpoint, or hub id")
-    running.add_argument("--device", default="cpu", help="where to compute, such as cuda:0")
-    running.add_argument("--threads", type=_count, metavar="N", help="threads to compute with")
-
-    evaluate = commands.add_parser(
-        "eval",
-        parents=[every, running],
-        help="measure a checkpoint on a text, alone or against another",
-        description="Perplexity of PATH, ordinary or converted, on a text; with --against also "
-        "how far its next-token distributions are from those of another checkpoint.",
-    )
-    evaluate.add_argument("--text", required=True, metavar="FILE", help="the text, UTF-8")
-    evaluate.add_argument(
-        "--against", metavar="PATH2", help="the reference, such as the original; also in memory"
-    )
-    evaluate.add_argument("--window", type=_count, metavar="N", help="tokens a window (512)")
-    evaluate.add_argument(
-        "--stride", type=_count, metavar="N", help="tokens between windows (half a window)"
-    )
-    evaluate.add_argument("--batch-size", type=_count, metavar="N", help="windows at a time (8)")
-    evaluate.add_argument(
-        "--dtype",
-        default="float32",
-        help="type to compute in; float32 tells checkpoints apart by their weights alone, "
-        "'auto' takes that of the files and less memory",
-    )
-    evaluate.add_argument("--quiet", action="store_true", help="show no progress")
-    evaluate.set_defaults(run=_eval)
-
-    generate = commands.add_parser(
-        "generate", parents=[every, running], help="let a checkpoint go on with a prompt"
-    )
-    generate.add_argument("prompt", metavar="PROMPT", help="the text to go on with")
-    generate.add_argument(
-        "--max-new-tokens", type=_count, default=50, metavar="N", help="at most so many (50)"
-    )
-    generate.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T",
-        help="0, the default, takes the most likely token each time; above it tokens are drawn",
-    )  # fmt: skip
-    generate.add_argument("--seed", type=int, default=0, help="of the drawing (0)")
-    generate.add_argument("--dtype", default="auto", help="type to compute in (the files' own)")
-    generate.set_defaults(run=_generate)
-
-
-def _add_convert_options(convert: argparse.ArgumentParser) -> None:
-    from molae.config import ConvertConfig, field_help
-
-    def text(name: str) -> str:
-        return field_help(ConvertConfig, name).replace("%", "%%")
-
-    convert.add_argument("src", metavar="SRC", help="folder of a checkpoint, or hub id")
-    convert.add_argument("dst", metavar="DST", nargs="?", help="folder of the result")
-    convert.add_argument("--method", default="latent", metavar="NAME", help=text("method"))
-    convert.add_argument("--size", type=float, metavar="SHARE", help=text("size"))
-    convert.add_argument(
-        "--group-size",
-        type=_group_size,
-        default="auto",
-        metavar="K",
-        help="'auto', a number, or gate=8,up=8,down=4. " + text("group_size"),
-    )
-    convert.add_argument("--rank", type=int, metavar="R", help=text("rank"))
-    text_options = convert.add_argument_group(
-        "calibration", "Needs the extra [hf] and the checkpoint's tokenizer."
-    )
-    text_options.add_argument(
-        "--calibration",
-        metavar="FILE",
-        help="a text, or .jsonl, that is run through the model: the fit then knows what the "
-        f"experts read; '{BUILTIN}' takes English that comes with Python",
-    )
-    text_options.add_argument(
-        "--calibration-sequences", type=_count, default=128, metavar="N",
-        help="at most so many sequences (128)",
-    )  # fmt: skip
-    text_options.add_argument(
-        "--calibration-length", type=_count, default=2048, metavar="N",
-        help="tokens of each, at most (2048, or what the model takes)",
-    )  # fmt: skip
-    text_options.add_argument(
-        "--scratch", metavar="DIR",
-        help="folder for temporary files: hidden states, and what a refit keeps of a layer",
-    )  # fmt: skip
-    text_options.add_argument("--flops", type=float, metavar="SHARE", help=text("flops"))
-    text_options.add_argument("--uniform", action="store_true", help=text("uniform"))
-    text_options.add_argument("--one-shot", action="store_true", help=text("one_shot"))
-    text_options.add_argument("--drop-idle", action="store_true", help=text("drop_idle"))
-    text_options.add_argument(
-        "--no-refit", action="store_true", help="leave out the last step: " + text("refit")
-    )
-    text_options.add_argument(
-        "--compressed-experts", type=int, default=0, metavar="N", help=text("compressed_experts")
-    )
-    text_options.add_argument(
-        "--light-module", default="vectors", metavar="FORM", help=text("light_module")
-    )
-    text_options.add_argument("--max-memory", metavar="SIZE", help=text("max_memory"))
-    text_options.add_argument(
-        "--stats",
-        metavar="FILE",
-        help="keep what the first pass measures there, or take it from there: another size of the "
-        "same checkpoint with the same text then costs less",
-    )
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
-
-
-def _group_size(text: str) -> Any:
-    if text == "auto":
-        return text
-    try:
-        if "=" not in text:
-            return int(text)
-        pairs = (part.split("=") for part in text.split(","))
-        return {name.strip(): int(size) for name, size in pairs if size.strip() != "auto"}
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected 'auto', a number, or gate=8,up=8,down=4, got {text!r}"
-        ) from None
 
 
 def _config(args: argparse.Namespace) -> Any:

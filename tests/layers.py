@@ -124,6 +124,7 @@ PYTHON_LAYERS = {
     "train": 4,
     "report": 4,
     "demo": 4,
+    "arguments": 4,
     "cli": 5,
     "__main__": 5,
 }

@@ -31,6 +31,10 @@ SHOWN_ELSEWHERE = {
     "molae.ops.Routing",
     "molae.ops.Saved",
     "molae.ops.from_authors_layout",
+    "molae.train.Example",
+    "molae.train.Finetuned",
+    "molae.train.Packed",
+    "molae.train.finetune",
 }
 
 

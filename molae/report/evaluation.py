@@ -1,4 +1,4 @@
-"""The tables of ``molae eval``."""
+"""The tables of ``molae eval`` and ``molae finetune``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ from molae.report.tables import size_text
 if TYPE_CHECKING:
     from molae.hf.compare import Comparison
     from molae.hf.evaluate import Evaluation
+    from molae.train.finetune import Finetuned
 
-__all__ = ["comparison_view", "evaluation_view", "windows_progress"]
+__all__ = [
+    "comparison_view",
+    "evaluation_view",
+    "finetuned_view",
+    "steps_progress",
+    "windows_progress",
+]
 
 
 def evaluation_view(path: str, score: Evaluation, peak: Mapping[str, int]) -> RenderableType:
@@ -49,19 +56,53 @@ def comparison_view(
     return Group(table, apart, Text(), _remarks(found.model, peak))
 
 
+def finetuned_view(found: Finetuned) -> RenderableType:
+    """What a training did."""
+    share = found.trained_parameters / found.parameters
+    lines = [
+        f"{found.steps:,} steps on {found.learned_tokens:,} tokens to learn; trained "
+        f"{found.trained_parameters:,} of {found.parameters:,} numbers ({share:.2%})."
+    ]
+    if found.losses:
+        lines += [f"Loss {found.losses[0][1]:.4g} at first, {found.losses[-1][1]:.4g} at the end."]
+    return Text("\n".join(lines))
+
+
 @contextlib.contextmanager
 def windows_progress(console: Console | None) -> Iterator[Callable[[int, int], object] | None]:
     """A bar over the windows, which appears with the first of them; None shows nothing."""
+    with _bar(console, "windows") as show:
+        yield show
+
+
+@contextlib.contextmanager
+def steps_progress(
+    console: Console | None,
+) -> Iterator[Callable[[int, int, float | None], object] | None]:
+    """A bar over the steps of a training, with the last loss; None shows nothing."""
+    with _bar(console, "steps") as show:
+        if show is None:
+            yield None
+        else:
+            yield lambda done, total, loss: show(
+                done, total, "steps" if loss is None else f"steps, loss {loss:.4f}"
+            )
+
+
+@contextlib.contextmanager
+def _bar(console: Console | None, what: str) -> Iterator[Callable[..., object] | None]:
     if console is None:
         yield None
         return
-    columns = (TextColumn("windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
     bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task("", total=None)
+    task = bar.add_task(what, total=None)
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int, text: str = what) -> None:
         bar.start()
-        bar.update(task, completed=done, total=total)
+        bar.update(task, completed=done, total=total, description=text)
 
     try:
         yield show

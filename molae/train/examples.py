@@ -54,6 +54,18 @@ def read_examples(path: str | os.PathLike[str], tokenizer: Any) -> list[Example]
     ------
     molae.errors.ArgumentError
         It cannot be read, is empty, not UTF-8, or a line is none of these; the line is named.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile, molae.demo
+    >>> from molae.hf.opening import open_tokenizer
+    >>> from molae.train import read_examples
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder, "data.jsonl")
+    ...     _ = file.write_text('{"prompt": "One and one", "completion": " is two."}')
+    ...     (found,) = read_examples(file, open_tokenizer(molae.demo.CHECKPOINT))
+    >>> found.learned.index(True) < len(found.tokens) == len(found.learned)
+    True
     """
     text = read_text(Path(path))
     if Path(path).suffix != ".jsonl":
@@ -191,7 +203,7 @@ def pack(examples: Sequence[Example], length: int, *, filler: int = 0) -> Packed
 
     Examples
     --------
-    >>> from molae.hf.examples import Example, pack
+    >>> from molae.train import Example, pack
     >>> some = [Example((1,) * n, (True,) * n) for n in (3, 9, 4)]
     >>> rows = pack(some, 8)
     >>> len(rows), rows.learned, rows[0]["position_ids"].tolist()

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from molae.errors import ArgumentError, DestinationError, MissingExtraError, NonFiniteError
-from molae.hf.examples import IGNORED, Packed, pack, read_examples
 from molae.hf.experts import LatentExperts, NarrowExperts
 from molae.hf.opening import open_model
+from molae.train.examples import IGNORED, Packed, pack, read_examples
 
 __all__ = ["FinetuneConfig", "Finetuned", "finetune", "select_parameters"]
 
@@ -33,6 +34,9 @@ Part = Literal["all", "experts", "router", "light"]
 
 #: Positions whose logits are held at once: a vocabulary is wide.
 LOGITS = 1024
+
+#: Of a checkpoint to go on from.
+WEIGHTS = "parameters.safetensors"
 
 #: What a run leaves in its result.
 LOG, PICTURE = "finetune.json", "finetune.png"
@@ -70,7 +74,7 @@ class FinetuneConfig:
 
     Examples
     --------
-    >>> from molae.hf.finetune import FinetuneConfig
+    >>> from molae.train import FinetuneConfig
     >>> FinetuneConfig(train="light", steps=300).learning_rate
     2e-05
     """
@@ -140,6 +144,15 @@ def select_parameters(model: nn.Module, part: Part) -> int:
     ------
     molae.errors.ArgumentError
         The model has no such weights.
+
+    Examples
+    --------
+    >>> import molae.demo
+    >>> from molae.hf.opening import open_model
+    >>> from molae.train import select_parameters
+    >>> model, _ = open_model(molae.demo.CHECKPOINT)
+    >>> select_parameters(model, "router")  # three of 32 experts, each of a hidden size of 128
+    12288
     """
     model.requires_grad_(part == "all")
     if part != "all":
@@ -190,7 +203,7 @@ def finetune(
         Folder of the result. A run that was interrupted leaves its checkpoints beside it, and
         the same call goes on from the last of them.
     data : str or path
-        As `molae.hf.examples.read_examples` reads it.
+        As `molae.train.examples.read_examples` reads it.
     config : FinetuneConfig, optional
     teacher : str or path, optional
         A checkpoint whose distributions of the next token are learned, such as the original:
@@ -295,12 +308,15 @@ def _chunk_loss(
 
 
 def _hidden(model: Any, call: Mapping[str, Any]) -> torch.Tensor:
-    out: torch.Tensor = model.base_model(**call, use_cache=False).last_hidden_state
-    return out
+    # By the whole model's own call, which is what wrappers for several processes look out for.
+    out = model(**call, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+    last: torch.Tensor = out.hidden_states[-1]
+    return last
 
 
 def _log_probabilities(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return functional.log_softmax(model.get_output_embeddings()(hidden).float(), dim=-1)
+    head = getattr(model, "module", model).get_output_embeddings()
+    return functional.log_softmax(head(hidden).float(), dim=-1)
 
 
 # -------------------------------------------------------------------- the Trainer
@@ -323,15 +339,29 @@ def _trainer(
             self, model: Any, inputs: Any, return_outputs: bool = False,
             num_items_in_batch: Any = None,
         ) -> Any:  # fmt: skip
-            inner = self.accelerator.unwrap_model(model)
-            total, learned = distilling_loss(inner, teacher, inputs, config.distill)
+            total, learned = distilling_loss(model, teacher, inputs, config.distill)
             loss = total / (learned if num_items_in_batch is None else num_items_in_batch)
-            if not torch.isfinite(loss):
+            if not torch.isfinite(value := loss.detach()):
                 raise NonFiniteError(
-                    f"step {self.state.global_step + 1}: the loss is {float(loss):g}; the last "
+                    f"step {self.state.global_step + 1}: the loss is {float(value):g}; the last "
                     f"checkpoint is in {work}; take a smaller --learning-rate"
                 )
             return (loss, None) if return_outputs else loss
+
+        # Checkpoints to go on from hold the parameters by the names of the model itself: the way
+        # through the names of the files, which the Trainer takes, loses those of experts.
+        def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+            folder = Path(str(output_dir or self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            model: Any = self.model
+            values = model.state_dict() if state_dict is None else state_dict
+            own = {name: tensor.detach().contiguous().clone() for name, tensor in values.items()}
+            save_file(own, folder / WEIGHTS)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+            values = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+            into: Any = model or self.model
+            into.load_state_dict(values, strict=True)
 
     class Telling(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
