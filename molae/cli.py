@@ -294,10 +294,12 @@ def _config(args: argparse.Namespace) -> Any:
             "drop_idle",
             "no_refit",
             "compressed_experts",
+            "light_module",
             "max_memory",
             "stats",
         ):
-            if getattr(args, name):
+            default = "vectors" if name == "light_module" else None
+            if getattr(args, name) and getattr(args, name) != default:
                 option = "--" + name.replace("_", "-")
                 raise _UsageError(f"{option}: only with --calibration FILE")
     return config

@@ -93,7 +93,8 @@ class ConvertConfig:
         default=False,
         metadata={
             "help": "With a calibration text: the same share of its numbers for each group, "
-            "instead of spending the size where it does most good."
+            "instead of spending the size where it does most good, and as many compressed experts "
+            "in each layer."
         },
     )
     one_shot: bool = field(
@@ -125,7 +126,8 @@ class ConvertConfig:
         metadata={
             "help": "With a calibration text: so many of a token's experts, the last by their "
             "routing weights, do not run; what acts in their place is fitted to what the layer "
-            "answers."
+            "answers. So many on average: layers in which the model misses them less have more "
+            "(uniform: all the same)."
         },
     )
     light_module: str = field(

@@ -38,6 +38,7 @@ from molae.hf.calibrate import Calibration, read_calibration_text
 from molae.hf.evaluate import evaluate_path
 from molae.hf.streaming import LayerStream
 from molae.io import open_checkpoint
+from molae.ops import NarrowExperts
 from molae.report.tables import plan_view
 
 hide_progress()
@@ -193,15 +194,24 @@ def test_a_trial_of_the_same_experts_moves_nothing(source):
             private=(None,) * SIZES["E"],
             shared=(None,) * SIZES["E"],
         )
-        return {"same": own, "lost": {"down_proj": lost}}.items()
+        none = NarrowExperts.of({"bias": np.zeros((SIZES["E"], SIZES["D"]), np.float32)})
+        yield "same", own, None
+        yield "lost", {"down_proj": lost}, None
+        yield "fewer", {}, (none, 1)
 
     with calibration(source) as run:
         moved = run.measure(trials)
         layers = run._model.moe_layers
+        for layer in layers:  # the same, one layer at a time
+            given, own = run.reading(layer), run.experts(layer)
+            _, lost, fewer = ((other, light) for _, other, light in trials(layer, given, own))
+            again = run.compare(layer, [lost, fewer])
+            assert again == pytest.approx([moved[layer, n] for n in ("lost", "fewer")], rel=1e-5)
     assert {layer for layer, _ in moved} == set(layers)
     for layer in layers:
         assert moved[layer, "same"] == pytest.approx(0, abs=1e-9)
         assert moved[layer, "lost"] > 1e-4
+        assert moved[layer, "fewer"] > 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

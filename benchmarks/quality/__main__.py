@@ -21,24 +21,21 @@ import numpy as np
 import torch
 
 import molae
-import molae.demo
 import molae.hf
 from benchmarks import RESULTS, ROOT
 from benchmarks.header import header, usable_cpus
-from benchmarks.quality import second, tables
+from benchmarks.quality import tables
 from benchmarks.quality.errors import output_error, weight_error
+from benchmarks.quality.inputs import add_inputs, find_inputs, say
+from benchmarks.quality.kept import Found, Rows
 from benchmarks.quality.layer import OutOfReach
 from benchmarks.quality.model import Scores, Text, layers_of, load, replaced, score
 from benchmarks.quality.noise import gaussian_twin
 from benchmarks.quality.rows import ROWS, Attempt, Bench
-from molae.demo import corpus
-from molae.hf.calibrate import read_calibration_text
 from molae.hf.windows import ratio, tokenize
 
 FORMAT = 1
 SIZES = (0.75, 0.6, 0.5, 0.4, 0.3, 0.2)
-
-Found = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,52 +44,17 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     molae.hf.hide_progress()
     args.work.mkdir(parents=True, exist_ok=True)
-    path, text, held_out, names = _inputs(args)
+    path, text, held_out, names = find_inputs(args)
     result = _run(args, path, text, held_out, names)
     print(tables.quality(result))
     out = args.json or _usual_place(args)
     if out is None:
-        _say("not kept: --json names a file")
+        say("not kept: --json names a file")
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
-        _say(f"kept in {out}; python -m benchmarks.readme writes the tables")
+        say(f"kept in {out}; python -m benchmarks.readme writes the tables")
     return 0
-
-
-def _inputs(args: argparse.Namespace) -> tuple[Path, str, str, dict[str, str]]:
-    """The checkpoint, the text to calibrate with, the one to score, and what they are called."""
-    names = {"model": str(args.model or "demonstration")}
-    if args.train_text is not None:
-        folder = args.work / "second"
-        settings = replace(second.SETTINGS, steps=args.train_steps)
-        path = second.train(args.train_text, folder, _say, settings)
-        texts = {"calibration": folder / "training.txt", "test": folder / "heldout.txt"}
-        made = json.loads((folder / "training.json").read_text())
-        names = {
-            "model": f"second, trained on {args.train_text.name}",
-            "trained": f"in {args.train_steps} steps, {made['training']['seconds']:.0f} s "
-            f"on {made['device']}",
-        }
-    elif args.model is None:
-        path = molae.demo.CHECKPOINT
-        texts = {"calibration": None, "test": molae.demo.HELDOUT}
-    else:
-        path, texts = args.model, {"calibration": None, "test": None}
-    for what in ("calibration", "test"):
-        texts[what] = getattr(args, what) or texts[what]
-    if texts["calibration"] is not None:
-        text = read_calibration_text(texts["calibration"])
-        names["calibration"] = texts["calibration"].name
-    elif args.model is None:
-        text = "\n".join(corpus.gather().documentation)
-        names["calibration"] = "documentation of CPython"
-    else:
-        raise SystemExit("--calibration FILE: what to calibrate with")
-    if texts["test"] is None:
-        raise SystemExit("--test FILE: what to score")
-    names["test"] = texts["test"].name
-    return path, text, read_calibration_text(texts["test"]), names
 
 
 def _run(
@@ -135,16 +97,16 @@ def _run(
         "calibration_tokens": int(sum(len(layer.x) for layer in layers[:1])),
         "test_tokens": int(base.sizes.sum()),
     }  # fmt: skip
-    rows = _Rows(work / "rows.json")
+    rows = Rows(work / "rows.json")
     for size in args.sizes:
         for name in args.rows:
             if rows.find(name, size) is not None:
                 continue
             start = time.perf_counter()
-            _say(f"{name} at {size:g} ({start - began:.0f} s)")
+            say(f"{name} at {size:g} ({start - began:.0f} s)")
             row = _row(bench, model, scored, base, name, size)
             rows.add({**row, "seconds": round(time.perf_counter() - start, 1)})
-            _say(f"  {row.get('note', '')}: {_short(row)}")
+            say(f"  {row.get('note', '')}: {_short(row)}")
     result["rows"] = _ranked(
         [row for size in args.sizes for name in args.rows if (row := rows.find(name, size))]
     )
@@ -214,12 +176,12 @@ def _ranked(rows: list[Found]) -> list[Found]:
     return found
 
 
-def _noise(args: argparse.Namespace, bench: Bench, rows: _Rows, began: float) -> Found:
+def _noise(args: argparse.Namespace, bench: Bench, rows: Rows, began: float) -> Found:
     """Weight errors of the same methods on Gaussian experts, at one size."""
     size, twin = args.noise_size, bench.work / "gaussian"
     missing = [name for name in args.rows if rows.find(f"noise {name}", size) is None]
     if missing:
-        _say(f"Gaussian experts ({time.perf_counter() - began:.0f} s)")
+        say(f"Gaussian experts ({time.perf_counter() - began:.0f} s)")
         gaussian_twin(bench.path, twin)
         work = bench.work / "noise"
         work.mkdir(exist_ok=True)
@@ -244,23 +206,6 @@ def _noise(args: argparse.Namespace, bench: Bench, rows: _Rows, began: float) ->
     }
 
 
-class _Rows:
-    """Rows that are done, kept in a file: a run of hours may be cut off."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._rows: list[Found] = json.loads(path.read_text()) if path.exists() else []
-
-    def find(self, name: str, size: float) -> Found | None:
-        return next((r for r in self._rows if (r["name"], r["size"]) == (name, size)), None)
-
-    def add(self, row: Found) -> None:
-        self._rows.append(row)
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self._rows))
-        part.replace(self._path)
-
-
 def _short(row: Found) -> str:
     if "out_of_reach" in row:
         return f"out of reach, {row['out_of_reach']}"
@@ -275,19 +220,11 @@ def _usual_place(args: argparse.Namespace) -> Path | None:
     return RESULTS / ("quality.json" if args.train_text is None else "quality_second.json")
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--model", type=Path, help="a checkpoint; default: the demonstration's")
-    parser.add_argument("--train-text", type=Path, help="train the second model on this text")
-    parser.add_argument("--train-steps", type=int, default=second.SETTINGS.steps, metavar="N")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate with")
-    parser.add_argument("--test", type=Path, metavar="FILE", help="text to score")
+    add_inputs(parser)
     parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--noise-size", type=float, default=0.5, help="0: no noise floor")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +23,7 @@ from molae.convert.allocation import Allocation, Candidate, gauge_ranks, group_s
 from molae.convert.budget import Flops, spend
 from molae.convert.fitting import Fitted, Groups, Matrices
 from molae.convert.footprint import Footprint
+from molae.convert.light import FittedLight, Light, fit_light, nothing, spread_counts
 from molae.convert.measuring import TRIAL_SIZES, Look, Measurements
 from molae.convert.naming import named
 from molae.errors import ArgumentError, CalibrationWarning
@@ -32,7 +32,7 @@ from molae.fit import Energies, LayerInput
 from molae.fit.factors import SharedFactors
 from molae.fit.layer import REFITS, Gathered, Part, factor_parts, runnable
 from molae.io import Checkpoint, map_file, numpy_dtype
-from molae.ops import NarrowExperts, Projection
+from molae.ops import Projection
 
 __all__ = ["Calibrated", "Calibration"]
 
@@ -41,37 +41,6 @@ GROUP_SIZES = (1, 2, 4, 8, 16, 32)
 
 #: Tokens on which group sizes are compared.
 TRIED_TOKENS = 8192
-
-#: Tokens to which vectors are fitted; narrow experts are fitted to all.
-VECTOR_TOKENS = 8192
-
-
-#: What acts in the place of compressed experts, and how many of a token's they are.
-Light = tuple[np.ndarray | NarrowExperts, int]
-
-
-@dataclass(frozen=True, eq=False)
-class FittedLight:
-    """What acts in the place of one layer's compressed experts.
-
-    Attributes
-    ----------
-    arrays : dict of str to ndarray
-        By role, as stored.
-    error : (3,) ndarray of float64
-        As `molae.fit.CompressedFit` or `molae.fit.NarrowFit` has it.
-    tokens : int
-        To which it was fitted.
-    """
-
-    arrays: Mapping[str, np.ndarray]
-    error: np.ndarray
-    tokens: int
-
-    def runnable(self) -> np.ndarray | NarrowExperts:
-        """As `molae.ops` takes it: float16 is widened."""
-        wide = {role: _readable(array) for role, array in self.arrays.items()}
-        return wide["compressed"] if "compressed" in wide else NarrowExperts.of(wide)
 
 
 class Calibration(Protocol):
@@ -87,10 +56,16 @@ class Calibration(Protocol):
         self,
         trials: Callable[
             [int, LayerInput, Mapping[str, Projection]],
-            Iterable[tuple[str, Mapping[str, Projection]]],
+            Iterable[tuple[str, Mapping[str, Projection], Light | None]],
         ],
     ) -> dict[tuple[int, str], float]:
         """Run the original; by layer and name how far its answers move with a trial's experts."""
+
+    def compare(
+        self, layer: int, variants: Sequence[tuple[Mapping[str, Projection], Light | None]]
+    ) -> list[float]:
+        """After all that was advanced, how far the answers are from the original's with each of
+        several sets of experts in a layer, and the original's own behind it."""
 
     def experts(self, layer: int) -> Mapping[str, Projection]:
         """A layer's own experts."""
@@ -155,6 +130,7 @@ class Calibrated:
         self._finished: dict[int, Path] = {}
         self._fitted: dict[tuple[int, str], Fitted] = {}
         self._light = LightModule.parse(config.light_module, model.letters["F"])
+        self._counts: Mapping[int, int] = {}
         self._compressed: dict[int, FittedLight] = {}
         self._warned = False
 
@@ -167,13 +143,14 @@ class Calibrated:
             raise ArgumentError(
                 f"rank: method 'latent' finds its ranks from the size, got {self._config.rank}"
             )
-        flops, n = self._config.flops, self._config.compressed_experts
-        compressed = dict.fromkeys(self._model.moe_layers, n) if n else {}
+        flops = self._config.flops
+        compressed = self._counts = self._compressed_counts(self._config.compressed_experts)
         if size == 1.0 and flops in (None, 1.0):
             return Allocation("gauge", {}, compressed=compressed, light=self._light)
-        if n:  # what the light modules take
+        if compressed:  # what the light modules take
             F, D = self._model.letters["F"], self._model.letters["D"]
-            size -= self._light.numbers(F=F, D=D) / (3 * F * D)
+            share = len(compressed) / len(self._model.moe_layers)
+            size -= share * self._light.numbers(F=F, D=D) / (3 * F * D)
             if not size > 0:
                 raise ArgumentError("size: leaves nothing beside compressed experts; take more")
         sizes, candidates = self._group_sizes(min(size, flops or 1.0))
@@ -198,7 +175,7 @@ class Calibrated:
 
         def trials(
             layer: int, given: LayerInput, own: Mapping[str, Projection]
-        ) -> Iterator[tuple[str, dict[str, Projection]]]:
+        ) -> Iterator[tuple[str, dict[str, Projection], Light | None]]:
             gathered, W = self._gathered(given, own), self._stacks(layer)
             for kind in missing:
                 groups, idle = self._grouped(gathered.energies, sizes[kind])
@@ -212,7 +189,7 @@ class Calibrated:
                 spectra = next(iter(tried.values())).spectrum
                 known[layer, kind, sizes[kind]] = Look(groups, spectra, ranks)
                 for name, factors in tried.items():
-                    yield name, {kind: runnable(Projection.from_factors(factors))}
+                    yield name, {kind: runnable(Projection.from_factors(factors))}, None
 
         if missing:
             for (layer, name), effect in self._calibration.measure(trials).items():
@@ -224,6 +201,28 @@ class Calibrated:
             for layer in self._model.moe_layers
             for kind in TYPES
         }
+
+    def _compressed_counts(self, n: int) -> dict[int, int]:
+        """By layer how many of a token's experts are compressed, n on average: where the model
+        takes it best. Layers with none are left out."""
+        layers, (E, K, D) = self._model.moe_layers, (self._model.letters[x] for x in "EKD")
+        if self._config.uniform or len(layers) == 1 or n in (0, K - 1):
+            return dict.fromkeys(layers, n) if n else {}
+        known = self._measurements.compressed
+
+        def trials(
+            layer: int, given: LayerInput, own: Mapping[str, Projection]
+        ) -> Iterator[tuple[str, dict[str, Projection], Light | None]]:
+            for count in range(1, K):
+                yield str(count), {}, (nothing(E, D), count)
+
+        if not known:
+            for (layer, name), effect in self._calibration.measure(trials).items():
+                known[layer, int(name)] = effect
+            self._keep()
+        effects = [[0.0, *(known[layer, count] for count in range(1, K))] for layer in layers]
+        counts = spread_counts(effects, n * len(layers))
+        return {layer: count for layer, count in zip(layers, counts, strict=True) if count}
 
     def _keep(self) -> None:
         if self._stats is not None:
@@ -372,7 +371,7 @@ class Calibrated:
         if layer in self._layers:
             projections = self._fit_factors(layer, given)
         light = None
-        if self._config.compressed_experts:
+        if layer in self._counts:
             light = self._fit_compressed(layer, given, projections)
         self._advance(layer, projections, light)
 
@@ -391,21 +390,20 @@ class Calibrated:
     def _fit_compressed(
         self, layer: int, given: LayerInput, projections: Mapping[str, Projection]
     ) -> Light:
-        """On top of the factors; the target is what all of the layer's own experts answer."""
-        n, own = self._config.compressed_experts, self._calibration.experts(layer)
+        """On top of the factors. Vectors that do not bring the model's answers nearer than those
+        of 1 are not taken: a layer's own error does not always tell."""
+        own = self._calibration.experts(layer)
         student, teacher = _in_order({**own, **projections}), _in_order(own)
-        if self._light.units is None:
-            given = given.first(VECTOR_TOKENS)
-            found = fit.compressed_experts(given, student, n, teacher=teacher)
-            arrays, error = {"compressed": found.embeddings}, found.error
-        else:
-            units = self._light.units
-            other = fit.narrow_experts(given, student, n, units, teacher=teacher)
-            arrays, error = dict(other.experts.arrays), other.error
         dtype = numpy_dtype(self._model.dtype)
-        stored = {role: array.astype(dtype) for role, array in arrays.items()}
-        self._compressed = {layer: FittedLight(stored, error, len(given.x))}
-        return self._compressed[layer].runnable(), n
+        found = fit_light(given, student, teacher, self._counts[layer], self._light, dtype)
+        if self._light.units is None:
+            one = found.at_one()
+            both = [(projections, other.runnable()) for other in (found, one)]
+            fitted, plain = self._calibration.compare(layer, both)
+            if plain < fitted:
+                found = one
+        self._compressed = {layer: found}
+        return found.runnable()
 
     def _fit_factors(self, layer: int, given: LayerInput) -> dict[str, Projection]:
         """Leaves what is to be stored; gives what a layer is run with."""
@@ -450,10 +448,10 @@ class Calibrated:
         tensors = map_file(self._finished[layer])
         prefix, found = self._model.experts_prefix(layer), {}
         light = None
-        if n := self._config.compressed_experts:
+        if layer in self._counts:
             specs = light_specs(self._model, layer, self._light)
             arrays = {role: tensors[spec.name] for role, spec in specs.items()}
-            light = FittedLight(arrays, np.zeros(3), 0).runnable(), n
+            light = FittedLight.stored(arrays, self._counts[layer]).runnable()
         for kind, split in self._layers.get(layer, {}).items():
             shared, perm, private = (
                 tuple(
@@ -476,12 +474,6 @@ class Calibrated:
             parts = group_tensors(prefix, kind, g, len(group), rank, F=F, D=D, form="gauge")
             names.append(next((part.name for part in parts if part.role == role), None))
         return names
-
-
-def _readable(array: np.ndarray) -> np.ndarray:
-    """What `molae.ops` takes."""
-    array = np.require(array, requirements=["C", "A"])
-    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def _lasting(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ __all__ = ["convert_card", "materialize_card"]
 
 def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> str:
     """The ``README.md`` of a converted checkpoint; `kept` names the copied files."""
-    ratio, n = plan.flops_ratio, plan.settings.get("compressed_experts")
+    ratio, compressed = plan.flops_ratio, bool(plan.compressed)
     data = "fitted to a calibration text" if plan.settings.get("calibration") else "without data"
     lines = [
         *_front_matter(plan),
@@ -26,8 +26,8 @@ def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> st
         f"The routed experts of this {plan.family} checkpoint are stored as shared latent factors.",
         f"Made by molae {__version__}, method `{plan.method}` ({plan.form} form), {data}.",
         *(
-            [f"The last {n} of a token's experts do not run; {plan.light} act in their place."]
-            if n
+            [_sentence(f"{plan.compressed_text}; {plan.light} act in their place.")]
+            if compressed
             else []
         ),
         "",
@@ -60,7 +60,7 @@ def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> st
             "A weight error says little about the text a model writes: measure that too.",
             "",
         ]
-    elif not n:
+    elif not compressed:
         lines += ["Nothing was changed: every tensor has the source's bytes.", ""]
     lines += [
         "## Loading",
@@ -73,7 +73,7 @@ def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> st
         "runs it as it is, factored. Without the first line Transformers only warns, and fills the",
         "experts with random numbers.",
         "",
-        *(_NO_ORDINARY_FORM if n else _ORDINARY_FORM),
+        *(_NO_ORDINARY_FORM if compressed else _ORDINARY_FORM),
         f"`{REPORT}` has the figures of each layer.",
         "",
         *_licence(kept),
@@ -118,6 +118,10 @@ def _front_matter(plan: Plan) -> list[str]:
     if plan.hub_id is not None:
         lines += [f"base_model: {plan.hub_id}"]
     return [*lines, "---", ""]
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _row(what: str, before: int, after: int) -> str:

@@ -230,6 +230,7 @@ class Conversion:
             disk_bytes=sum(shard.nbytes for shard in self.shards),
             seconds=self._seconds() if timed else None,
             passes=1 if self.calibrated is None else self.calibrated.footprint.passes,
+            compressed=compressed,
             light=light.title if compressed else None,
             scratch_bytes=scratch_bytes(self),
         )

@@ -11,8 +11,8 @@ import numpy as np
 
 from molae import fit
 from molae.config import TYPES
-from molae.convert.calibrated import VECTOR_TOKENS
 from molae.convert.footprint import BASE_BYTES
+from molae.convert.light import VECTOR_TOKENS
 from molae.convert.measuring import TRIAL_SIZES
 from molae.convert.naming import named
 from molae.factored import Split
@@ -153,7 +153,7 @@ def scratch_bytes(conversion: Conversion) -> int:
     width = max((latent_width(split.ranks, K) for _, split in splits.get("up_proj", [])), default=0)
     tokens = math.prod(conversion.calibration.sequences.shape)
     return conversion.calibration.scratch_bytes(
-        trials=len(model.moe_layers) * len(TYPES) * len(TRIAL_SIZES),
+        trials=len(model.moe_layers) * max(len(TYPES) * len(TRIAL_SIZES), K - 1),
         kept=4 * tokens * (2 * K * F + width) if config.refit else 0,
         anchored=not config.one_shot,
     )

@@ -34,7 +34,7 @@ FLATTEST, STEEPEST = 1.0, 3.0
 LEAST_EFFECT = 0.02
 
 #: Raised by one when what is measured changes.
-FORMAT = "1"
+FORMAT = "2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +119,16 @@ class Measurements:
         By matrix type, group size and size: the error of some layers' answers.
     looks : dict of (int, str, int) to Look
         By layer, matrix type and group size.
+    compressed : dict of (int, int) to float
+        By layer and n how far the answers move, in nats a token, where a token's last n experts
+        do not run.
     """
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.facts = {"trial_sizes": list(TRIAL_SIZES), "format": FORMAT, **facts}
         self.tried: dict[tuple[str, int, float], float | None] = {}
         self.looks: dict[tuple[int, str, int], Look] = {}
+        self.compressed: dict[tuple[int, int], float] = {}
 
     @classmethod
     def load(cls, path: Path, facts: Mapping[str, Any]) -> Measurements:
@@ -162,6 +166,8 @@ class Measurements:
             found.looks[entry["layer"], entry["kind"], entry["k"]] = look
         for kind, k, size, value in known["tried"]:
             found.tried[kind, k, size] = value
+        for layer, n, effect in known["compressed"]:
+            found.compressed[layer, n] = effect
         return found
 
     def save(self, path: Path) -> None:
@@ -189,7 +195,9 @@ class Measurements:
                 }
             )
         tried = [[*place, error] for place, error in self.tried.items()]
-        text = json.dumps({"facts": self.facts, "entries": entries, "tried": tried})
+        compressed = [[*place, effect] for place, effect in self.compressed.items()]
+        known = {"entries": entries, "tried": tried, "compressed": compressed}
+        text = json.dumps({"facts": self.facts, **known})
         data = save(tensors, {"molae_measurements": text})
         try:
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as f:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,8 @@ class Plan:
     passes : int
         Over a layer's tokens to gather its moments, at least: more than 1 where `max_memory`
         leaves no room for all.
+    compressed : dict of int to int
+        By layer how many of a token's experts are compressed, where any are.
     light : str, optional
         What acts in the place of compressed experts, where there are any.
     scratch_bytes : int
@@ -218,6 +220,7 @@ class Plan:
     disk_bytes: int
     seconds: float | None
     passes: int = 1
+    compressed: Mapping[int, int] = field(default_factory=dict)
     light: str | None = None
     scratch_bytes: int = 0
 
@@ -230,6 +233,18 @@ class Plan:
     def source_title(self) -> str:
         """The source's id, or the name of its folder."""
         return self.hub_id or Path(self.source).resolve().name
+
+    @property
+    def compressed_text(self) -> str:
+        """Such as "the last 2 of a token's experts do not run"."""
+        counts = [self.compressed.get(layer, 0) for layer in range(max(self.compressed) + 1)]
+        some = sorted(set(self.compressed.values()))
+        if len(some) == 1:
+            return f"the last {some[0]} of a token's {self.letters['K']} experts do not run"
+        return (
+            f"the last {some[0]} to {some[-1]} of a token's {self.letters['K']} experts do not "
+            f"run, by layer {', '.join(map(str, counts))}"
+        )
 
     @property
     def flops_ratio(self) -> float:

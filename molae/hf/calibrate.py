@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +35,7 @@ LEAST_TOKENS = 64
 #: Tokens that the trials of single layers are carried through.
 TRIAL_TOKENS = 2048
 
-Trials = Callable[[int, LayerInput, Projections], Iterable[tuple[str, Projections]]]
+Trials = Callable[[int, LayerInput, Projections], Iterable[tuple[str, Projections, "Light | None"]]]
 
 
 def read_calibration_text(path: str | os.PathLike[str]) -> str:
@@ -167,6 +167,8 @@ class Calibration:
             self._maps: dict[str, np.memmap[Any, np.dtype[np.float32]]] = {}
             self._walk = self._new_walk("hidden")
             self._original: _Walk | None = None
+            #: What the original's last layer gives for the first sequences.
+            self._last: np.ndarray | None = None
             self._threads = get_num_threads()
             self._held = held.pop_all()
         self.facts: dict[str, Any] = {
@@ -238,8 +240,8 @@ class Calibration:
         ----------
         trials : callable
             Of each MoE layer's number, `molae.fit.LayerInput` and own experts; gives, one after
-            the other, names and other experts for that layer alone. The input is for the call
-            only.
+            the other, names, other experts for that layer alone, and what acts in the place of
+            its compressed ones or None. The input is for the call only.
 
         Returns
         -------
@@ -265,9 +267,9 @@ class Calibration:
                     if taken is not None:
                         own = self._stream.experts(number)
                         given = taken.given(self._stream.activation(number))
-                        for name, other in trials(number, given, own):
+                        for name, other, light in trials(number, given, own):
                             hidden = self._mapped(f"trial {number} {name}", tuple(before.shape))
-                            _all(run, before, hidden, projections={**own, **other})
+                            _all(run, before, hidden, projections={**own, **other}, light=light)
                             variants[number, name] = hidden
             found = self._divergences(variants, some)
             for number, name in variants:
@@ -275,6 +277,55 @@ class Calibration:
             self._progress(len(self._stream), len(self._stream), "measured")
             walk.next = None
             return found
+
+    def compare(
+        self, layer: int, variants: Sequence[tuple[Projections, Light | None]]
+    ) -> list[float]:
+        """How the model takes other experts in a layer, after all that `advance` has changed.
+
+        Parameters
+        ----------
+        layer : int
+        variants : sequence of (mapping of str to Projection, (ndarray or NarrowExperts, int))
+            As `advance` takes them.
+
+        Returns
+        -------
+        list of float
+            For each the mean Kullback-Leibler divergence, in nats a token, of the next-token
+            distributions from the original's, on the first tokens. Behind the layer the
+            checkpoint's own layers run.
+        """
+        with self._fixed_threads():
+            self._walk.up_to(layer, self._tell)
+            some = self._tried
+            if self._last is None:
+                rows = (self._tokens[i : i + 1] for i in range(some))
+                self._last = torch.cat(list(self._stream.embed(rows))).numpy()
+                self._through(0, [self._last])
+            found = []
+            own = self._stream.experts(layer)
+            for projections, light in variants:
+                hidden = np.array(self._walk.states[:some])
+                with self._stream.layer(layer, {**own, **projections}, light) as run:
+                    _all(run, in_torch(hidden), hidden)
+                found.append(hidden)
+            self._through(layer + 1, found)
+            sums = [0.0] * len(found)
+            for i in range(some):
+                rest = [hidden[i : i + 1] for hidden in found]
+                base = in_torch(self._last[i : i + 1])
+                values = self._stream.divergences(self._tokens[i : i + 1], base, rest)
+                sums = [total + value for total, value in zip(sums, values, strict=True)]
+            return [total / (some * self._tokens.shape[1]) for total in sums]
+
+    def _through(self, first: int, several: Sequence[np.ndarray]) -> None:
+        """Hidden states (n, T, D), from before a layer to behind the last, as the checkpoint has
+        them; in place."""
+        for number in range(first, len(self._stream)):
+            with self._stream.layer(number) as run:
+                for hidden in several:
+                    _all(run, in_torch(hidden), hidden)
 
     @property
     def _tried(self) -> int:

@@ -227,7 +227,7 @@ class LayerStream:
         ------
         callable
             Of hidden states (n, T, D), with ``seen=`` told what the experts read, and
-            ``projections=`` other experts for this call.
+            ``projections=`` and ``light=`` other experts for this call.
         """
         module = self._layers[number]
         experts = next((m for m in module.modules() if isinstance(m, StreamedExperts)), None)
@@ -241,6 +241,7 @@ class LayerStream:
             *,
             seen: Seen | None = None,
             projections: Projections | None = None,
+            light: Light | None = light,
         ) -> torch.Tensor:
             args, kwargs = self._calls[number]
             if experts is not None:

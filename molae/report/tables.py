@@ -207,10 +207,8 @@ def _needs(plan: Plan) -> Table:
     table = Table.grid(padding=(0, 2))
     if plan.size_asked is not None:
         table.add_row("size", f"asked {plan.size_asked:g}, reached {plan.size_reached:.4f}")
-    if n := plan.settings.get("compressed_experts"):
-        table.add_row(
-            "compressed", f"the last {n} of a token's {plan.letters['K']} experts: {plan.light}"
-        )
+    if plan.compressed:
+        table.add_row("compressed", f"{plan.compressed_text}; {plan.light} act in their place")
     table.add_row("disk", f"{plan.disk_bytes:,} bytes ({size_text(plan.disk_bytes)})")
     if plan.scratch_bytes:
         table.add_row("temporary files", f"about {size_text(plan.scratch_bytes)}")

@@ -1,0 +1,164 @@
+"""``python -m benchmarks.compressed``: what acts in the place of compressed experts, and what it
+saves.
+
+Without a model: the demonstration's. With ``--train-text FILE`` the second one of
+``benchmarks.quality``, trained on that text first. Rows that are done are kept in the folder for
+the work, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import molae
+import molae.hf
+from benchmarks import RESULTS, ROOT
+from benchmarks.compressed import tables
+from benchmarks.compressed.forms import FORMS, TRAINED, title
+from benchmarks.compressed.making import Bench, Training
+from benchmarks.header import header, usable_cpus
+from benchmarks.quality.inputs import add_inputs, find_inputs, say
+from benchmarks.quality.kept import Found, Rows
+from benchmarks.quality.model import Scores, Text, load, score
+from molae.hf.windows import ratio, tokenize
+
+FORMAT = 1
+SIZES = (1.0, 0.75)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    molae.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
+    molae.hf.hide_progress()
+    args.work.mkdir(parents=True, exist_ok=True)
+    result = _run(args)
+    print(tables.compressed(result))
+    out = args.json or _usual_place(args)
+    if out is None:
+        say("not kept: --json names a file")
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        say(f"kept in {out}; python -m benchmarks.readme writes the tables")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> Found:
+    path, text, held_out, names = find_inputs(args)
+    model, tokenizer = load(path)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    length = min(args.length, longest or args.length)
+    scored = Text(tokenizer, held_out, args.test_tokens, longest)
+    K, training = model.config.num_experts_per_tok, Training(args.steps, args.tune_rate)
+    work = args.work / f"{Path(path).resolve().parent.name}-{args.tokens}-{args.test_tokens}"
+    work.mkdir(exist_ok=True)
+    (work / "text.txt").write_text(text, encoding="utf-8")
+    bench = Bench(path, tokenize(tokenizer, text).numpy(), work / "text.txt",
+                  max(1, args.tokens // length), length, work, training)  # fmt: skip
+    rows = Rows(work / "rows.json")
+    began = time.perf_counter()
+
+    def done(form: str, stage: str, size: float, n: int) -> Found:
+        name = f"{form} {stage} {n}"
+        found = rows.find(name, size)
+        if found is None:
+            passed = time.perf_counter() - began
+            say(f"{title(form, stage)}, n = {n}, size {size:g} ({passed:.0f} s)")
+            start = time.perf_counter()
+            other, facts = bench.make(form, stage, size, n)
+            scores = score(other, scored)
+            found = {
+                "name": name, "form": form, "stage": stage, "size": size, "n": n, **facts,
+                "seconds": round(time.perf_counter() - start, 1),
+                "sums": scores.sums.tolist(), "sizes": scores.sizes.tolist(),
+            }  # fmt: skip
+            rows.add(found)
+            say(f"  perplexity {math.exp(sum(scores.sums) / sum(scores.sizes)):.3f}")
+        return found
+
+    made: list[Found] = []
+    for size in args.model_sizes:
+        made.append(done("full", "fitted" if size < 1 else "", size, 0))
+        for n in range(1, K):
+            for form in args.forms:
+                if FORMS[form].uniform and size < 1:
+                    continue
+                made.append(done(form, "" if FORMS[form].light is None else "fitted", size, n))
+        if args.steps:
+            for form, stage in TRAINED:
+                made.append(done(form, stage, size, 0 if form == "full" else K // 2))
+    base = Scores(*(torch.tensor(made[0][key]).double().numpy() for key in ("sums", "sizes")))
+    return {
+        "molae_compressed": FORMAT,
+        "header": header(args.threads),
+        "names": names,
+        "model": {
+            "kind": model.config.model_type,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "experts": model.config.num_experts,
+            "num_experts_per_tok": K,
+        },
+        "calibration_tokens": bench.sequences * bench.length,
+        "test_tokens": int(base.sizes.sum()),
+        "training": {"steps": args.steps, "rate": args.tune_rate, "batch": training.batch_size,
+                     "length": length, "light_rates": dict(training.light_rates)},
+        "rows": [_against(row, base, made) for row in made],
+    }  # fmt: skip
+
+
+def _against(row: Found, base: Scores, rows: list[Found]) -> Found:
+    """With its rise over the whole original, and the share of the gap that it closes."""
+    kept = {key: value for key, value in row.items() if key not in ("sums", "sizes")}
+    loss = ratio(row["sums"], row["sizes"])
+    rise = ratio([a - b for a, b in zip(row["sums"], base.sums, strict=True)], row["sizes"])
+    kept |= {
+        "loss": loss.mean,
+        "perplexity": math.exp(loss.mean),
+        "rise": math.expm1(rise.mean),
+        "rise_se": math.exp(rise.mean) * rise.se,
+    }
+    ends = {other["form"]: sum(other["sums"]) for other in rows
+            if other["size"] == row["size"] and other["stage"] in ("", "fitted")
+            and other["n"] in (0, row["n"])}  # fmt: skip
+    if row["n"] and row["form"] not in ("plain", "stock") and "plain" in ends:
+        gap = ends["plain"] - ends["full"]
+        kept["closed"] = (ends["plain"] - sum(row["sums"])) / gap if gap > 0 else None
+    return kept
+
+
+def _usual_place(args: argparse.Namespace) -> Path | None:
+    """Only a whole run goes where the tables come from."""
+    whole = tuple(args.model_sizes) == SIZES and args.forms == list(FORMS) and args.steps
+    if not whole or args.model is not None or args.calibration or args.test:
+        return None
+    return RESULTS / ("compressed.json" if args.train_text is None else "compressed_second.json")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compressed", description=(__doc__ or "").partition("\n\n")[0]
+    )
+    add_inputs(parser)
+    parser.add_argument("--model-sizes", type=float, nargs="+", default=list(SIZES))
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
+    parser.add_argument("--steps", type=int, default=200, help="of each training; 0: none")
+    parser.add_argument("--tune-rate", type=float, default=2e-4, help="when all weights are tuned")
+    parser.add_argument("--tokens", type=int, default=65536, help="to calibrate with")
+    parser.add_argument("--length", type=int, default=512, help="of each sequence")
+    parser.add_argument("--test-tokens", type=int, default=10**9, help="to score at most")
+    parser.add_argument("--threads", type=int, default=usable_cpus())
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "compressed")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="keep the figures in this file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""``python -m benchmarks.compressed.plot``: perplexity over active parameters, for each result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from benchmarks import RESULTS, ROOT
+from benchmarks.compressed.forms import FORMS, title
+
+__all__ = ["draw"]
+
+#: Results, and the pictures of them in docs.
+PICTURES = {
+    "compressed.json": "compressed.svg",
+    "compressed_second.json": "compressed_second.svg",
+}
+
+LOOKS = {
+    "stock": ("0.6", "x"), "plain": ("0.35", "."), "vectors": ("#7aa6c2", "o"),
+    "additive": ("#e0a458", "s"), "narrow-8": ("#8c1c13", "D"), "narrow-4": ("#c8553d", "^"),
+}  # fmt: skip
+
+
+def draw(result: Mapping[str, Any]) -> Figure:
+    """A line a form, from n = 1 to K − 1; dashed on latent experts, hollow where distilled."""
+    with mpl.rc_context({"svg.hashsalt": "molae", "font.size": 9}):
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        axes = figure.subplots()
+        whole = result["rows"][0]["active_parameters"]
+        sizes = list(dict.fromkeys(row["size"] for row in result["rows"]))
+        for size in sizes:
+            rows = [r for r in result["rows"] if r["size"] == size]
+            first = rows[0]
+            for form in LOOKS:
+                color, mark = LOOKS[form]
+                line = [first] + [
+                    r for r in rows if r["form"] == form and r["stage"] in ("", "fitted")
+                ]
+                axes.plot(
+                    [r["active_parameters"] / whole for r in line],
+                    [r["rise"] for r in line],
+                    color=color, marker=mark, markersize=5, linewidth=1.4,
+                    linestyle="-" if size == sizes[0] else "--",
+                    label=title(form, "") if size == sizes[0] else None,
+                )  # fmt: skip
+                for r in rows:
+                    if r["form"] == form and r["stage"] == "distilled":
+                        axes.plot(
+                            r["active_parameters"] / whole, r["rise"], marker=mark, markersize=8,
+                            markerfacecolor="none", color=color,
+                        )  # fmt: skip
+        axes.invert_xaxis()
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_yscale("symlog", linthresh=0.02)
+        axes.set_xlabel("active parameters of a token, over the original's")
+        axes.set_ylabel("rise of the perplexity")
+        axes.grid(True, color="0.9", linewidth=0.6)
+        axes.set_title(
+            f"Model: {result['names']['model']}. Dashed: latent experts of size "
+            f"{sizes[-1]:g}. Hollow: distilled.",
+            fontsize=8, loc="left",
+        )  # fmt: skip
+        figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
+        return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compressed.plot", description=__doc__
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    args = parser.parse_args(argv)
+    for file, picture in PICTURES.items():
+        if (args.results / file).exists():
+            figure = draw(json.loads((args.results / file).read_text()))
+            with mpl.rc_context({"svg.hashsalt": "molae"}):
+                figure.savefig(args.docs / picture, metadata={"Date": None})
+            print(args.docs / picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
