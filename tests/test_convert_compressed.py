@@ -90,7 +90,7 @@ def test_every_family_is_converted(tmp_path, family, size):
     assert found.factored.compressed == dict.fromkeys(layers, 1)
     assert [row.layer for row in report.compressed] == list(layers)
     for row in report.compressed:
-        assert (row.num_compressed, row.tokens) == (1, 400)
+        assert (row.num_compressed, row.tokens) == (1, 200)
         start, linear, end = row.layer_error
         assert end <= linear <= start
     if size < 1:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.compressed.forms import FORMS, title
+from benchmarks.compressed.forms import title
 
 __all__ = ["draw"]
 

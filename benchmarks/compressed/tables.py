@@ -99,8 +99,8 @@ def _trained(result: Result, sizes: list[float]) -> str:
     note = (
         f"With {made['steps']} steps of {made['batch']} rows of {made['length']} tokens of the "
         "calibration's text. Distilled: only what acts in the experts' place learns, from the "
-        f"original's distributions. Fine-tuned: all weights, at rate {made['rate']:g}, on the text; "
-        "the last column is the perplexity over that of the model with all K experts and the "
+        f"original's distributions. Fine-tuned: all weights, at rate {made['rate']:g}, on the "
+        "text; the last column is the perplexity over that of the model with all K experts and the "
         "same steps."
     )
     return f"{note}\n\n{table(names, cells)}"

@@ -16,8 +16,9 @@ from molae.ops import NarrowExperts
 
 __all__ = ["VECTOR_TOKENS", "FittedLight", "Light", "fit_light", "nothing", "spread_counts"]
 
-#: Tokens to which vectors are fitted; narrow experts are fitted to all.
-VECTOR_TOKENS = 8192
+#: Tokens to which vectors are fitted, and those behind them that are left for a look at what the
+#: fit has brought; narrow experts are fitted to all.
+VECTOR_TOKENS, LEFT_TOKENS = 8192, 2048
 
 #: What acts in the place of compressed experts, and how many of a token's they are.
 Light = tuple[np.ndarray | NarrowExperts, int]
@@ -72,7 +73,8 @@ def fit_light(
     """Fitted to what all of the teacher's experts answer, where of the student's the first K − n
     run; rounded to what is stored."""
     if light.units is None:
-        given = given.first(VECTOR_TOKENS)
+        N = len(given.x)
+        given = given.first(min(VECTOR_TOKENS, max(N - LEFT_TOKENS, N // 2)))
         vectors = fit.compressed_experts(given, student, n, teacher=teacher)
         arrays, error = {"compressed": vectors.embeddings}, vectors.error
     else:

@@ -167,7 +167,7 @@ class Calibration:
             self._maps: dict[str, np.memmap[Any, np.dtype[np.float32]]] = {}
             self._walk = self._new_walk("hidden")
             self._original: _Walk | None = None
-            #: What the original's last layer gives for the first sequences.
+            #: What the original's last layer gives for the last sequences.
             self._last: np.ndarray | None = None
             self._threads = get_num_threads()
             self._held = held.pop_all()
@@ -293,20 +293,21 @@ class Calibration:
         -------
         list of float
             For each the mean Kullback-Leibler divergence, in nats a token, of the next-token
-            distributions from the original's, on the first tokens. Behind the layer the
-            checkpoint's own layers run.
+            distributions from the original's, on the last tokens of the text: a fit to the first
+            ones has not seen them. Behind the layer the checkpoint's own layers run.
         """
         with self._fixed_threads():
             self._walk.up_to(layer, self._tell)
             some = self._tried
+            tokens = self._tokens[-some:]
             if self._last is None:
-                rows = (self._tokens[i : i + 1] for i in range(some))
+                rows = (tokens[i : i + 1] for i in range(some))
                 self._last = torch.cat(list(self._stream.embed(rows))).numpy()
                 self._through(0, [self._last])
             found = []
             own = self._stream.experts(layer)
             for projections, light in variants:
-                hidden = np.array(self._walk.states[:some])
+                hidden = np.array(self._walk.states[-some:])
                 with self._stream.layer(layer, {**own, **projections}, light) as run:
                     _all(run, in_torch(hidden), hidden)
                 found.append(hidden)
@@ -315,7 +316,7 @@ class Calibration:
             for i in range(some):
                 rest = [hidden[i : i + 1] for hidden in found]
                 base = in_torch(self._last[i : i + 1])
-                values = self._stream.divergences(self._tokens[i : i + 1], base, rest)
+                values = self._stream.divergences(tokens[i : i + 1], base, rest)
                 sums = [total + value for total, value in zip(sums, values, strict=True)]
             return [total / (some * self._tokens.shape[1]) for total in sums]
 
