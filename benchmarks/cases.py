@@ -340,6 +340,13 @@ def calibration(s: Settings, peak: float) -> dict[str, Any]:
     return calibration(s, peak)
 
 
+def active(s: Settings, peak: float) -> dict[str, Any]:
+    """Layers in which half of a token's experts are compressed, beside those with all."""
+    from benchmarks.active import active
+
+    return active(s, peak)
+
+
 CASES: dict[str, Callable[[Settings, float], dict[str, Any]]] = {
     "factor": factor,
     "bf16": bf16,
@@ -347,11 +354,12 @@ CASES: dict[str, Callable[[Settings, float], dict[str, Any]]] = {
     "convert": convert,
     "layers": layers,
     "models": models,
+    "active": active,
     "calibration": calibration,
 }
 
 #: Cases that need torch and transformers.
-NEED_HF = ("layers", "models", "calibration")
+NEED_HF = ("layers", "models", "calibration", "active")
 
 #: Files in benchmarks/results, and the cases of each.
 FILES = {
@@ -359,4 +367,5 @@ FILES = {
     "layers.json": ("layers",),
     "models.json": ("models",),
     "calibration.json": ("calibration",),
+    "active.json": ("active",),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks import calibration_tables, layer_tables
+from benchmarks import active_tables, calibration_tables, layer_tables
 
 __all__ = ["benchmarks", "demo"]
 
@@ -30,6 +30,8 @@ def benchmarks(result: Result) -> str:
         parts += layer_tables.models(result["models"], table)
     if "calibration" in result:
         parts += calibration_tables.calibration(result["calibration"], table)
+    if "active" in result:
+        parts += [active_tables.active(result["active"], table)]
     return "\n\n".join(parts)
 
 

@@ -47,7 +47,19 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect", parents=[every, source], help="say what a checkpoint is"
     )
-    inspect.add_argument("path", metavar="PATH", help="folder of a checkpoint, or hub id")
+    inspect.add_argument(
+        "path",
+        metavar="PATH",
+        help="folder of a checkpoint, or hub id; or a config.json alone (with the extra [hf])",
+    )
+    inspect.add_argument(
+        "--compressed-experts", type=_count, default=0, metavar="N",
+        help="count also what would be active if so many of a token's experts did not run",
+    )  # fmt: skip
+    inspect.add_argument(
+        "--light-module", default="vectors", metavar="FORM",
+        help="what would act in their place, as of convert (vectors)",
+    )  # fmt: skip
     inspect.set_defaults(run=run["inspect"])
 
     convert = commands.add_parser(

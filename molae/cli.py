@@ -73,8 +73,20 @@ class _UsageError(Exception):
 
 def _inspect(args: argparse.Namespace) -> None:
     from molae.convert import inspect
+    from molae.convert.inspection import inspect_tensors
 
-    found = inspect(args.path, family=_family(args))
+    asked = {
+        "family": _family(args),
+        "compressed_experts": args.compressed_experts,
+        "light_module": args.light_module,
+    }
+    if Path(args.path).suffix == ".json":
+        from molae.hf.shapes import read_config, tensors_of
+
+        config = read_config(args.path)
+        found = inspect_tensors(args.path, config, tensors_of(config), **asked)
+    else:
+        found = inspect(args.path, **asked)
     if args.json:
         _print_json(found.to_dict())
     else:

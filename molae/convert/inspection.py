@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from molae.arch import Family, describe
-from molae.factored import Factored
-from molae.io import open_checkpoint
+from molae._version import __version__
+from molae.arch import Family, Model, describe
+from molae.errors import ArgumentError
+from molae.factored import Factored, LightModule
+from molae.io import TensorInfo, open_checkpoint
 
-__all__ = ["Inspection", "inspect"]
+__all__ = ["Inspection", "inspect", "inspect_tensors"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,12 @@ class Inspection:
         (rows, cols) of an expert's matrices.
     total_parameters, expert_parameters, active_parameters : int
         As stored; see `molae.arch.Model.counts`.
+    active_compressed : int or None
+        Active parameters if some of a token's experts were compressed, where that was asked.
     bytes : int
         Of all tensors.
     files : int
+        0 where there was a config alone.
     factored : Factored or None
         Groups and ranks, where molae converted it.
     """
@@ -47,6 +52,7 @@ class Inspection:
     total_parameters: int
     expert_parameters: int
     active_parameters: int
+    active_compressed: int | None
     bytes: int
     files: int
     factored: Factored | None
@@ -59,7 +65,13 @@ class Inspection:
         return out
 
 
-def inspect(src: str | os.PathLike[str], *, family: Family | None = None) -> Inspection:
+def inspect(
+    src: str | os.PathLike[str],
+    *,
+    family: Family | None = None,
+    compressed_experts: int = 0,
+    light_module: str = "vectors",
+) -> Inspection:
     """Read what a checkpoint is, without reading its weights.
 
     Parameters
@@ -68,6 +80,10 @@ def inspect(src: str | os.PathLike[str], *, family: Family | None = None) -> Ins
         Folder, or hub id.
     family : Family, optional
         As in `molae.convert`.
+    compressed_experts : int
+        Count also what would be active if so many of a token's experts did not run.
+    light_module : str
+        What would act in their place; as in `molae.ConvertConfig`.
 
     Returns
     -------
@@ -78,29 +94,69 @@ def inspect(src: str | os.PathLike[str], *, family: Family | None = None) -> Ins
     ------
     CheckpointError, UnknownFamilyError
         As in `molae.convert`.
+    ArgumentError
+        More compressed experts than a token can have, or no such light module.
 
     Examples
     --------
     >>> import molae, molae.demo
-    >>> found = molae.inspect(molae.demo.CHECKPOINT)
-    >>> found.family, found.active_parameters < found.total_parameters
+    >>> found = molae.inspect(molae.demo.CHECKPOINT, compressed_experts=2)
+    >>> found.family, found.active_compressed < found.active_parameters < found.total_parameters
     ('olmoe', True)
     """
     with open_checkpoint(src) as checkpoint:
         model = describe(checkpoint, family=family, converted=True)
-        counts = model.counts()
-        return Inspection(
-            path=os.fspath(src),
-            family=model.family.model_type,
-            layout=model.layout,
-            dtype=model.dtype,
-            letters=dict(model.letters),
-            moe_layers=model.moe_layers,
-            shapes={kind: model.shape(kind) for kind in ("gate_proj", "up_proj", "down_proj")},
-            total_parameters=counts.total_parameters,
-            expert_parameters=counts.expert_parameters,
-            active_parameters=counts.active_parameters,
-            bytes=checkpoint.nbytes,
-            files=len(checkpoint.files),
-            factored=model.factored,
-        )
+        return _facts(
+            os.fspath(src), model, checkpoint.nbytes, len(checkpoint.files), compressed_experts,
+            light_module,
+        )  # fmt: skip
+
+
+def inspect_tensors(
+    name: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    *,
+    family: Family | None = None,
+    compressed_experts: int = 0,
+    light_module: str = "vectors",
+) -> Inspection:
+    """The same of a checkpoint that is not there: its config, and the tensors it would have."""
+    model = describe(config, tensors, family=family, converted=True)
+    nbytes = sum(info.nbytes for info in tensors.values())
+    return _facts(name, model, nbytes, 0, compressed_experts, light_module)
+
+
+def _facts(
+    path: str, model: Model, nbytes: int, files: int, compressed: int, light: str
+) -> Inspection:
+    counts = model.counts()
+    return Inspection(
+        path=path,
+        family=model.family.model_type,
+        layout=model.layout,
+        dtype=model.dtype,
+        letters=dict(model.letters),
+        moe_layers=model.moe_layers,
+        shapes={kind: model.shape(kind) for kind in ("gate_proj", "up_proj", "down_proj")},
+        total_parameters=counts.total_parameters,
+        expert_parameters=counts.expert_parameters,
+        active_parameters=counts.active_parameters,
+        active_compressed=_active_compressed(model, compressed, light) if compressed else None,
+        bytes=nbytes,
+        files=files,
+        factored=model.factored,
+    )
+
+
+def _active_compressed(model: Model, n: int, light: str) -> int:
+    K = model.letters["K"]
+    if not 0 < n < K:
+        raise ArgumentError(f"compressed_experts: expected 0 to K - 1 = {K - 1}, got {n}")
+    factored = model.factored or Factored("", "gauge", model.layout, {}, __version__)
+    factored = dataclasses.replace(
+        factored,
+        compressed=dict.fromkeys(model.moe_layers, n),
+        light=LightModule.parse(light, model.letters["F"]),
+    )
+    return dataclasses.replace(model, factored=factored).counts().active_parameters

@@ -115,6 +115,9 @@ def inspect_view(found: Inspection) -> RenderableType:
         ("size", f"{found.bytes:,} bytes ({size_text(found.bytes)}) in {found.files} files"),
     ):
         table.add_row(name, value)
+        if name == "active for a token" and found.active_compressed is not None:
+            change = found.active_compressed / found.active_parameters - 1
+            table.add_row("  so compressed", f"{found.active_compressed:,} ({change:+.1%})")
     factored = found.factored
     if factored is None:
         return table
