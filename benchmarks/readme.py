@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS, ROOT, tables
+from benchmarks.compressed.tables import compressed
 from benchmarks.quality.tables import quality
 
 __all__ = ["SECTIONS", "update"]
@@ -33,6 +34,11 @@ PAGES: Mapping[str, Sections] = {
         "second": ("quality_second.json", quality),
         "to-books": ("quality_to_books.json", quality),
         "to-mathematics": ("quality_to_mathematics.json", quality),
+    },
+    "docs/compressed.md": {
+        "compressed": ("compressed.json", compressed),
+        "compressed-second": ("compressed_second.json", compressed),
+        "active": ("active.json", tables.benchmarks),
     },
     "docs/performance.md": {"calibration": ("calibration.json", tables.benchmarks)},
 }

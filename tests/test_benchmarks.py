@@ -284,6 +284,7 @@ def test_whole_runs_go_to_the_file_of_their_cases(tmp_path, monkeypatch):
         "benchmarks.json": ["factor", "bf16", "reduce", "convert"],
         "models.json": ["models"],
         "calibration.json": ["calibration"],
+        "active.json": ["active"],
     }
     layers = {"layers.json": ["layers"]}
     assert _kept(tmp_path / "a", monkeypatch, "--cases", "layers") == layers
@@ -371,7 +372,11 @@ def test_readme_check_sees_one_changed_digit(page):
 def test_pages_beside_the_readme(page):
     path, args = page
     readme.main(args)
-    assert list(readme.PAGES) == ["docs/quality.md", "docs/performance.md"]
+    assert list(readme.PAGES) == [
+        "docs/quality.md",
+        "docs/compressed.md",
+        "docs/performance.md",
+    ]
     other = path.parent / "docs" / "quality.md"
     other.parent.mkdir()
     other.write_text(

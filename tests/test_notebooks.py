@@ -14,10 +14,15 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 KERNEL = "molae-test"
 
 #: Figures that each notebook draws.
-FIGURES = {"01_convert": 5, "02_pretrain_latent": 2, "03_calibrate": 3}
+FIGURES = {
+    "01_convert": 5,
+    "02_pretrain_latent": 2,
+    "03_calibrate": 3,
+    "04_compressed_experts": 4,
+}
 
 #: Those that import torch and transformers.
-NEED_TORCH = {"02_pretrain_latent", "03_calibrate"}
+NEED_TORCH = {"02_pretrain_latent", "03_calibrate", "04_compressed_experts"}
 
 #: What libraries say on first use, or where no widgets are installed.
 HARMLESS = ("font cache", "IProgress not found")
