@@ -265,6 +265,15 @@ molae_status molae_adamw_f64(const molae_ctx *ctx, double *w, double *m, double 
                              int64_t n, const molae_adamw *how, int64_t step, double scale,
                              molae_errinfo *err);
 
+/* Sum of a[i] b[i] for i < n, in double: 16 partial sums, lane j takes i = j, j + 16, ...; folded
+ * in halves. Serial: 2 n flops, 2 n numbers read. */
+double molae_dot_f32(const float *a, const float *b, int64_t n);
+
+/* out[r] = sum of the squares of row r of x (rows,n), in double, in the order of molae_dot_f32.
+ * 2 rows n flops. Errors: SHAPE. */
+molae_status molae_row_lengths_f32(const molae_ctx *ctx, double *out, const float *x, int64_t rows,
+                                   int64_t n);
+
 /* --------------------------------------------------------- ops: expert layers */
 
 /* Which rows go to which expert: a stable counting sort of top_k_index by expert.

@@ -4,7 +4,6 @@
 
 #include "../base/blas.h"
 #include "../base/mem.h"
-#include "../kern/kern.h"
 
 /* ------------------------------------------------------------ reduce_rank */
 
@@ -416,37 +415,75 @@ py_adamw(PyObject *mod, PyObject *args)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(sum_squares_doc, "sum_squares($module, a, /)\n--\n\n"
-                              "Sum of squares of a float32 array, in double, in one order.");
+/* ---------------------------------------------------------------- vectors */
+
+/* -1 with an exception unless it is a float32 array that C can read as it is. */
+static int
+check_f32(mli_pystate *st, const char *name, PyArrayObject *a)
+{
+    molae_dtype dtype;
+
+    if (mli_py_dtype(st, name, a, &dtype) < 0 || mli_py_check_layout(st, name, a) < 0)
+        return -1;
+    if (dtype != MOLAE_F32) {
+        PyErr_Format(st->ArgumentError, "%s: expected float32", name);
+        return -1;
+    }
+    return 0;
+}
+
+PyDoc_STRVAR(dot_doc, "dot($module, a, b, /)\n--\n\n"
+                      "Sum of products of two float32 arrays, in double, in one order.");
 
 static PyObject *
-py_sum_squares(PyObject *mod, PyObject *arg)
+py_dot(PyObject *mod, PyObject *args)
 {
     mli_pystate *st = PyModule_GetState(mod);
-    molae_dtype dtype;
+    PyArrayObject *a, *b;
     double sum;
 
-    if (!PyArray_Check(arg)) {
-        PyErr_SetString(st->ArgumentError, "a: expected an array");
+    if (!PyArg_ParseTuple(args, "O!O!:dot", &PyArray_Type, &a, &PyArray_Type, &b) ||
+        check_f32(st, "a", a) < 0 || check_f32(st, "b", b) < 0)
         return NULL;
-    }
-    if (mli_py_dtype(st, "a", (PyArrayObject *)arg, &dtype) < 0 ||
-        mli_py_check_layout(st, "a", (PyArrayObject *)arg) < 0)
-        return NULL;
-    if (dtype != MOLAE_F32) {
-        PyErr_SetString(st->ArgumentError, "a: expected float32");
-        return NULL;
-    }
+    if (PyArray_SIZE(a) != PyArray_SIZE(b))
+        return PyErr_Format(st->ShapeError, "b: expected as many numbers as a");
     Py_BEGIN_ALLOW_THREADS
-    sum = mli_kernels_get()->f32_sumsq(PyArray_DATA((PyArrayObject *)arg),
-                                       PyArray_SIZE((PyArrayObject *)arg));
+    sum = molae_dot_f32(PyArray_DATA(a), PyArray_DATA(b), PyArray_SIZE(a));
     Py_END_ALLOW_THREADS
     return PyFloat_FromDouble(sum);
 }
 
+PyDoc_STRVAR(row_lengths_doc, "row_lengths($module, x, num_threads, /)\n--\n\n"
+                              "Sum of squares of each row of a float32 matrix, in double.");
+
+static PyObject *
+py_row_lengths(PyObject *mod, PyObject *args)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    const npy_intp any[2] = {-1, -1};
+    PyArrayObject *x, *out;
+    Py_ssize_t num_threads;
+    molae_ctx ctx;
+    npy_intp rows;
+
+    if (!PyArg_ParseTuple(args, "O!n:row_lengths", &PyArray_Type, &x, &num_threads) ||
+        mli_py_ctx(st, num_threads, 0, &ctx) < 0 || check_f32(st, "x", x) < 0 ||
+        mli_py_check_shape(st, "x", x, 2, any, "RW") < 0)
+        return NULL;
+    rows = PyArray_DIM(x, 0);
+    out = (PyArrayObject *)PyArray_EMPTY(1, &rows, NPY_DOUBLE, 0);
+    if (out == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS(void)
+    molae_row_lengths_f32(&ctx, PyArray_DATA(out), PyArray_DATA(x), rows, PyArray_DIM(x, 1));
+    Py_END_ALLOW_THREADS
+    return (PyObject *)out;
+}
+
 PyMethodDef mli_py_fit_methods[] = {
     {"adamw", py_adamw, METH_VARARGS, adamw_doc},
-    {"sum_squares", py_sum_squares, METH_O, sum_squares_doc},
+    {"dot", py_dot, METH_VARARGS, dot_doc},
+    {"row_lengths", py_row_lengths, METH_VARARGS, row_lengths_doc},
     {"second_moments", py_second_moments, METH_VARARGS, second_moments_doc},
     {"moments_product", py_moments_product, METH_VARARGS, moments_product_doc},
     {"reduce_rank", py_reduce_rank, METH_VARARGS, reduce_rank_doc},

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from molae import _core
 from molae.errors import ArgumentError, NonFiniteError, ShapeError
+from molae.fit.sums import squares
 from molae.threads import get_num_threads
 
 __all__ = ["AdamW", "cosine"]
@@ -97,7 +98,7 @@ class AdamW:
         for name, w in self.weights.items():
             if name not in gradients or gradients[name].shape != w.shape:
                 raise ShapeError(f"gradients: expected one of shape {w.shape} for {name}")
-        norm = math.sqrt(sum(_sum_squares(gradients[name]) for name in self.weights))
+        norm = math.sqrt(sum(squares(gradients[name]) for name in self.weights))
         if not math.isfinite(norm):
             raise NonFiniteError("NaN or Inf in the gradient")
         clip = self._max_norm is not None and norm > self._max_norm
@@ -118,9 +119,3 @@ def cosine(step: int, steps: int, warmup: int = 0) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-
-
-def _sum_squares(a: Array) -> float:
-    if a.dtype == np.float32:
-        return _core.sum_squares(a)
-    return float(np.square(a).sum())

@@ -9,6 +9,7 @@ import numpy as np
 from molae.errors import ArgumentError, NonFiniteError
 from molae.fit.arguments import Array
 from molae.fit.reading import Layer, LayerInput
+from molae.fit.sums import row_squares, squares
 from molae.ops import Gradients, compressed_experts_backward, compressed_experts_forward
 from molae.ops.call import layer_sizes
 
@@ -232,14 +233,14 @@ class _Problem:
             y = compressed_experts_forward(
                 *call, *self._layer, self._one, self._n, activation=self._given.activation
             )
-            lengths = np.square(y, dtype=np.float64).sum(1)
+            lengths = row_squares(y)
             if not np.isfinite(lengths).all() or not np.isfinite(aim).all():
                 raise NonFiniteError("NaN or Inf in what the experts read or answer")
             slots, shares = _compressed(index, weights, self._n, E)
             energy += np.bincount(
                 slots.ravel(), (np.square(shares) * lengths[:, None]).ravel(), minlength=E + 1
             )
-            target += float(np.square(aim, dtype=np.float64).sum())
+            target += squares(aim)
         least = energy[:E].mean() if energy[:E].any() else 1.0
         own = np.where(energy[:E] > 0, energy[:E], least)
         return (own / width)[:, None], target
@@ -253,7 +254,7 @@ class _Problem:
             own = *call, *self._layer, v, self._n
             y, saved = compressed_experts_forward(*own, activation=activation, save=True)
             y -= aim
-            squared += float(np.square(y, dtype=np.float64).sum())
+            squared += squares(y)
             compressed_experts_backward(
                 y, saved, *own, activation=activation, out=Gradients(embeddings=gradient)
             )

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from molae.errors import ArgumentError, NonFiniteError
 from molae.fit.moments import SecondMoments, second_moments
 from molae.fit.reading import LayerInput, Routed
+from molae.fit.sums import row_squares
 from molae.ops import Projection, activate, latent_experts_forward
 
 __all__ = ["Energies", "LayerMoments", "inner_products", "layer_energies", "layer_moments"]
@@ -258,8 +259,8 @@ class _Sums:
         expert = seen.routed.expert[:, 0]
         squared = np.square(seen.routed.weights[:, 0], dtype=np.float64)
         self.count[:] += np.bincount(expert, minlength=E)
-        rows = {"x": _lengths(seen.rows)[seen.routed.token]}
-        rows |= {kind: _lengths(values) for kind, values in seen.intermediate.items()}
+        rows = {"x": row_squares(seen.rows)[seen.routed.token]}
+        rows |= {kind: row_squares(values) for kind, values in seen.intermediate.items()}
         self.sums["mass"][:] += np.bincount(expert, squared, minlength=E)
         for name, lengths in rows.items():
             self.sums[name][:] += np.bincount(expert, squared * lengths, minlength=E)
@@ -276,10 +277,6 @@ class _Sums:
             sums["gate_proj"],
             sums["up_proj"],
         )
-
-
-def _lengths(rows: Array) -> Array:
-    return np.square(rows).sum(axis=1, dtype=np.float64)
 
 
 def _nowhere(E: int) -> Projection:

@@ -14,6 +14,7 @@ from molae.fit.arguments import Array
 from molae.fit.moments import SecondMoments, second_moments
 from molae.fit.reading import CHUNK, Layer, LayerInput, Routed
 from molae.fit.refit_metrics import ROOT, SOLVE, bases, moments_product
+from molae.fit.sums import squares
 from molae.ops import (
     NarrowExperts,
     Projection,
@@ -192,9 +193,9 @@ class _Left:
             x, index, weights = call
             main, every[some] = split_slots(index, weights, E, n)
             y = latent_experts_forward(x, main, weights, *layer, activation=given.activation)
-            target += float(np.square(aim, dtype=np.float64).sum())
+            target += squares(aim)
             aim -= y
-            squared = float(np.square(aim, dtype=np.float64).sum())
+            squared = squares(aim)
             if not math.isfinite(squared):
                 raise NonFiniteError("NaN or Inf in what the experts read or answer")
             nothing += squared
@@ -328,7 +329,7 @@ class _Fit:
         for tokens in batches:
             call, rest = self._left.rows(tokens)
             y = experts.forward(*call, self._left.given.activation)
-            total += float(np.square(y - rest, dtype=np.float64).sum())
+            total += squares(y - rest)
         return total
 
     # ---------------------------------------------------------------- its parts
@@ -423,4 +424,4 @@ def _bias_slope(dy: Array, index: Array, weights: Array, E: int) -> Array:
 
 
 def _rms(array: Array) -> float:
-    return math.sqrt(float(np.square(array, dtype=np.float64).mean()))
+    return math.sqrt(squares(array) / array.size)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from molae.errors import ShapeError
+from molae.fit.sums import squares
 from molae.ops import Activation, Projection, latent_experts_forward, route
 
 __all__ = ["CHUNK", "Layer", "LayerInput", "Routed", "answer_error"]
@@ -140,8 +141,8 @@ def answer_error(
             latent_experts_forward(rows, index, weights, *layer, activation=given.activation)
             for layer in (student, teacher)
         )
-        lost += float(np.square(one - other, dtype=np.float64).sum())
-        total += float(np.square(other, dtype=np.float64).sum())
+        lost += squares(one - other)
+        total += squares(other)
     return math.sqrt(lost / total) if total > 0 else 0.0
 
 

@@ -13,6 +13,7 @@ from molae.errors import ArgumentError
 from molae.fit.moments import SecondMoments, second_moments
 from molae.fit.reading import CHUNK, Layer, LayerInput, Routed
 from molae.fit.refit_metrics import FactorMetric, RowMetric, latent_grams
+from molae.fit.sums import dot, squares
 from molae.ops import (
     Gradients,
     Projection,
@@ -225,8 +226,8 @@ class _Problem:
         for some, call, aim in self._given.aims(teacher):
             y, saved = self._forward(some, call, self._student)
             missing = aim - y
-            squared += float(np.square(missing, dtype=np.float64).sum())
-            target += float(np.square(aim, dtype=np.float64).sum())
+            squared += squares(missing)
+            target += squares(aim)
             self._backward(missing, saved, call, self._student, grads)
             if hidden is not None:
                 routed = Routed.of(*call[1:], self._E)
@@ -261,7 +262,7 @@ class _Problem:
         for some, x, index, weights in self._given.chunks():
             call = (x, index, weights)
             y, saved = self._forward(some, call, layer, self._kept.known)
-            length += float(np.square(y, dtype=np.float64).sum())
+            length += squares(y)
             if gradient:
                 self._backward(y, saved, call, layer, grads)
         return self._listed(grads) if gradient else [], length
@@ -380,5 +381,4 @@ def in_dtype(p: Projection, dtype: npt.DTypeLike) -> Projection:
 
 
 def _dot(a: Sequence[Array], b: Sequence[Array]) -> float:
-    """In NumPy's own loops: a BLAS adds in an order that depends on its threads."""
-    return float(sum(np.multiply(x, y, dtype=np.float64).sum() for x, y in zip(a, b, strict=True)))
+    return sum(dot(x, y) for x, y in zip(a, b, strict=True))

@@ -16,6 +16,7 @@ main(void)
     test_gram();
     test_solve();
     test_adamw();
+    test_vectors();
     test_weighted();
     test_kern();
     test_ops();

@@ -32,6 +32,7 @@ void test_fit(void);
 void test_gram(void);
 void test_solve(void);
 void test_adamw(void);
+void test_vectors(void);
 void test_weighted(void);
 void test_kern(void);
 void test_ops(void);
