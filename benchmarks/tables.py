@@ -84,6 +84,12 @@ def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(names), line(rule), *(line(row) for row in rows)])
 
 
+def _short(blas: str) -> str:
+    """Without the maker's praise."""
+    name, _, threads = blas.rpartition(", ")
+    return f"{name.partition(' for Intel')[0]}, {threads}"
+
+
 def _header(result: Result) -> str:
     head, peaks = result["header"], result["peaks"]
     cpu = head["cpu"]
@@ -93,6 +99,7 @@ def _header(result: Result) -> str:
         f"{cpu['model']}{', virtual' if cpu['virtual'] else ''} ({' '.join(cpu['features'])}), "
         f"{head['threads']} threads of {cpu['usable_cpus']} CPUs. {versions}; commit "
         f"{head['commit']}, {head['time']}.",
+        f"BLAS: {'; '.join(f'{name} {_short(own)}' for name, own in head['blas'].items())}.",
         f"Measured peaks: float32 product {gflops} GFLOP/s; copy {peaks['copy_gbs']:.1f} GB/s.",
     ]
     if head["busy"]:

@@ -19,6 +19,15 @@ FN(vectors_at)(const FN(job) * q, FN(vector) at[3])
     at[2] = (FN(vector)){q->D + q->F, c->e3, q->D};
 }
 
+/* Whether experts' vectors lie behind each other in the arithmetic's type: as they are summed. */
+static int
+FN(vectors_together)(const FN(job) * q)
+{
+    const molae_compressed *c = &q->l->compressed;
+
+    return c->dtype == OWN && c->e2 == q->D && c->e3 == q->D + q->F;
+}
+
 /* An expert's vectors behind each other, T numbers: where they are if they lie so, else in room. */
 static const REAL *
 FN(vectors_of)(const FN(job) * q, int64_t e, REAL *room)
@@ -27,9 +36,11 @@ FN(vectors_of)(const FN(job) * q, int64_t e, REAL *room)
     const int64_t from = e * c->stride;
     FN(vector) at[3];
 
-    FN(vectors_at)(q, at);
-    if (c->dtype == OWN && at[1].stored == at[1].own && at[2].stored == at[2].own)
+    if (q->ce.has_whole)
+        return q->ce.whole + e * (2 * q->D + q->F);
+    if (FN(vectors_together)(q))
         return (const REAL *)c->vectors + from;
+    FN(vectors_at)(q, at);
     for (int i = 0; i < 3; i++) {
         if (c->dtype == OWN)
             memcpy(room + at[i].own, (const REAL *)c->vectors + from + at[i].stored,
@@ -101,6 +112,73 @@ FN(share_slots)(const FN(job) * q, const REAL *weight, int64_t t)
     c->met[t] = met;
 }
 
+/* All experts' vectors as they are summed: one expert a task. */
+static molae_status
+FN(whole_task)(void *arg, int64_t e, int32_t worker)
+{
+    const FN(job) *q = arg;
+
+    (void)worker;
+    (void)FN(vectors_of)(q, e, q->ce.whole + e * (2 * q->D + q->F));
+    return MOLAE_OK;
+}
+
+/* theta (T) = or += the sum of share[i] v[i]. */
+static inline void
+FN(add_up)(REAL *restrict theta, const REAL *const *v, const REAL *share, const int count,
+           int64_t T, int first)
+{
+    for (int64_t j = 0; j < T; j++) {
+        REAL sum = first ? 0 : theta[j];
+        for (int i = 0; i < count; i++)
+            sum += share[i] * v[i][j];
+        theta[j] = sum;
+    }
+}
+
+/* A token's vectors, a few of its experts' at a time. */
+static void
+FN(token_vectors)(const FN(job) * q, int64_t t, REAL *theta, REAL *room)
+{
+    const FN(compressed) *c = &q->ce;
+    const int64_t T = 2 * q->D + q->F;
+    const REAL *v[MLI_SUMMED];
+    REAL share[MLI_SUMMED];
+    int count = 0, first = 1;
+
+    for (int64_t s = t * q->K; s < (t + 1) * q->K; s++) {
+        if (c->aux[s] < q->E) {
+            v[count] = FN(vectors_of)(q, c->aux[s], room + count * T);
+            share[count++] = c->share[s];
+        }
+        if (count == MLI_SUMMED || (count > 0 && s + 1 == (t + 1) * q->K)) {
+            switch (count) { /* a count that the compiler knows */
+            case 1:
+                FN(add_up)(theta, v, share, 1, T, first);
+                break;
+            case 2:
+                FN(add_up)(theta, v, share, 2, T, first);
+                break;
+            case 3:
+                FN(add_up)(theta, v, share, 3, T, first);
+                break;
+            default:
+                FN(add_up)(theta, v, share, MLI_SUMMED, T, first);
+            }
+            first = count = 0;
+        }
+    }
+    for (int64_t j = 0; first && j < T; j++)
+        theta[j] = 1; /* all of them are sentinels */
+}
+
+static void
+FN(scale_to)(REAL *restrict to, const REAL *restrict x, const REAL *restrict by, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++)
+        to[j] = x[j] * by[j];
+}
+
 /* Vectors of some tokens, and what gate and up read. */
 static molae_status
 FN(vectors_task)(void *arg, int64_t index, int32_t worker)
@@ -111,21 +189,9 @@ FN(vectors_task)(void *arg, int64_t index, int32_t worker)
 
     for (int64_t t = index * FN(TOKENS); t < end; t++) {
         REAL *theta = c->theta + t * T;
-        for (int64_t j = 0; j < T; j++)
-            theta[j] = c->met[t] == 0;
-        for (int64_t s = t * q->K; s < (t + 1) * q->K; s++) {
-            const REAL *v;
-            if (c->aux[s] == q->E)
-                continue;
-            v = FN(vectors_of)(q, c->aux[s], c->room + worker * T);
-            for (int64_t j = 0; j < T; j++)
-                theta[j] += c->share[s] * v[j];
-        }
-        for (int64_t j = 0; j < D; j++) {
-            const REAL x = q->x[t * D + j];
-            c->x_gate[t * D + j] = x * theta[j];
-            c->x_up[t * D + j] = x * theta[D + q->F + j];
-        }
+        FN(token_vectors)(q, t, theta, c->room + worker * MLI_SUMMED * T);
+        FN(scale_to)(c->x_gate + t * D, q->x + t * D, theta, D);
+        FN(scale_to)(c->x_up + t * D, q->x + t * D, theta + D + q->F, D);
     }
     return MOLAE_OK;
 }
@@ -148,6 +214,11 @@ FN(chunk_begin)(const molae_ctx *ctx, FN(job) * q, const int64_t *index, const R
         index = c->main;
         q->in[MLI_GATE] = c->x_gate;
         q->in[MLI_UP] = c->x_up;
+        c->has_whole = 0;
+        if (!FN(vectors_together)(q) && N * q->l->compressed.n >= q->E) {
+            MLI_TRY(mli_parallel_for(ctx, q->E, FN(whole_task), q));
+            c->has_whole = 1;
+        }
         q->scale = c->theta + q->D;
         MLI_TRY(mli_parallel_for(ctx, mli_ceil_div(N, FN(TOKENS)), FN(vectors_task), q));
     }
@@ -194,7 +265,7 @@ FN(vectors_back_task)(void *arg, int64_t index, int32_t worker)
             REAL sum = 0;
             if (c->aux[s] == q->E)
                 continue;
-            v = FN(vectors_of)(q, c->aux[s], c->room + worker * T);
+            v = FN(vectors_of)(q, c->aux[s], c->room + worker * MLI_SUMMED * T);
             for (int64_t j = 0; j < T; j++)
                 sum += d[j] * v[j];
             c->dshare[s] = sum;

@@ -19,6 +19,7 @@ enum {
     MLI_SPAN = 1024,   /* tokens of a task that adds experts up */
     MLI_LIFT = 512,    /* tokens lifted at once */
     MLI_SCATTER = 32,  /* tokens of a task that adds lifted rows */
+    MLI_SUMMED = 4,    /* vectors that are added up at once */
 };
 
 /* Kinds of gradient. */

@@ -24,13 +24,15 @@ typedef struct {
 
 /* Of compressed experts; see compressed.inc.h. */
 typedef struct {
-    int64_t *main, *aux;   /* (S,): index of the slots that run, and of the others; else E */
-    REAL *share;           /* (S,): of the others */
-    REAL *sum;             /* (N,): of their weights */
-    int64_t *met;          /* (N,): how many they are, without sentinels */
-    REAL *theta;           /* (N,T): the token's vectors, T = 2 D + F */
-    REAL *x_gate, *x_up;   /* (N,D): x by the first, and by the third */
-    REAL *room;            /* (workers,T): an expert's vectors, widened or moved together */
+    int64_t *main, *aux; /* (S,): index of the slots that run, and of the others; else E */
+    REAL *share;         /* (S,): of the others */
+    REAL *sum;           /* (N,): of their weights */
+    int64_t *met;        /* (N,): how many they are, without sentinels */
+    REAL *theta;         /* (N,T): the token's vectors, T = 2 D + F */
+    REAL *x_gate, *x_up; /* (N,D): x by the first, and by the third */
+    REAL *room;          /* (workers,SUMMED,T): experts' vectors, widened or moved together */
+    REAL *whole;         /* (E,T): the same of all experts, where many are used */
+    int has_whole;
     int64_t *row_of;       /* (S,): the row of a slot that runs */
     int64_t *ptr, *rows;   /* (E+1), (S,): slots of the others by expert; see molae_route */
     REAL *dtheta;          /* (N,T) */
@@ -109,7 +111,10 @@ FN(job_cut)(FN(job) * q, char **p, const molae_experts *l, int64_t N, int64_t K,
         MLI_CUT(n, p, c->theta, theta, sizeof(REAL));
         MLI_CUT(n, p, c->x_gate, wide_x, sizeof(REAL));
         MLI_CUT(n, p, c->x_up, wide_x, sizeof(REAL));
-        MLI_CUT(n, p, c->room, mli_size_mul(T, mli_size_add(mli_size_mul(2, D), F)), sizeof(REAL));
+        MLI_CUT(n, p, c->room, mli_size_mul(MLI_SUMMED * T, mli_size_add(mli_size_mul(2, D), F)),
+                sizeof(REAL));
+        MLI_CUT(n, p, c->whole, mli_size_mul((size_t)l->E, mli_size_add(mli_size_mul(2, D), F)),
+                sizeof(REAL));
         MLI_CUT(n, p, c->row_of, back * S, sizeof(int64_t));
         MLI_CUT(n, p, c->ptr, back * (E + 1), sizeof(int64_t));
         MLI_CUT(n, p, c->rows, back * S, sizeof(int64_t));
