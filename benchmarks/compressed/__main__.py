@@ -19,11 +19,11 @@ import torch
 
 import molae
 import molae.hf
-from benchmarks import RESULTS, ROOT
+from benchmarks import RESULTS
 from benchmarks.compressed import tables
 from benchmarks.compressed.forms import FORMS, TRAINED, title
 from benchmarks.compressed.making import Bench, Training
-from benchmarks.header import header, usable_cpus
+from benchmarks.header import header
 from benchmarks.quality.inputs import add_inputs, find_inputs, say
 from benchmarks.quality.kept import Found, Rows
 from benchmarks.quality.model import Scores, Text, load, score
@@ -146,17 +146,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compressed", description=(__doc__ or "").partition("\n\n")[0]
     )
-    add_inputs(parser)
+    add_inputs(parser, "compressed")
     parser.add_argument("--model-sizes", type=float, nargs="+", default=list(SIZES))
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
     parser.add_argument("--steps", type=int, default=200, help="of each training; 0: none")
     parser.add_argument("--tune-rate", type=float, default=2e-4, help="when all weights are tuned")
-    parser.add_argument("--tokens", type=int, default=65536, help="to calibrate with")
-    parser.add_argument("--length", type=int, default=512, help="of each sequence")
-    parser.add_argument("--test-tokens", type=int, default=10**9, help="to score at most")
-    parser.add_argument("--threads", type=int, default=usable_cpus())
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "compressed")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="keep the figures in this file")
     return parser
 
 

@@ -22,8 +22,8 @@ import torch
 
 import molae
 import molae.hf
-from benchmarks import RESULTS, ROOT
-from benchmarks.header import header, usable_cpus
+from benchmarks import RESULTS
+from benchmarks.header import header
 from benchmarks.quality import tables
 from benchmarks.quality.errors import output_error, weight_error
 from benchmarks.quality.inputs import add_inputs, find_inputs, say
@@ -224,16 +224,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality", description=(__doc__ or "").partition("\n")[0]
     )
-    add_inputs(parser)
+    add_inputs(parser, "quality")
     parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--noise-size", type=float, default=0.5, help="0: no noise floor")
-    parser.add_argument("--tokens", type=int, default=65536, help="to calibrate with")
-    parser.add_argument("--length", type=int, default=512, help="of each sequence")
-    parser.add_argument("--test-tokens", type=int, default=10**9, help="to score at most")
-    parser.add_argument("--threads", type=int, default=usable_cpus())
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="keep the figures in this file")
     return parser
 
 

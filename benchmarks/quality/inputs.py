@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import molae.demo
+from benchmarks import ROOT
+from benchmarks.header import usable_cpus
 from benchmarks.quality import second
 from molae.demo import corpus
 from molae.hf.calibrate import read_calibration_text
@@ -16,13 +18,20 @@ from molae.hf.calibrate import read_calibration_text
 __all__ = ["add_inputs", "find_inputs", "say"]
 
 
-def add_inputs(parser: argparse.ArgumentParser) -> None:
-    """The options that `find_inputs` reads."""
+def add_inputs(parser: argparse.ArgumentParser, work: str) -> None:
+    """The options that `find_inputs` reads, and how much of the texts counts; `work` is the folder
+    of what is kept, in ``build``."""
     parser.add_argument("--model", type=Path, help="a checkpoint; default: the demonstration's")
     parser.add_argument("--train-text", type=Path, help="train the second model on this text")
     parser.add_argument("--train-steps", type=int, default=second.SETTINGS.steps, metavar="N")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate with")
     parser.add_argument("--test", type=Path, metavar="FILE", help="text to score")
+    parser.add_argument("--tokens", type=int, default=65536, help="to calibrate with")
+    parser.add_argument("--length", type=int, default=512, help="of each sequence")
+    parser.add_argument("--test-tokens", type=int, default=10**9, help="to score at most")
+    parser.add_argument("--threads", type=int, default=usable_cpus())
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / work)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="keep the figures in this file")
 
 
 def find_inputs(args: argparse.Namespace) -> tuple[Path, str, str, dict[str, str]]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks import RESULTS, ROOT
+from benchmarks.pictures import STYLE, write
 from benchmarks.quality.titles import TITLES
 
 __all__ = ["draw"]
@@ -32,7 +29,7 @@ LEAST = 1e-4
 
 def draw(result: Mapping[str, Any]) -> Figure:
     """Rise of the perplexity over the share of the numbers that is kept."""
-    with mpl.rc_context({"svg.hashsalt": "molae", "font.size": 9}):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axes = figure.subplots()
         for name in dict.fromkeys(row["name"] for row in result["rows"]):
@@ -63,17 +60,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.plot", description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
-    args = parser.parse_args(argv)
-    for file, picture in PICTURES.items():
-        if (args.results / file).exists():
-            figure = draw(json.loads((args.results / file).read_text()))
-            with mpl.rc_context({"svg.hashsalt": "molae"}):
-                figure.savefig(args.docs / picture, metadata={"Date": None})
-            print(args.docs / picture)
-    return 0
+    return write("python -m benchmarks.quality.plot", PICTURES, draw, argv)
 
 
 if __name__ == "__main__":
