@@ -25,6 +25,7 @@ import molae
 import molae.demo
 from molae.config import TYPES
 from molae.convert import Report, Watcher, convert
+from molae.convert.footprint import Footprint
 from molae.convert.light import nothing, spread_counts
 from molae.demo.corpus import builtin_text
 from molae.errors import ArgumentError
@@ -373,3 +374,19 @@ def test_the_plan_the_report_and_the_command(source, tmp_path, capsys):
     assert "--compressed-experts: only with --calibration FILE" in capsys.readouterr().err
     console.print(report_view(Report.from_file(dst)))
     assert "Without them the layers' answers" in console.file.getvalue()
+
+
+def test_memory_of_the_fit_is_planned():
+    letters = {"E": 64, "K": 8, "D": 2048, "F": 1024}
+
+    def plan(**settings):
+        return Footprint.of_sizes(letters, "BF16", molae.ConvertConfig(size=1.0, **settings))
+
+    narrow = plan(compressed_experts=4, light_module="narrow:1/2", refit=False)
+    assert plan().light == 0
+    assert narrow.light == 64 * 64 * 513 * 2048
+    assert narrow.nbytes >= narrow.fixed + narrow.light
+    little = narrow.fixed + narrow.light - 1
+    with pytest.raises(ArgumentError, match="max_memory: .*64 light modules .*narrower"):
+        narrow._within(little, molae.ConvertConfig(compressed_experts=4))
+    assert narrow._within(little + 1, molae.ConvertConfig(compressed_experts=4)).passes > 1

@@ -10,6 +10,8 @@ from molae.arch import Model
 from molae.config import TYPES, ConvertConfig
 from molae.convert.measuring import TRIAL_SIZES
 from molae.errors import ArgumentError
+from molae.factored import LightModule
+from molae.fit.compressed import MEMORY
 from molae.fit.reading import CHUNK
 from molae.io import DTYPES, Checkpoint
 from molae.threads import get_num_threads
@@ -49,6 +51,8 @@ class Footprint:
         Bytes of one expert's moments.
     refit : int
         Bytes of a refit, which holds no moments.
+    light : int
+        Bytes of a fit of what acts in the place of compressed experts, after these.
     """
 
     num_experts: int
@@ -56,6 +60,7 @@ class Footprint:
     fixed: int
     expert: int
     refit: int
+    light: int = 0
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: Model, config: ConvertConfig) -> Footprint:
@@ -96,6 +101,7 @@ class Footprint:
             fixed + get_num_threads() * a_thread,
             4 * (D * D + 3 * F * F),
             refit if config.refit else 0,
+            E * _light_bytes(config, F, D) if config.compressed_experts else 0,
         )
 
     def _within(self, limit: int, config: ConvertConfig) -> Footprint:
@@ -114,6 +120,12 @@ class Footprint:
                 f"{(self.fixed + self.refit) / 1e9:.3g} GB; allow more, or leave it out "
                 "(--no-refit, refit=False)"
             )
+        if limit < self.fixed + self.light:
+            raise ArgumentError(
+                f"max_memory: {limit / 1e9:.3g} GB; the fit of {self.num_experts} light modules "
+                f"takes about {(self.fixed + self.light) / 1e9:.3g} GB; allow more, or take "
+                "narrower ones (--light-module)"
+            )
         room = min((limit - self.fixed) // self.expert, self.num_experts)
         return replace(self, experts_at_once=int(room))
 
@@ -126,4 +138,14 @@ class Footprint:
     @property
     def nbytes(self) -> int:
         """Estimate of the peak."""
-        return self.fixed + max(self.experts_at_once * self.expert, self.refit)
+        return self.fixed + max(self.experts_at_once * self.expert, self.refit, self.light)
+
+
+def _light_bytes(config: ConvertConfig, F: int, D: int) -> int:
+    """Of one expert while it is fitted."""
+    light = LightModule.parse(config.light_module, F)
+    own = light.numbers(F=F, D=D)
+    if light.units is None:  # of the descent each pair that is kept, in double
+        return 8 * (2 * MEMORY + 6) * own
+    # The linear part has eight arrays of down in double; the descent five of all.
+    return max(8 * 8 * (light.units + 1) * D, 4 * 5 * own)
