@@ -347,6 +347,7 @@ def test_the_plan_the_report_and_the_command(source, tmp_path, capsys):
     console = Console(file=io.StringIO(), width=120)
     console.print(plan_view(plan))
     assert f"the last 1 of a token's {K} experts do not run" in console.file.getvalue()
+    assert "what acts in the others' place is added" in console.file.getvalue()
 
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "The router sends a token to its experts. " * 60}))

@@ -136,7 +136,7 @@ def inspect_view(found: Inspection) -> RenderableType:
             split = kinds.get(kind)
             cells.append("as it was" if split is None else _groups_text(split.groups, split.ranks))
         ranks.add_row(str(layer), *cells)
-    return Group(table, ranks)
+    return Group(table, ranks) if factored.layers else table
 
 
 def _heading(plan: Plan) -> Text:
@@ -228,6 +228,10 @@ def _needs(plan: Plan) -> Table:
 def _remarks(plan: Plan) -> Iterable[Text]:
     if plan.kind == "materialize":
         yield Text("The result has the original's full size; what was saved on the disk is lost.")
+    elif not plan.types and plan.compressed:
+        yield Text(
+            "The experts that run stay as they are; what acts in the others' place is added."
+        )
     elif not plan.types:
         yield Text("Nothing would be saved: every tensor stays as it is.")
     elif plan.flops_ratio > 1:

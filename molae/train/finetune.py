@@ -6,6 +6,7 @@ compressed experts. A run that was interrupted goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -248,7 +249,8 @@ def finetune(
     digest = _digest(config, src, teacher, rows)
     going_on = _prepare(work, digest, overwrite)
     trainer = _trainer(model, guide, rows, config, work, progress)
-    trainer.train(resume_from_checkpoint=going_on)
+    with _quiet():
+        trainer.train(resume_from_checkpoint=going_on)
     found = Finetuned(
         steps=int(trainer.state.global_step),
         trained_parameters=trained,
@@ -392,6 +394,19 @@ def _trainer(
     for callback in quiet:
         trainer.remove_callback(callback)
     return trainer
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Transformers says of its own folders."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _need_accelerate() -> None:
