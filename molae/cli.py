@@ -257,6 +257,8 @@ def _finetune(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             progress=progress,
         )
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes the first tells
     if args.json:
         _print_json(dataclasses.asdict(found))
     elif not args.quiet:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -295,6 +298,32 @@ def test_a_teacher_of_another_tokenizer_is_refused(text, tmp_path):
     tokenizer.save_pretrained(tmp_path / "teacher")
     with pytest.raises(ArgumentError, match="another tokenizer"):
         finetune(DEMO, tmp_path / "dst", text, settings(), teacher=tmp_path / "teacher")
+
+
+def test_two_processes_have_the_losses_of_one(compressed, text, tmp_path):
+    call = ["--data", str(text), "--steps", "6", "--batch-size", "4", "--length", "64",
+            "--learning-rate", "1e-3", "--teacher", str(DEMO), "--quiet"]  # fmt: skip
+    assert main(["finetune", str(compressed), str(tmp_path / "one"), *call]) == 0
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--standalone", "-m", "molae.cli"]  # fmt: skip
+    done = subprocess.run(
+        [*command, "finetune", str(compressed), str(tmp_path / "two"), *call],
+        env=environ, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        json.loads((tmp_path / name / "finetune.json").read_text())["losses"]
+        for name in ("one", "two")
+    )
+    assert [step for step, _ in one] == [step for step, _ in two]
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
+
+
+def test_rows_that_processes_cannot_share_are_refused(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ArgumentError, match="batch_size: 2 rows .* by 4 processes"):
+        finetune(DEMO, tmp_path / "dst", text, settings())
 
 
 @pytest.mark.parametrize(

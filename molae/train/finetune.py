@@ -60,7 +60,7 @@ class FinetuneConfig:
     warmup : float
     weight_decay : float
     batch_size : int
-        Rows a step.
+        Rows a step, of all processes together.
     length : int
         Tokens of a row.
     distill : float
@@ -246,9 +246,11 @@ def finetune(
     filler = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     rows = pack(examples, min(config.length, limit), filler=filler)
     guide = None if teacher is None else _teacher(teacher, tokenizer, device)
+    arguments = _arguments(config, len(rows), work, model)
     digest = _digest(config, src, teacher, rows)
-    going_on = _prepare(work, digest, overwrite)
-    trainer = _trainer(model, guide, rows, config, work, progress)
+    with arguments.main_process_first():
+        going_on = _prepare(work, digest, overwrite)
+    trainer = _trainer(model, guide, rows, config, arguments, progress)
     with _quiet():
         trainer.train(resume_from_checkpoint=going_on)
     found = Finetuned(
@@ -259,7 +261,8 @@ def finetune(
         losses=[[int(e["step"]), float(e["loss"])] for e in trainer.state.log_history
                 if "loss" in e],
     )  # fmt: skip
-    _write(model, tokenizer, dst, work, found, config)
+    if trainer.is_world_process_zero():
+        _write(model, tokenizer, dst, work, found, config)
     return found
 
 
@@ -324,15 +327,46 @@ def _log_probabilities(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 # -------------------------------------------------------------------- the Trainer
 
 
+def _arguments(config: FinetuneConfig, rows: int, work: Path, model: Any) -> Any:
+    """Those of the Trainer, which finds out with them how many processes there are."""
+    from transformers import TrainingArguments
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch_size % processes:
+        raise ArgumentError(
+            f"batch_size: {config.batch_size} rows cannot be shared evenly by {processes} processes"
+        )
+    steps = config.steps or math.ceil(config.epochs * math.ceil(rows / config.batch_size))
+    return TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=config.batch_size // processes,
+        max_steps=steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        logging_steps=max(1, min(10, steps // 20)),
+        save_steps=config.save_every,
+        save_total_limit=1,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
+
+
 def _trainer(
     model: Any,
     teacher: Any,
     rows: Packed,
     config: FinetuneConfig,
-    work: Path,
+    arguments: Any,
     progress: Callable[[int, int, float | None], object] | None,
 ) -> Any:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback
+
+    work = arguments.output_dir
 
     class Distilling(Trainer):
         model_accepts_loss_kwargs = True
@@ -342,7 +376,10 @@ def _trainer(
             num_items_in_batch: Any = None,
         ) -> Any:  # fmt: skip
             total, learned = distilling_loss(model, teacher, inputs, config.distill)
-            loss = total / (learned if num_items_in_batch is None else num_items_in_batch)
+            if num_items_in_batch is None:
+                loss = total / learned
+            else:  # of all processes, whose gradients are then averaged
+                loss = total * self.accelerator.num_processes / num_items_in_batch
             if not torch.isfinite(value := loss.detach()):
                 raise NonFiniteError(
                     f"step {self.state.global_step + 1}: the loss is {float(value):g}; the last "
@@ -368,27 +405,9 @@ def _trainer(
     class Telling(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             last = next((e["loss"] for e in reversed(state.log_history) if "loss" in e), None)
-            if progress is not None:
+            if progress is not None and state.is_world_process_zero:
                 progress(state.global_step, state.max_steps, last)
 
-    steps = config.steps or math.ceil(config.epochs * math.ceil(len(rows) / config.batch_size))
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        per_device_train_batch_size=config.batch_size,
-        max_steps=steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(config.warmup * steps),
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        logging_steps=max(1, min(10, steps // 20)),
-        save_steps=config.save_every,
-        save_total_limit=1,
-        disable_tqdm=True,
-        report_to="none",
-        remove_unused_columns=False,
-        use_cpu=next(model.parameters()).device.type == "cpu",
-    )
     trainer = Distilling(model=model, args=arguments, train_dataset=rows, callbacks=[Telling()])
     quiet = [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]
     for callback in quiet:
@@ -449,8 +468,8 @@ def _prepare(work: Path, digest: str, overwrite: bool) -> bool:
             raise DestinationError(
                 f"{work}: an unfinished run with other settings or data; --overwrite replaces it"
             )
-        if same and any(work.glob("checkpoint-*/trainer_state.json")):
-            return True
+        if same:
+            return any(work.glob("checkpoint-*/trainer_state.json"))
         shutil.rmtree(work)
     work.mkdir(parents=True)
     note.write_text(digest)
