@@ -251,7 +251,7 @@ def _add_convert_options(convert: argparse.ArgumentParser) -> None:
         "--compressed-experts", type=int, default=0, metavar="N", help=text("compressed_experts")
     )
     text_options.add_argument(
-        "--light-module", default="vectors", metavar="FORM", help=text("light_module")
+        "--light-module", default="auto", metavar="FORM", help=text("light_module")
     )
     text_options.add_argument("--max-memory", metavar="SIZE", help=text("max_memory"))
     text_options.add_argument(

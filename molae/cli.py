@@ -312,7 +312,7 @@ def _config(args: argparse.Namespace) -> Any:
             "max_memory",
             "stats",
         ):
-            default = "vectors" if name == "light_module" else None
+            default = "auto" if name == "light_module" else None
             if getattr(args, name) and getattr(args, name) != default:
                 option = "--" + name.replace("_", "-")
                 raise _UsageError(f"{option}: only with --calibration FILE")

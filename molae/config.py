@@ -24,6 +24,10 @@ TYPES = ("gate_proj", "up_proj", "down_proj")
 #: Raised by one when an old settings file can no longer be read.
 SETTINGS_VERSION = 1
 
+#: From this size on compressed experts have narrow ones in their place, which store an eighth of
+#: what the experts do, where nothing else is asked for.
+ROOM_FOR_NARROW = 0.7
+
 
 def field_help(config: type, name: str) -> str:
     """The help text of one field of a settings class."""
@@ -131,11 +135,12 @@ class ConvertConfig:
         },
     )
     light_module: str = field(
-        default="vectors",
+        default="auto",
         metadata={
-            "help": "What acts in the place of compressed experts: vectors (that scale what the "
-            "other experts read), additive (a vector an expert), narrow:UNITS or narrow:1/N (an "
-            "expert of so many units, or of that share of them)."
+            "help": "What acts in the place of compressed experts: narrow:UNITS or narrow:1/N (an "
+            "expert of so many units, or of that share of them), additive (a vector an expert), "
+            "vectors (that scale what the other experts read), or auto: narrow:1/8 where the size "
+            "has room for it (0.7 and more), else additive."
         },
     )
     max_memory: int | str | None = field(
@@ -170,6 +175,13 @@ class ConvertConfig:
         object.__setattr__(self, "group_size", _check_group_size(self.group_size))
         if self.max_memory is not None:
             object.__setattr__(self, "max_memory", _nbytes("max_memory", self.max_memory))
+
+    @property
+    def light_form(self) -> str:
+        """`light_module`, or what 'auto' stands for."""
+        if self.light_module != "auto":
+            return self.light_module
+        return "narrow:1/8" if (self.target_size or 1.0) >= ROOM_FOR_NARROW else "additive"
 
     @property
     def target_size(self) -> float | None:

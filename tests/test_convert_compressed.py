@@ -50,8 +50,8 @@ def source(tmp_path_factory):
     return src
 
 
-def run_on(src, dst, ids=IDS, **settings):
-    config = molae.ConvertConfig(compressed_experts=1, **settings)
+def run_on(src, dst, ids=IDS, light_module="vectors", **settings):
+    config = molae.ConvertConfig(compressed_experts=1, light_module=light_module, **settings)
     with Calibration(src, ids, length=40) as calibration:
         return convert(src, dst, config, calibration=calibration)
 
@@ -138,7 +138,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(source, tmp_path, 
                     time.sleep(0.01)
                 raise KeyboardInterrupt
 
-    config = molae.ConvertConfig(compressed_experts=1, **settings)
+    config = molae.ConvertConfig(compressed_experts=1, **{"light_module": "vectors", **settings})
     with Calibration(source, IDS, length=40) as calibration, pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "dst", config, calibration=calibration, watcher=Stop())
     assert len(written()) == 1
@@ -338,7 +338,7 @@ def test_the_plan_the_report_and_the_command(source, tmp_path, capsys):
     from molae.cli import main
 
     with Calibration(source, IDS, length=40) as calibration:
-        config = molae.ConvertConfig(size=1.0, compressed_experts=1)
+        config = molae.ConvertConfig(size=1.0, compressed_experts=1, light_module="vectors")
         plan = molae.plan(source, config, calibration=calibration)
     assert plan.seconds > 0
     assert plan.flops_ratio == pytest.approx(
@@ -361,7 +361,8 @@ def test_the_plan_the_report_and_the_command(source, tmp_path, capsys):
         "1.0",
         "--uniform",
     ]
-    assert main(["convert", src, dst, *options, "--compressed-experts", "2"]) == 0
+    options += ["--compressed-experts", "2"]
+    assert main(["convert", src, dst, *options, "--light-module", "vectors"]) == 0
     assert "The last 2 of a token's experts do not run." in capsys.readouterr().out
     card = (tmp_path / "dst" / "README.md").read_text()
     assert "The last 2 of a token's 4 experts do not run; vectors that scale" in card
@@ -393,3 +394,13 @@ def test_memory_of_the_fit_is_planned():
     assert (
         narrow._within(little + 1, molae.ConvertConfig(compressed_experts=4)).light == narrow.light
     )
+
+
+def test_what_acts_where_nothing_is_asked_for(source, tmp_path):
+    for size, units in ((1.0, 1), (0.5, 0)):  # an eighth of 12 units
+        run_on(source, tmp_path / str(size), light_module="auto", size=size)
+        assert molae.inspect(tmp_path / str(size)).factored.light.units == units
+    assert molae.ConvertConfig(size=0.7).light_form == "narrow:1/8"
+    assert molae.ConvertConfig().light_form == "narrow:1/8"
+    assert molae.ConvertConfig(size=0.69).light_form == "additive"
+    assert molae.ConvertConfig(light_module="vectors").light_form == "vectors"

@@ -129,7 +129,7 @@ class Calibrated:
         self._layers: Mapping[int, Mapping[str, Split]] = {}
         self._finished: dict[int, Path] = {}
         self._fitted: dict[tuple[int, str], Fitted] = {}
-        self._light = LightModule.parse(config.light_module, model.letters["F"])
+        self._light = LightModule.parse(config.light_form, model.letters["F"])
         self._counts: Mapping[int, int] = {}
         self._compressed: dict[int, FittedLight] = {}
         self._warned = False

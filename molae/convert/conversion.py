@@ -68,7 +68,7 @@ class Conversion:
             or config.flops is not None
             or config.max_memory is not None
             or config.compressed_experts
-            or config.light_module != "vectors"
+            or config.light_module != "auto"
             or stats is not None
         ):
             raise ArgumentError(

@@ -143,7 +143,7 @@ class Footprint:
 
 def _light_bytes(config: ConvertConfig, F: int, D: int) -> int:
     """Of one expert while it is fitted."""
-    light = LightModule.parse(config.light_module, F)
+    light = LightModule.parse(config.light_form, F)
     own = light.numbers(F=F, D=D)
     if light.units is None:  # of the descent each pair that is kept, in double
         return 8 * (2 * MEMORY + 6) * own
