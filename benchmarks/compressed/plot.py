@@ -57,8 +57,11 @@ def draw(result: Mapping[str, Any]) -> Figure:
                         )  # fmt: skip
         axes.invert_xaxis()
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_yscale("symlog", linthresh=0.02)
+        axes.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.minorticks_off()
+        axes.set_ylim(-0.001, 1.2 * max(row["rise"] for row in result["rows"]))
         axes.set_xlabel("active parameters of a token, over the original's")
         axes.set_ylabel("rise of the perplexity")
         axes.grid(True, color="0.9", linewidth=0.6)
