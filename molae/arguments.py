@@ -247,6 +247,7 @@ def _add_convert_options(convert: argparse.ArgumentParser) -> None:
     text_options.add_argument(
         "--no-refit", action="store_true", help="leave out the last step: " + text("refit")
     )
+    text_options.add_argument("--heal", type=int, default=0, metavar="N", help=text("heal"))
     text_options.add_argument(
         "--compressed-experts", type=int, default=0, metavar="N", help=text("compressed_experts")
     )

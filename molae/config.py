@@ -125,6 +125,14 @@ class ConvertConfig:
         },
     )
 
+    heal: int = field(
+        default=0,
+        metadata={
+            "help": "With a calibration text: in the end train all factors of each layer together, "
+            "in so many passes over the text, to what the layer answered before."
+        },
+    )
+
     compressed_experts: int = field(
         default=0,
         metadata={
@@ -165,11 +173,11 @@ class ConvertConfig:
         for name in ("uniform", "one_shot", "drop_idle", "refit"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        if not (_is_int(self.compressed_experts) and self.compressed_experts >= 0):
-            raise ArgumentError(
-                "compressed_experts: expected a whole number of at least 0, got "
-                f"{self.compressed_experts!r}"
-            )
+        for name in ("compressed_experts", "heal"):
+            if not (_is_int(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ArgumentError(
+                    f"{name}: expected a whole number of at least 0, got {getattr(self, name)!r}"
+                )
         if not isinstance(self.light_module, str):
             raise ArgumentError(f"light_module: expected a text, got {self.light_module!r}")
         object.__setattr__(self, "group_size", _check_group_size(self.group_size))

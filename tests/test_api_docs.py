@@ -16,6 +16,7 @@ SHOWN_ELSEWHERE = {
     "molae.Report",
     "molae.fit.CompressedFit",
     "molae.fit.Energies",
+    "molae.fit.LayerDistillation",
     "molae.fit.LayerFit",
     "molae.fit.LayerInput",
     "molae.fit.LayerMoments",

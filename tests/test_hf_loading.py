@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 import molae
 from molae.convert.jsontext import json_text
 from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError
-from molae.factored import Split, index_groups
+from molae.factored import FORMAT_VERSION, Split, index_groups
 from molae.hf import LatentExperts, MolaeConfig, hide_progress
 
 hide_progress()
@@ -360,7 +360,7 @@ def twice(quant):
 
 
 def newer(quant):
-    quant["format_version"] = 3
+    quant["format_version"] = FORMAT_VERSION + 1
 
 
 def no_such_layer(quant):

@@ -14,7 +14,7 @@ from test_fit_compressed import LATENT, D, E, F, K, answer, problem
 import molae
 from molae import ops
 from molae.errors import ArgumentError, NonFiniteError, ShapeError
-from molae.fit import narrow, narrow_experts
+from molae.fit import descent, narrow, narrow_experts
 from molae.ops import NarrowExperts, Projection, narrow_experts_forward, split_slots
 
 M = 3
@@ -108,7 +108,7 @@ def errors_of(given, experts, found, n):
 @pytest.mark.parametrize("options", [{}, LATENT])
 def test_the_linear_part_is_the_least_squares_solution(options, m, monkeypatch):
     monkeypatch.setattr(narrow, "RESIDUAL", 1e-12)
-    monkeypatch.setattr(narrow, "HELD_OUT", 10**9)
+    monkeypatch.setattr(descent, "HELD_OUT", 10**9)
     given, experts = problem(1, 300, **options)
     ridge, n = 0.05, 2
     found = narrow_experts(given, experts, n, m, ridge=ridge, linear_steps=300, epochs=0)

@@ -417,6 +417,7 @@ class Calibrated:
             W,
             parts,
             refits=REFITS if self._config.refit else (),
+            heal=self._config.heal,
             experts_at_once=self.footprint.experts_at_once,
         )
         self._warn(layer, found.energies.count)

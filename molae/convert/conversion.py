@@ -65,6 +65,7 @@ class Conversion:
             or config.one_shot
             or config.drop_idle
             or not config.refit
+            or config.heal
             or config.flops is not None
             or config.max_memory is not None
             or config.compressed_experts
@@ -72,8 +73,8 @@ class Conversion:
             or stats is not None
         ):
             raise ArgumentError(
-                "flops, uniform, one_shot, drop_idle, refit, compressed_experts, light_module, "
-                "max_memory, stats: only with a calibration text"
+                "flops, uniform, one_shot, drop_idle, refit, heal, compressed_experts, "
+                "light_module, max_memory, stats: only with a calibration text"
             )
         else:
             allocation = self.method.allocate(self.model, config, Probe(checkpoint, self.model))

@@ -86,6 +86,7 @@ def calibrated_seconds(conversion: Conversion, tokens: int) -> float:
         steps = sum(steps for _, steps in REFITS)  # what they do not change is kept
         size = conversion.config.target_size or 1.0
         each += int((10 * len(REFITS) + 5 * steps) * F * D * size)
+    each += int(18 * conversion.config.heal * F * D * (conversion.config.target_size or 1.0))
     each += 6 * F * D * (2 if conversion.config.one_shot else 3)  # the layer itself
     seconds = len(allocation.layers) * tokens * K * each / pace
     units = allocation.light.units

@@ -33,6 +33,11 @@ ROWS = 8
 VECTORS = 7
 
 
+#: Arrays as large as all factors that a training holds: themselves, their masters, gradients, both
+#: moments, the best so far.
+HEALED = 6
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Anonymous memory of a calibrated conversion. Mapped files, which the system may drop
@@ -50,7 +55,7 @@ class Footprint:
     expert : int
         Bytes of one expert's moments.
     refit : int
-        Bytes of a refit, which holds no moments.
+        Bytes of a refit, which holds no moments, or of the training after it.
     light : int
         Bytes of a fit of what acts in the place of compressed experts, after these.
     """
@@ -94,13 +99,14 @@ class Footprint:
         wide = 12 * stack if dtype == "F16" else 0
         fixed = BASE_BYTES + TORCH_BYTES + ends + tokens + factors + wide
         roots = 2 * E * F * F + 3 * E * min(rank, D) ** 2  # and what they are roots of
-        refit = 4 * (VECTORS * private + roots)
+        refit = 4 * (VECTORS * private + roots) if config.refit else 0
+        healed = 4 * HEALED * len(TYPES) * private if config.heal else 0
         return cls(
             E,
             E,
             fixed + get_num_threads() * a_thread,
             4 * (D * D + 3 * F * F),
-            refit if config.refit else 0,
+            max(refit, healed),
             E * _light_bytes(config, F, D) if config.compressed_experts else 0,
         )
 
@@ -118,7 +124,7 @@ class Footprint:
             raise ArgumentError(
                 f"max_memory: {limit / 1e9:.3g} GB; the refit takes about "
                 f"{(self.fixed + self.refit) / 1e9:.3g} GB; allow more, or leave it out "
-                "(--no-refit, refit=False)"
+                f"({'heal=0' if config.heal else '--no-refit, refit=False'})"
             )
         if limit < self.fixed + self.light:
             raise ArgumentError(

@@ -15,6 +15,7 @@ next to the output, ``W_i ≈ Bᵀ A_i``. ``B`` is (R, D) either way.
 from molae.fit.adamw import AdamW
 from molae.fit.basis import gauge, stored_numbers, ungauge
 from molae.fit.compressed import CompressedFit, compressed_experts
+from molae.fit.distilling import LayerDistillation, distill_layer
 from molae.fit.factors import SharedFactors
 from molae.fit.layer import LayerFit, fit_layer
 from molae.fit.layer_moments import Energies, LayerMoments, layer_energies, layer_moments
@@ -31,6 +32,7 @@ __all__ = [
     "AdamW",
     "CompressedFit",
     "Energies",
+    "LayerDistillation",
     "LayerFit",
     "LayerInput",
     "LayerMoments",
@@ -43,6 +45,7 @@ __all__ = [
     "common_kernel_dim",
     "compressed_experts",
     "discarded_energy",
+    "distill_layer",
     "effective_rank",
     "factor_shared",
     "factor_weighted",

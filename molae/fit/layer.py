@@ -13,6 +13,7 @@ import numpy.typing as npt
 from molae.config import TYPES
 from molae.errors import ArgumentError, NonFiniteError, PrecisionWarning
 from molae.fit.arguments import Groups, Stack, experts, partition, renumbered
+from molae.fit.distilling import distill_layer
 from molae.fit.factors import SharedFactors, joined
 from molae.fit.layer_moments import Energies, LayerMoments, layer_energies, layer_moments
 from molae.fit.reading import LayerInput
@@ -80,6 +81,7 @@ def fit_layer(
     *,
     floor: float = FLOOR,
     refits: Sequence[tuple[str, int]] = REFITS,
+    heal: int = 0,
     experts_at_once: int | None = None,
 ) -> LayerFit:
     """Fit latent experts to what a layer's own experts answer to a text.
@@ -100,6 +102,9 @@ def fit_layer(
         At least 0: share of the mean expert's moments that each expert has in all directions.
     refits : sequence of (str, int)
         'up_proj' or 'down_proj', and steps of `refit`, in turn. Types not in `parts` are left out.
+    heal : int
+        Passes over the tokens in which, in the end, all factors are trained together; see
+        `distill_layer`.
     experts_at_once : int, optional
         Moments of so many experts at a time, in as many passes over the tokens; the result has
         the same bits. Default: of all.
@@ -169,12 +174,21 @@ def fit_layer(
         stored = factors[kind].shared[0].dtype
         student[kind] = runnable(in_dtype(found.projection, stored))
         errors.setdefault(kind, [float(found.error[0])]).append(float(found.error[-1]))
+    if heal:
+        layer = student["gate_proj"], student["up_proj"], student["down_proj"]
+        trained = [kind.removesuffix("_proj") for kind in factors]
+        healed = distill_layer(given, layer, teacher=teacher, trained=trained, epochs=heal)
+        for kind, projection in zip(TYPES, healed.layer, strict=True):
+            if kind in factors:
+                stored = factors[kind].shared[0].dtype
+                student[kind] = runnable(in_dtype(projection, stored))
+                before, after = (float(error) for error in healed.error)
+                errors.setdefault(kind, [before]).append(after)
     fitted = {
         kind: replace(
             f,
-            private=tuple(
-                p.astype(f.shared[0].dtype, copy=False) for p in _privates(student[kind])
-            ),
+            shared=_stored(student[kind].shared, f.shared),
+            private=_stored(student[kind].private, f.private),
         )
         for kind, f in factors.items()
     }
@@ -308,10 +322,13 @@ def runnable(p: Projection) -> Projection:
     return in_dtype(p, np.float32) if p.dtype == np.float16 else p
 
 
-def _privates(p: Projection) -> Iterator[Array]:
-    for private in p.private:
-        assert private is not None
-        yield private
+def _stored(arrays: Sequence[Array | None], like: Sequence[Array]) -> tuple[Array, ...]:
+    """As factors have them."""
+    found = []
+    for array, old in zip(arrays, like, strict=True):
+        assert array is not None
+        found.append(array.astype(old.dtype, copy=False))
+    return tuple(found)
 
 
 def _among(piece: SharedFactors, groups: Groups, some: Sequence[int]) -> Projection:

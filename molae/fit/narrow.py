@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from molae.errors import ArgumentError, NonFiniteError
-from molae.fit.adamw import AdamW, cosine
 from molae.fit.arguments import Array
+from molae.fit.descent import descend, parted
 from molae.fit.moments import SecondMoments, second_moments
 from molae.fit.reading import CHUNK, Layer, LayerInput, Routed
 from molae.fit.refit_metrics import ROOT, SOLVE, bases, moments_product
@@ -35,20 +35,14 @@ RIDGE = 0.05
 #: The linear part is solved to this share of its first residual, or in so many steps.
 RESIDUAL, LINEAR_STEPS = 1e-2, 20
 
-#: Tokens of a step of the descent, at most, and passes over all of them.
-BATCH, EPOCHS = 1024, 10
+#: Passes of the descent over all tokens, and its rate in root mean squares of each array.
+EPOCHS, RATE = 10, 0.02
 
 #: Passes over the tokens, about: some measure.
 PASSES = LINEAR_STEPS + EPOCHS + 3
 
-#: Rate of the descent, in root mean squares of each array as it began; share of it to warm up.
-RATE, WARMUP = 0.02, 0.05
-
 #: Arrays of narrow experts.
 PARTS = ("gate", "up", "down", "bias")
-
-#: One token in so many is held out, and tells where the descent was best.
-HELD_OUT = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,8 +268,7 @@ def _by_expert(routed: Routed, E: int) -> Iterator[tuple[int, slice]]:
 class _Fit:
     def __init__(self, left: _Left, begun: NarrowExperts) -> None:
         self._left, self._begun = left, begun
-        held = np.arange(len(left.given.x)) % HELD_OUT == HELD_OUT - 1
-        self._seen, self._held = np.flatnonzero(~held), np.flatnonzero(held)
+        self._seen, self._held = parted(len(left.given.x))
 
     def linear(self, ridge: float, steps: int) -> tuple[NarrowExperts, float]:
         """Conjugate gradients in V = [down | bias]: the slope there is linear, so that its change
@@ -304,24 +297,19 @@ class _Fit:
         return self._with(V), residual if begun > 0 else 0.0
 
     def descent(self, start: NarrowExperts, epochs: int, rate: float, seed: int) -> NarrowExperts:
-        """AdamW in all of them; what is best on the tokens held out."""
+        """In all of them; what is best on the tokens held out."""
         weights = {name: array.copy() for name, array in start.arrays.items()}
         now = replace(start, **weights)
-        rates = {name: rate * _rms(array) for name, array in weights.items()}
-        per_epoch = max(1, -(-len(self._seen) // BATCH))
-        steps, rng = epochs * per_epoch, np.random.default_rng(seed)
-        descent = AdamW(weights)
-        best, least = start, self.lost(start, [self._held])
-        for epoch in range(epochs):
-            order = rng.permutation(self._seen)
-            for i, tokens in enumerate(np.array_split(order, per_epoch)):
-                share = cosine(epoch * per_epoch + i, steps, int(WARMUP * steps))
-                slopes = self._slopes(now, tokens, self._left.target)
-                descent.step(slopes, {name: share * own for name, own in rates.items()})
-            if (lost := self.lost(now, [self._held])) < least:
-                best = replace(now, **{name: array.copy() for name, array in weights.items()})
-                least = lost
-        return best
+        best = descend(
+            weights,
+            lambda tokens: self._slopes(now, tokens, self._left.target),
+            lambda: self.lost(now, [self._held]),
+            self._seen,
+            epochs=epochs,
+            rate=rate,
+            seed=seed,
+        )
+        return replace(start, **best)
 
     def lost(self, experts: NarrowExperts, batches: Iterable[Array]) -> float:
         """Squared error over some tokens."""
@@ -421,7 +409,3 @@ def _bias_slope(dy: Array, index: Array, weights: Array, E: int) -> Array:
     for e, own in _by_expert(routed, E):
         found[e] = rows[own].sum(0)
     return found
-
-
-def _rms(array: Array) -> float:
-    return math.sqrt(squares(array) / array.size)

@@ -207,7 +207,7 @@ def pack(examples: Sequence[Example], length: int, *, filler: int = 0) -> Packed
     >>> some = [Example((1,) * n, (True,) * n) for n in (3, 9, 4)]
     >>> rows = pack(some, 8)
     >>> len(rows), rows.learned, rows[0]["position_ids"].tolist()
-    (3, 12, [0, 1, 2, 3, 4, 5, 6, 7])
+    (2, 12, [0, 1, 2, 3, 4, 5, 6, 7])
     """
     if length < 2:
         raise ArgumentError(f"length: expected at least 2 tokens, got {length}")
