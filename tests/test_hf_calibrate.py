@@ -215,7 +215,7 @@ def test_a_trial_of_the_same_experts_moves_nothing(source):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("settings", [{}, {"uniform": True}, {"one_shot": True}])
+@pytest.mark.parametrize("settings", [{}, {"uniform": True}, {"one_shot": True}, {"heal": 2}])
 def test_every_family_is_converted(tmp_path, family, settings):
     transformers_checkpoint(tmp_path / "src", family, config=SETTINGS, **SIZES)
     config = molae.ConvertConfig(size=0.6, **settings)
@@ -230,10 +230,10 @@ def test_every_family_is_converted(tmp_path, family, settings):
     assert all(rank >= 1 for own in ranks.values() for rank in own)
 
 
-@pytest.mark.parametrize("one_shot", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"one_shot": True}, {"heal": 2}])
 @pytest.mark.parametrize("finished", [1, 2])
-def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(source, tmp_path, finished, one_shot):
-    config = molae.ConvertConfig(size=0.5, one_shot=one_shot)
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(source, tmp_path, finished, settings):
+    config = molae.ConvertConfig(size=0.5, **settings)
     with calibration(source) as run:
         convert(source, tmp_path / "whole", config, calibration=run)
 
@@ -490,6 +490,7 @@ def test_the_command(tmp_path, capsys):
         ["--uniform"],
         ["--one-shot"],
         ["--no-refit"],
+        ["--heal", "3"],
         ["--stats", "FILE"],
     ):
         assert main(["convert", src, dst, "--overwrite", *option]) == 2
@@ -640,3 +641,29 @@ def test_the_built_in_text():
     assert name.startswith("documentation of CPython 3.")
     assert len(text) > 1_000_000
     assert builtin_text() == (text, name)
+
+
+# -------------------------------------------------------------------------------- healing
+
+
+def test_a_healed_layer_answers_better_on_text_that_nobody_saw(tmp_path):
+    """On the trained model: nearer to the original's answers than without, and said so."""
+    text = builtin_text()[0]
+    errors = {}
+    for heal in (0, 3):
+        dst = tmp_path / str(heal)
+        config = molae.ConvertConfig(size=0.4, heal=heal, one_shot=True, group_size=4)
+        with Calibration(molae.demo.CHECKPOINT, text[:60000], length=256) as run:
+            report = convert(molae.demo.CHECKPOINT, dst, config, calibration=run)
+        for row in report.rows:
+            steps = row.layer_error or []
+            assert len(steps) == {"gate_proj": 0, "up_proj": 2, "down_proj": 3}[row.kind] + (
+                (2 if row.kind == "gate_proj" else 1) if heal else 0
+            )
+            assert not heal or steps[-1] < steps[-2]
+        own = {row.kind: row for row in report.rows if row.layer == 0}
+        errors[heal] = own["up_proj"].layer_error[-1]
+        scored = evaluate_path(dst, builtin_text()[0][60000:90000])
+        errors[heal, "loss"] = scored.loss
+    assert errors[3] < 0.95 * errors[0]
+    assert errors[3, "loss"] < errors[0, "loss"]
