@@ -19,7 +19,7 @@ from molae.ops import Projection, latent_experts_backward, latent_experts_forwar
 __all__ = ["LayerDistillation", "distill_layer"]
 
 #: Passes over the tokens, and the rate in root mean squares of each array.
-EPOCHS, RATE = 8, 0.02
+EPOCHS, RATE = 8, 0.01
 
 KINDS = ("gate", "up", "down")
 
