@@ -37,7 +37,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
         for size in sizes:
             rows = [r for r in result["rows"] if r["size"] == size]
             first = rows[0]
-            for form in LOOKS:
+            for form in (form for form in LOOKS if any(r["form"] == form for r in rows)):
                 color, mark = LOOKS[form]
                 line = [first] + [
                     r for r in rows if r["form"] == form and r["stage"] in ("", "fitted")
@@ -65,11 +65,10 @@ def draw(result: Mapping[str, Any]) -> Figure:
         axes.set_xlabel("active parameters of a token, over the original's")
         axes.set_ylabel("rise of the perplexity")
         axes.grid(True, color="0.9", linewidth=0.6)
-        axes.set_title(
-            f"Model: {result['names']['model']}. Dashed: latent experts of size "
-            f"{sizes[-1]:g}. Hollow: distilled.",
-            fontsize=8, loc="left",
-        )  # fmt: skip
+        said = [f"Model: {result['names']['model']}."]
+        if len(sizes) > 1:
+            said.append(f"Dashed: latent experts of size {sizes[-1]:g}.")
+        axes.set_title(" ".join([*said, "Hollow: distilled."]), fontsize=8, loc="left")
         figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
         return figure
 
