@@ -379,11 +379,8 @@ def test_pages_beside_the_readme(page):
     ]
     other = path.parent / "docs" / "quality.md"
     other.parent.mkdir()
-    other.write_text(
-        "<!-- second:start -->\nold\n<!-- second:end -->\n"
-        "<!-- to-books:start -->\n<!-- to-books:end -->\n"
-        "<!-- to-mathematics:start -->\n<!-- to-mathematics:end -->\n"
-    )
+    names = readme.PAGES["docs/quality.md"]
+    other.write_text("".join(f"<!-- {n}:start -->\nold\n<!-- {n}:end -->\n" for n in names))
     assert readme.main([*args, "--check"]) == 1
     assert readme.main(args) == 0
     assert "old" not in other.read_text()
