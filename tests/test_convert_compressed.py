@@ -72,15 +72,6 @@ def light_in(folder):
         return made
 
 
-def embeddings_in(folder):
-    with open_checkpoint(folder) as found:
-        described = molae.arch.describe(found, converted=True)
-        return {
-            layer: np.array(found.array(f"{described.experts_prefix(layer)}.compressed"))
-            for layer in described.moe_layers
-        }
-
-
 @pytest.mark.parametrize("size", [1.0, 0.6])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_converted(tmp_path, family, size):
@@ -176,28 +167,14 @@ def test_every_family_gets_narrow_experts(tmp_path, family, size, light, units):
     assert Report.from_file(tmp_path / "dst") == report
 
 
-def test_the_next_layer_reads_what_narrow_experts_answer(source, tmp_path):
-    run_on(source, tmp_path / "dst", size=1.0, light_module="narrow:3")
+@pytest.mark.parametrize("light", ["vectors", "narrow:3"])
+def test_the_next_layer_reads_what_the_loaded_model_makes(source, tmp_path, light):
+    """`advance` with what acts for compressed experts is the layer that Transformers runs."""
+    run_on(source, tmp_path / "dst", size=1.0, light_module=light)
     model = load(tmp_path / "dst")
     with Calibration(source, IDS, length=40) as run:
         for layer, own in light_in(tmp_path / "dst").items():
             run.advance(layer, None, (own, 1))
-        run._walk.up_to(len(run._stream), run._tell)
-        ids = torch.from_numpy(run.sequences)
-        with torch.no_grad():
-            last = model.model(ids, output_hidden_states=True).hidden_states[-1]
-            mine = model.model.norm(torch.from_numpy(np.array(run._walk.states)))
-    torch.testing.assert_close(mine, last, rtol=1e-4, atol=1e-5)
-
-
-def test_the_next_layer_reads_what_the_loaded_model_makes(source, tmp_path):
-    """`advance` with embeddings is the layer that Transformers runs."""
-    run_on(source, tmp_path / "dst", size=1.0)
-    model = load(tmp_path / "dst")
-    stored = embeddings_in(tmp_path / "dst")
-    with Calibration(source, IDS, length=40) as run:
-        for layer, embeddings in stored.items():
-            run.advance(layer, None, (embeddings, 1))
         run._walk.up_to(len(run._stream), run._tell)
         ids = torch.from_numpy(run.sequences)
         with torch.no_grad():
@@ -280,7 +257,7 @@ def test_vectors_that_make_answers_worse_are_not_taken(source, tmp_path, monkeyp
     found = [0.5, 0.6] if better == "fitted" else [0.6, 0.5]
     monkeypatch.setattr(Calibration, "compare", lambda self, layer, variants: found)
     report = run_on(source, tmp_path / "dst", size=1.0)
-    for vectors in embeddings_in(tmp_path / "dst").values():
+    for vectors in light_in(tmp_path / "dst").values():
         assert (vectors == 1).all() == (better == "ones")
     for row in report.compressed:
         assert (row.layer_error[2] == row.layer_error[0]) == (better == "ones")

@@ -9,22 +9,17 @@ the work, and the same command goes on from there.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
-from pathlib import Path
 
-import torch
+import numpy as np
 
-import molae
-import molae.hf
-from benchmarks import RESULTS
 from benchmarks.compressed import tables
 from benchmarks.compressed.forms import FORMS, TRAINED, title
 from benchmarks.compressed.making import Bench, Training
 from benchmarks.header import header
-from benchmarks.quality.inputs import add_inputs, find_inputs, say
+from benchmarks.quality.inputs import add_inputs, begin, find_inputs, keep, say, work_folder
 from benchmarks.quality.kept import Found, Rows
 from benchmarks.quality.model import Scores, Text, load, score
 from molae.hf.windows import ratio, tokenize
@@ -35,19 +30,11 @@ SIZES = (1.0, 0.75)
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    molae.set_num_threads(args.threads)
-    torch.set_num_threads(args.threads)
-    molae.hf.hide_progress()
-    args.work.mkdir(parents=True, exist_ok=True)
+    begin(args)
     result = _run(args)
     print(tables.compressed(result))
-    out = args.json or _usual_place(args)
-    if out is None:
-        say("not kept: --json names a file")
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        say(f"kept in {out}; python -m benchmarks.readme writes the tables")
+    whole = tuple(args.model_sizes) == SIZES and args.forms == list(FORMS) and args.steps
+    keep(args, result, "compressed", whole)
     return 0
 
 
@@ -58,11 +45,10 @@ def _run(args: argparse.Namespace) -> Found:
     length = min(args.length, longest or args.length)
     scored = Text(tokenizer, held_out, args.test_tokens, longest)
     K, training = model.config.num_experts_per_tok, Training(args.steps, args.tune_rate)
-    work = args.work / f"{Path(path).resolve().parent.name}-{args.tokens}-{args.test_tokens}"
-    work.mkdir(exist_ok=True)
+    work = work_folder(args, path, text, held_out, args.steps, args.tune_rate)
     (work / "text.txt").write_text(text, encoding="utf-8")
-    bench = Bench(path, tokenize(tokenizer, text).numpy(), work / "text.txt",
-                  max(1, args.tokens // length), length, work, training)  # fmt: skip
+    bench = Bench(path, tokenize(tokenizer, text).numpy(), max(1, args.tokens // length), length,
+                  work / "text.txt", work, training)  # fmt: skip
     rows = Rows(work / "rows.json")
     began = time.perf_counter()
 
@@ -95,7 +81,7 @@ def _run(args: argparse.Namespace) -> Found:
         if args.steps:
             for form, stage in TRAINED:
                 made.append(done(form, stage, size, 0 if form == "full" else K // 2))
-    base = Scores(*(torch.tensor(made[0][key]).double().numpy() for key in ("sums", "sizes")))
+    base = Scores(*(np.array(made[0][key]) for key in ("sums", "sizes")))
     return {
         "molae_compressed": FORMAT,
         "header": header(args.threads),
@@ -132,14 +118,6 @@ def _against(row: Found, base: Scores, rows: list[Found]) -> Found:
         gap = ends["plain"] - ends["full"]
         kept["closed"] = (ends["plain"] - sum(row["sums"])) / gap if gap > 0 else None
     return kept
-
-
-def _usual_place(args: argparse.Namespace) -> Path | None:
-    """Only a whole run goes where the tables come from."""
-    whole = tuple(args.model_sizes) == SIZES and args.forms == list(FORMS) and args.steps
-    if not whole or args.model is not None or args.calibration or args.test:
-        return None
-    return RESULTS / ("compressed.json" if args.train_text is None else "compressed_second.json")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import molae
 from benchmarks.compressed.forms import FORMS
-from benchmarks.quality.model import load
+from benchmarks.quality.model import Source, load
 from molae.convert import convert
 from molae.hf import LatentExperts
-from molae.hf.calibrate import Calibration
 from molae.train import FinetuneConfig, finetune
 
 __all__ = ["Bench", "Training"]
@@ -46,27 +44,18 @@ class Training:
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class Bench(Source):
     """What every row is made of.
 
     Attributes
     ----------
-    path : Path
-        The original.
-    tokens : (count,) ndarray of int
-        Of the text to calibrate and to train with.
     text : Path
-        It.
-    sequences, length : int
+        To train with; that of `tokens`.
     work : Path
     training : Training
     """
 
-    path: Path
-    tokens: np.ndarray
     text: Path
-    sequences: int
-    length: int
     work: Path
     training: Training
 
@@ -81,8 +70,8 @@ class Bench:
         active = found.active_parameters
         if form == "plain":  # vectors of 1, which nobody needs
             _at_one(model)
-            n_layers = found.factored.compressed.values()
-            active -= sum(n_layers) * (2 * found.letters["D"] + found.letters["F"])
+            own = found.factored.light.numbers(F=found.letters["F"], D=found.letters["D"])
+            active -= sum(found.factored.compressed.values()) * own
         return model, {"active_parameters": active, "expert_parameters": found.expert_parameters}
 
     def _fitted(self, form: str, size: float, n: int) -> Path:
@@ -101,9 +90,7 @@ class Bench:
             config = molae.ConvertConfig(
                 size=size, compressed_experts=n, light_module=light, uniform=uniform
             )
-            with Calibration(
-                self.path, self.tokens, sequences=self.sequences, length=self.length
-            ) as calibration:
+            with self.calibration() as calibration:
                 stats = self.work / "measured.stats"
                 convert(self.path, dst, config, calibration=calibration, stats=stats)
         return dst

@@ -8,8 +8,6 @@ and the same command goes on from there.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
 import sys
 import time
@@ -18,15 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import molae
-import molae.hf
-from benchmarks import RESULTS
 from benchmarks.header import header
 from benchmarks.quality import tables
 from benchmarks.quality.errors import output_error, weight_error
-from benchmarks.quality.inputs import add_inputs, find_inputs, say
+from benchmarks.quality.inputs import add_inputs, begin, find_inputs, keep, say, work_folder
 from benchmarks.quality.kept import Found, Rows
 from benchmarks.quality.layer import OutOfReach
 from benchmarks.quality.model import Scores, Text, layers_of, load, replaced, score
@@ -40,20 +34,12 @@ SIZES = (0.75, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    molae.set_num_threads(args.threads)
-    torch.set_num_threads(args.threads)
-    molae.hf.hide_progress()
-    args.work.mkdir(parents=True, exist_ok=True)
+    begin(args)
     path, text, held_out, names = find_inputs(args)
     result = _run(args, path, text, held_out, names)
     print(tables.quality(result))
-    out = args.json or _usual_place(args)
-    if out is None:
-        say("not kept: --json names a file")
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        say(f"kept in {out}; python -m benchmarks.readme writes the tables")
+    whole = tuple(args.sizes) == SIZES and args.rows == list(ROWS) and args.noise_size
+    keep(args, result, "quality", whole)
     return 0
 
 
@@ -68,8 +54,7 @@ def _run(
     sequences = max(1, args.tokens // length)
     scored = Text(tokenizer, held_out, args.test_tokens, longest)
     base = score(model, scored)
-    work = args.work / _key(args, path, text, held_out)
-    work.mkdir(exist_ok=True)
+    work = work_folder(args, path, text, held_out)
     bench = Bench(path, tokenize(tokenizer, text).numpy(), sequences, length, [], work)
     with bench.calibration() as calibration:
         bench.layers.extend(layers_of(model, calibration))
@@ -113,12 +98,6 @@ def _run(
     if args.noise_size:
         result["noise"] = _noise(args, bench, rows, began)
     return result
-
-
-def _key(args: argparse.Namespace, path: Path, text: str, held_out: str) -> str:
-    """A folder for each set of inputs."""
-    facts = [str(path), text, held_out, args.tokens, args.length, args.test_tokens]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
 def _row(bench: Bench, model: Any, scored: Text, base: Scores, name: str, size: float) -> Found:
@@ -210,14 +189,6 @@ def _short(row: Found) -> str:
     if "out_of_reach" in row:
         return f"out of reach, {row['out_of_reach']}"
     return f"{row['rise']:+.2%} ± {row['rise_se']:.2%}"
-
-
-def _usual_place(args: argparse.Namespace) -> Path | None:
-    """Only a whole run goes where the tables come from."""
-    whole = tuple(args.sizes) == SIZES and args.rows == list(ROWS) and args.noise_size
-    if not whole or args.model is not None or args.calibration or args.test:
-        return None
-    return RESULTS / ("quality.json" if args.train_text is None else "quality_second.json")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
+
+import molae
 import molae.demo
-from benchmarks import ROOT
+import molae.hf
+from benchmarks import RESULTS, ROOT
 from benchmarks.header import usable_cpus
 from benchmarks.quality import second
 from molae.demo import corpus
 from molae.hf.calibrate import read_calibration_text
 
-__all__ = ["add_inputs", "find_inputs", "say"]
+__all__ = ["add_inputs", "begin", "find_inputs", "keep", "say", "work_folder"]
 
 
 def add_inputs(parser: argparse.ArgumentParser, work: str) -> None:
@@ -71,3 +78,34 @@ def find_inputs(args: argparse.Namespace) -> tuple[Path, str, str, dict[str, str
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Threads, a folder for the work, no bars of others."""
+    molae.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
+    molae.hf.hide_progress()
+    args.work.mkdir(parents=True, exist_ok=True)
+
+
+def work_folder(args: argparse.Namespace, path: Path, *others: object) -> Path:
+    """A folder for each set of inputs."""
+    facts = [str(path), *others, args.tokens, args.length, args.test_tokens]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    folder: Path = args.work / key
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def keep(args: argparse.Namespace, result: Mapping[str, Any], name: str, whole: object) -> None:
+    """Write the figures where they were asked for; a whole run of the usual inputs goes where the
+    tables come from."""
+    out = args.json
+    if out is None and whole and not (args.model or args.calibration or args.test):
+        out = RESULTS / f"{name}{'' if args.train_text is None else '_second'}.json"
+    if out is None:
+        say("not kept: --json names a file")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    say(f"kept in {out}; python -m benchmarks.readme writes the tables")

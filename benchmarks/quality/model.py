@@ -18,7 +18,37 @@ from molae.hf.evaluate import evaluation_mode
 from molae.hf.opening import open_model
 from molae.hf.windows import Windows, tokenize, windows
 
-__all__ = ["Scores", "Text", "layers_of", "moe_layers", "read_weights", "replaced", "score"]
+__all__ = [
+    "Scores",
+    "Source",
+    "Text",
+    "layers_of",
+    "moe_layers",
+    "read_weights",
+    "replaced",
+    "score",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A checkpoint, and the text to calibrate with.
+
+    Attributes
+    ----------
+    path : Path
+    tokens : (count,) ndarray of int
+        Of the text.
+    sequences, length : int
+    """
+
+    path: Path
+    tokens: Array
+    sequences: int
+    length: int
+
+    def calibration(self) -> Calibration:
+        return Calibration(self.path, self.tokens, sequences=self.sequences, length=self.length)
 
 
 @dataclass(frozen=True, eq=False)

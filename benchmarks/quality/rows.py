@@ -11,10 +11,9 @@ from typing import Any
 
 import molae
 from benchmarks.quality.baselines import d2_moe, hc_smoe, mobe, reap, svd_llm
-from benchmarks.quality.layer import Array, Compressed, Layer, OutOfReach
-from benchmarks.quality.model import load, moe_layers, read_weights
+from benchmarks.quality.layer import Compressed, Layer, OutOfReach
+from benchmarks.quality.model import Source, load, moe_layers, read_weights
 from molae.errors import ArgumentError
-from molae.hf.calibrate import Calibration
 
 __all__ = ["ROWS", "Attempt", "Bench"]
 
@@ -26,30 +25,18 @@ EVEN_GROUPS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class Bench(Source):
     """What every row works on.
 
     Attributes
     ----------
-    path : Path
-        The original.
-    tokens : (count,) ndarray of int
-        Of the text to calibrate with.
-    sequences, length : int
     layers : list of Layer
     work : Path
         For what is kept between rows.
     """
 
-    path: Path
-    tokens: Array
-    sequences: int
-    length: int
     layers: list[Layer]
     work: Path
-
-    def calibration(self) -> Calibration:
-        return Calibration(self.path, self.tokens, sequences=self.sequences, length=self.length)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,12 @@ from molae.errors import ArgumentError, NonFiniteError
 from molae.fit.arguments import Array
 from molae.fit.reading import Layer, LayerInput
 from molae.fit.sums import row_squares, squares
-from molae.ops import Gradients, compressed_experts_backward, compressed_experts_forward
+from molae.ops import (
+    Gradients,
+    compressed_experts_backward,
+    compressed_experts_forward,
+    split_slots,
+)
 from molae.ops.call import layer_sizes
 
 __all__ = ["CompressedFit", "compressed_experts"]
@@ -236,9 +241,12 @@ class _Problem:
             lengths = row_squares(y)
             if not np.isfinite(lengths).all() or not np.isfinite(aim).all():
                 raise NonFiniteError("NaN or Inf in what the experts read or answer")
-            slots, shares = _compressed(index, weights, self._n, E)
+            _, aux = split_slots(index, weights, E, self._n)
+            shares = np.where(aux < E, weights, 0).astype(np.float64)
+            total = shares.sum(1, keepdims=True)
+            np.divide(shares, total, out=shares, where=total != 0)
             energy += np.bincount(
-                slots.ravel(), (np.square(shares) * lengths[:, None]).ravel(), minlength=E + 1
+                aux.ravel(), (np.square(shares) * lengths[:, None]).ravel(), minlength=E + 1
             )
             target += squares(aim)
         least = energy[:E].mean() if energy[:E].any() else 1.0
@@ -262,16 +270,6 @@ class _Problem:
         held = self._hold * moved
         objective = 0.5 * (squared + float((held * moved).sum()))
         return _Point(v, squared, objective, gradient.astype(np.float64) + held)
-
-
-def _compressed(index: Array, weights: Array, n: int, E: int) -> tuple[Array, Array]:
-    """Experts (N, n) that a token compresses, E where it is none, and their shares."""
-    order = np.lexsort((np.arange(index.shape[1])[None].repeat(len(index), 0), index, -weights))
-    last = order[:, index.shape[1] - n :]
-    slots = np.take_along_axis(index, last, 1)
-    g = np.where(slots < E, np.take_along_axis(weights, last, 1), 0).astype(np.float64)
-    total = g.sum(1, keepdims=True)
-    return slots, np.divide(g, total, out=np.zeros_like(g), where=total != 0)
 
 
 def _inverse(pairs: list[tuple[Array, Array]], gradient: Array, scale: Array) -> Array:

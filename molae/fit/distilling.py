@@ -11,7 +11,7 @@ import numpy as np
 from molae.errors import ArgumentError, NonFiniteError
 from molae.fit.arguments import Array
 from molae.fit.descent import descend, parted
-from molae.fit.reading import CHUNK, Layer, LayerInput
+from molae.fit.reading import Layer, LayerInput, pieces
 from molae.fit.refitting import in_dtype
 from molae.fit.sums import squares
 from molae.ops import Projection, latent_experts_backward, latent_experts_forward
@@ -116,7 +116,7 @@ class _Distilling:
     def __init__(
         self, given: LayerInput, student: Layer, teacher: Layer, trained: Sequence[str]
     ) -> None:
-        self._given, self._student = given, student
+        self._student = student
         self._trained = [kind for kind in KINDS if kind in trained]
         wide = dict(zip(KINDS, (in_dtype(p, given.x.dtype) for p in student), strict=True))
         #: Masters: what is trained has copies of its own.
@@ -124,25 +124,27 @@ class _Distilling:
         for kind in self._trained:
             wide[kind] = self._own(kind, wide[kind])
         self._layer: Layer = (wide["gate"], wide["up"], wide["down"])
-        aims = given.room("aim", given.x.shape) if given.room else np.empty_like(given.x)
+        answers = given.room("aim", given.x.shape) if given.room else np.empty_like(given.x)
         self._target = 0.0
         for some, _, aim in given.aims(teacher):
-            aims[some] = aim
+            answers[some] = aim
             self._target += squares(aim)
         if not math.isfinite(self._target):
             raise NonFiniteError("NaN or Inf in what the experts read or answer")
-        self._aims = aims
+        #: With all that is to be answered.
+        self._given = replace(given, answers=answers, lost=None)
         self._seen, self._held = parted(len(given.x))
 
     def solve(self, epochs: int, rate: float, seed: int) -> LayerDistillation:
-        start = self._lost(np.arange(len(self._given.x)))
+        every = np.arange(len(self._given.x))
+        start = self._lost(every)
         best = descend(
             self._weights, self._slopes, lambda: self._lost(self._held), self._seen,
             epochs=epochs, rate=rate, seed=seed,
         )  # fmt: skip
         for name, array in self._weights.items():
             array[...] = best[name]
-        end = self._lost(np.arange(len(self._given.x)))
+        end = self._lost(every)
         scale = self._target if self._target > 0 else 1.0
         stored = (
             in_dtype(p, old.dtype) if old.dtype is not None else p
@@ -169,13 +171,8 @@ class _Distilling:
 
         return replace(p, private=taken("private", p.private), shared=taken("shared", p.shared))
 
-    def _call(self, tokens: Array) -> tuple[tuple[Array, Array, Array], Array]:
-        own = self._given
-        call = np.array(own.x[tokens]), own.index[tokens], own.weights[tokens]
-        return call, np.array(self._aims[tokens])
-
     def _slopes(self, tokens: Array) -> dict[str, Array]:
-        call, aim = self._call(tokens)
+        call, aim = self._given.rows(tokens)
         act = self._given.activation
         dy, saved = latent_experts_forward(*call, *self._layer, activation=act, save=True)
         dy -= aim
@@ -187,8 +184,8 @@ class _Distilling:
 
     def _lost(self, tokens: Array) -> float:
         total = 0.0
-        for at in range(0, len(tokens), CHUNK):
-            call, aim = self._call(tokens[at : at + CHUNK])
+        for some in pieces(tokens):
+            call, aim = self._given.rows(some)
             y = latent_experts_forward(*call, *self._layer, activation=self._given.activation)
             total += squares(y - aim)
         if not math.isfinite(total):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from molae.errors import ArgumentError, NonFiniteError
 from molae.fit.arguments import Array
 from molae.fit.descent import descend, parted
 from molae.fit.moments import SecondMoments, second_moments
-from molae.fit.reading import CHUNK, Layer, LayerInput, Routed
+from molae.fit.reading import Layer, LayerInput, Routed, pieces
 from molae.fit.refit_metrics import ROOT, SOLVE, bases, moments_product
 from molae.fit.sums import squares
 from molae.ops import (
@@ -147,14 +147,11 @@ def narrow_experts(
         )
     given.check()
     left = _Left.of(given, layer, teacher or layer, num_compressed)
-    begun = _chosen_units(left, teacher or layer, units)
-    fit = _Fit(left, begun)
+    fit = _Fit(left, _chosen_units(left.given, teacher or layer, units))
     linear, residual = fit.linear(ridge, linear_steps)
     end = fit.descent(linear, epochs, rate, seed)
-    errors = [
-        math.sqrt(left.nothing),
-        *(math.sqrt(fit.lost(x, left.every())) for x in (linear, end)),
-    ]
+    every = np.arange(len(given.x))
+    errors = [math.sqrt(e) for e in (left.nothing, fit.lost(linear, every), fit.lost(end, every))]
     size = math.sqrt(left.target)
     return NarrowFit(
         end, np.array([error / size if size > 0 else 0.0 for error in errors]), residual
@@ -197,28 +194,14 @@ class _Left:
         own = replace(given, index=every, lost=None, answers=rest)
         return cls(own, nothing, target)
 
-    def every(self) -> list[Array]:
-        """All tokens, a few at a time."""
-        N = len(self.given.x)
-        return [np.arange(at, min(at + CHUNK, N)) for at in range(0, N, CHUNK)]
 
-    def rows(self, tokens: Array) -> tuple[tuple[Array, Array, Array], Array]:
-        """(x, index, weights) of these tokens, and what is left."""
-        own = self.given
-        assert own.answers is not None
-        call = np.array(own.x[tokens]), own.index[tokens], own.weights[tokens]
-        return call, np.array(own.answers[tokens])
-
-
-def _chosen_units(left: _Left, layer: Layer, m: int) -> NarrowExperts:
-    """Of each expert the m units that matter most where it is compressed."""
-    given = left.given
+def _chosen_units(given: LayerInput, layer: Layer, m: int) -> NarrowExperts:
+    """Of each expert the m units that matter most in the slots of `given`."""
     E, F = layer_sizes(*layer)
     D = given.x.shape[1]
     energy = np.zeros((E, F))
     if 0 < m < F:
-        for tokens in left.every():
-            (x, index, weights), _ = left.rows(tokens)
+        for _, x, index, weights in given.chunks():
             _, saved = latent_experts_forward(
                 x, index, weights, *layer, activation=given.activation, save=True
             )
@@ -303,7 +286,7 @@ class _Fit:
         best = descend(
             weights,
             lambda tokens: self._slopes(now, tokens, self._left.target),
-            lambda: self.lost(now, [self._held]),
+            lambda: self.lost(now, self._held),
             self._seen,
             epochs=epochs,
             rate=rate,
@@ -311,13 +294,12 @@ class _Fit:
         )
         return replace(start, **best)
 
-    def lost(self, experts: NarrowExperts, batches: Iterable[Array]) -> float:
+    def lost(self, experts: NarrowExperts, tokens: Array) -> float:
         """Squared error over some tokens."""
         total = 0.0
-        for tokens in batches:
-            call, rest = self._left.rows(tokens)
-            y = experts.forward(*call, self._left.given.activation)
-            total += squares(y - rest)
+        for some in pieces(tokens):
+            call, rest = self._left.given.rows(some)
+            total += squares(experts.forward(*call, self._left.given.activation) - rest)
         return total
 
     # ---------------------------------------------------------------- its parts
@@ -331,14 +313,10 @@ class _Fit:
             bias=np.ascontiguousarray(bias, dtype=dtype),
         )
 
-    def _chunks(self) -> Iterator[Array]:
-        for at in range(0, len(self._seen), CHUNK):
-            yield self._seen[at : at + CHUNK]
-
     def _slope(self, V: Array) -> Array:
         """By V, of half the squared error over all tokens that are seen."""
         experts, total = self._with(V), np.zeros_like(V)
-        for tokens in self._chunks():
+        for tokens in pieces(self._seen):
             own = self._slopes(experts, tokens, 1.0, ("down", "bias"))
             total[:, :, -1] += own["bias"]
             if "down" in own:
@@ -349,22 +327,18 @@ class _Fit:
         self, experts: NarrowExperts, tokens: Array, unit: float, names: Sequence[str] = PARTS
     ) -> dict[str, Array]:
         """By each array, of half the squared error over some tokens in this unit."""
-        call, rest = self._left.rows(tokens)
-        layer = experts.gate, experts.up, experts.down
+        call, rest = self._left.given.rows(tokens)
         act = self._left.given.activation
-        if experts.units:
-            bias = experts.bias
-            dy, saved = experts_forward(*call, *layer, down_bias=bias, activation=act, save=True)
-        else:
-            dy = experts.forward(*call, act)
+        if not experts.units:
+            dy = (experts.forward(*call, act) - rest) / unit
+            return {"bias": _bias_slope(dy, *call[1:], experts.num_experts)}
+        own = *call, experts.gate, experts.up, experts.down
+        bias = experts.bias
+        dy, saved = experts_forward(*own, down_bias=bias, activation=act, save=True)
         dy -= rest
         dy /= unit
-        if not experts.units:
-            return {"bias": _bias_slope(dy, *call[1:], experts.num_experts)}
         wanted = ["down_bias" if name == "bias" else name for name in names]
-        d = experts_backward(
-            dy, saved, *call, *layer, down_bias=bias, activation=act, wanted=wanted
-        )
+        d = experts_backward(dy, saved, *own, down_bias=bias, activation=act, wanted=wanted)
         return {n: getattr(d, full) for n, full in zip(names, wanted, strict=True)}
 
     def _curvature(self, ridge: float) -> tuple[Array, Array]:
@@ -374,8 +348,8 @@ class _Fit:
         found = SecondMoments.nothing(E, m + 1, np.float64)
         layer = self._begun.gate, self._begun.up, self._begun.down
         act = self._left.given.activation
-        for tokens in self._chunks():
-            (x, index, weights), _ = self._left.rows(tokens)
+        for tokens in pieces(self._seen):
+            (x, index, weights), _ = self._left.given.rows(tokens)
             h = np.ones((*index.shape, m + 1))
             if m:
                 _, saved = experts_forward(x, index, weights, *layer, activation=act, save=True)

@@ -14,7 +14,7 @@ from molae.errors import ShapeError
 from molae.fit.sums import squares
 from molae.ops import Activation, Projection, latent_experts_forward, route
 
-__all__ = ["CHUNK", "Layer", "LayerInput", "Routed", "answer_error"]
+__all__ = ["CHUNK", "Layer", "LayerInput", "Routed", "answer_error", "pieces"]
 
 Array = npt.NDArray[Any]
 
@@ -94,6 +94,12 @@ class LayerInput:
                 aim += self.lost[some]
             yield some, (x, index, weights), aim
 
+    def rows(self, tokens: Array) -> tuple[tuple[Array, Array, Array], Array]:
+        """(x, index, weights) of tokens of these numbers, and their `answers`, in memory."""
+        assert self.answers is not None
+        call = np.array(self.x[tokens]), self.index[tokens], self.weights[tokens]
+        return call, np.array(self.answers[tokens])
+
     def check(self) -> None:
         """Raises ShapeError where `lost` or `answers` are not of the shape of `x`."""
         for name in ("lost", "answers"):
@@ -102,6 +108,12 @@ class LayerInput:
                 raise ShapeError(
                     f"{name}: expected the shape of x, {self.x.shape}, got {rows.shape}"
                 )
+
+
+def pieces(tokens: Array) -> Iterator[Array]:
+    """Numbers of tokens, so many at a time as are worked on at once."""
+    for at in range(0, len(tokens), CHUNK):
+        yield tokens[at : at + CHUNK]
 
 
 def answer_error(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import tempfile
@@ -22,7 +21,7 @@ from molae.errors import ArgumentError, CheckpointError
 from molae.fit import LayerInput
 from molae.hf.opening import open_tokenizer
 from molae.hf.streaming import LayerStream, Light, Projections, in_torch
-from molae.hf.windows import decoded, read_text, tokenize
+from molae.hf.windows import decoded, json_lines, read_text, tokenize
 from molae.io import open_checkpoint
 from molae.ops import Activation
 from molae.threads import get_num_threads
@@ -35,7 +34,7 @@ LEAST_TOKENS = 64
 #: Tokens that the trials of single layers are carried through.
 TRIAL_TOKENS = 2048
 
-Trials = Callable[[int, LayerInput, Projections], Iterable[tuple[str, Projections, "Light | None"]]]
+Trials = Callable[[int, LayerInput, Projections], Iterable[tuple[str, Projections, Light | None]]]
 
 
 def read_calibration_text(path: str | os.PathLike[str]) -> str:
@@ -69,15 +68,9 @@ def read_calibration_text(path: str | os.PathLike[str]) -> str:
     if Path(path).suffix != ".jsonl":
         return text
     parts = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ArgumentError(f"{path}: line {number} is no JSON: {error}") from error
+    for where, entry in json_lines(path, text):
         if not isinstance(entry, dict):
-            raise ArgumentError(f"{path}: line {number} is no JSON object")
+            raise ArgumentError(f"{where} is no JSON object")
         parts.append("\n".join(value for value in entry.values() if isinstance(value, str)))
     return decoded("\n\n".join(parts))
 

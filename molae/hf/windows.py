@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from molae.errors import ArgumentError
 
-__all__ = ["Ratio", "Windows", "decoded", "ratio", "read_text", "tokenize", "windows"]
+__all__ = ["Ratio", "Windows", "decoded", "json_lines", "ratio", "read_text", "tokenize", "windows"]
 
 #: Longest window by default. More context lowers the perplexity a little, and costs time.
 DEFAULT_WINDOW = 512
@@ -32,6 +33,24 @@ def read_text(text_or_file: str | bytes | os.PathLike[str]) -> str:
         except OSError as error:
             raise ArgumentError(f"{file}: cannot be read: {error.strerror}") from error
     return decoded(text_or_file)
+
+
+def json_lines(path: str | os.PathLike[str], text: str) -> Iterator[tuple[str, Any]]:
+    """Where each line of a .jsonl file is, and what it says; empty ones are left out.
+
+    Raises
+    ------
+    molae.errors.ArgumentError
+        A line is no JSON.
+    """
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            yield where, json.loads(line)
+        except ValueError as error:
+            raise ArgumentError(f"{where} is no JSON: {error}") from error
 
 
 def decoded(text: str | bytes) -> str:

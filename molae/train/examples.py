@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from molae.errors import ArgumentError
-from molae.hf.windows import read_text
+from molae.hf.windows import json_lines, read_text
 
 __all__ = ["Example", "Packed", "pack", "read_examples"]
 
@@ -71,14 +70,7 @@ def read_examples(path: str | os.PathLike[str], tokenizer: Any) -> list[Example]
     if Path(path).suffix != ".jsonl":
         return [_all_of(_ids(tokenizer, text))]
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ArgumentError(f"{where} is no JSON: {error}") from error
+    for where, entry in json_lines(path, text):
         example = _example(entry, tokenizer, where)
         if any(example.learned[1:]):
             found.append(example)

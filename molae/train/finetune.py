@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -429,8 +430,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _need_accelerate() -> None:
-    from importlib.util import find_spec
-
     if find_spec("accelerate") is None:
         raise MissingExtraError(
             "fine-tuning needs accelerate, for the Trainer; run: pip install 'molae[train]'"
@@ -501,8 +500,6 @@ def _write(
 
 
 def _plot(found: Finetuned, path: Path) -> None:
-    from importlib.util import find_spec
-
     if find_spec("matplotlib") is None or not found.losses:
         return
     from matplotlib.figure import Figure
