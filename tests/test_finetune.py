@@ -277,6 +277,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(text, tmp_path):
     assert not (tmp_path / "dst").exists()
     with pytest.raises(DestinationError, match="other settings"):
         finetune(DEMO, tmp_path / "dst", text, settings(learning_rate=1e-3))
+    with pytest.raises(DestinationError, match="other settings"):
+        finetune(DEMO, tmp_path / "dst", text, settings(), dtype="bfloat16")
     seen = []
     finetune(DEMO, tmp_path / "dst", text, settings(), progress=lambda *a: seen.append(a[0]))
     assert seen == [5, 6]  # from the checkpoint after step 4

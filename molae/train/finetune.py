@@ -248,7 +248,7 @@ def finetune(
     rows = pack(examples, min(config.length, limit), filler=filler)
     guide = None if teacher is None else _teacher(teacher, tokenizer, device)
     arguments = _arguments(config, len(rows), work, model)
-    digest = _digest(config, src, teacher, rows)
+    digest = _digest(config, src, teacher, dtype, rows)
     with arguments.main_process_first():
         going_on = _prepare(work, digest, overwrite)
     trainer = _trainer(model, guide, rows, config, arguments, progress)
@@ -449,12 +449,13 @@ def _teacher(path: str | os.PathLike[str], tokenizer: Any, device: Any) -> Any:
 # ------------------------------------------------------------------------- files
 
 
-def _digest(config: FinetuneConfig, src: Any, teacher: Any, rows: Packed) -> str:
+def _digest(config: FinetuneConfig, src: Any, teacher: Any, dtype: Any, rows: Packed) -> str:
     data = hashlib.sha256()
     for i in range(len(rows)):
         data.update(rows[i]["input_ids"].numpy().tobytes())
         data.update(rows[i]["labels"].numpy().tobytes())
-    facts = [dataclasses.asdict(config), os.fspath(src), teacher and os.fspath(teacher)]
+    places = [os.fspath(src), teacher and os.fspath(teacher)]
+    facts = [dataclasses.asdict(config), *places, str(dtype)]
     return hashlib.sha256(json.dumps([*facts, data.hexdigest()]).encode()).hexdigest()
 
 
