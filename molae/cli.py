@@ -13,12 +13,13 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molae.arguments import BUILTIN, make_parser
+from molae.arguments import BUILTIN, ROUTER_RATE, ROUTER_STEPS, make_parser
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         {
             "inspect": _inspect,
             "convert": _convert,
+            "heal": _heal,
             "materialize": _materialize,
             "eval": _eval,
             "generate": _generate,
@@ -128,6 +130,12 @@ def _calibration(args: argparse.Namespace) -> Iterator[Any]:
     if args.calibration is None:
         yield None
         return
+    with _text(args, args.src) as calibration:
+        yield calibration
+
+
+@contextlib.contextmanager
+def _text(args: argparse.Namespace, src: str) -> Iterator[Any]:
     from molae.errors import CalibrationWarning
     from molae.hf import hide_progress
     from molae.hf.calibrate import Calibration, read_calibration_text
@@ -146,7 +154,7 @@ def _calibration(args: argparse.Namespace) -> Iterator[Any]:
     with (
         warnings.catch_warnings(),
         Calibration(
-            args.src,
+            src,
             text,
             name=name,
             sequences=args.calibration_sequences,
@@ -158,6 +166,76 @@ def _calibration(args: argparse.Namespace) -> Iterator[Any]:
     ):
         warnings.simplefilter("ignore", CalibrationWarning)  # the report has it too
         yield calibration
+
+
+def _heal(args: argparse.Namespace) -> None:
+    from molae.config import HealConfig
+    from molae.convert import heal, plan_heal
+
+    if args.dst is None and not args.dry_run:
+        raise _UsageError("heal: DST is missing (only --dry-run goes without)")
+    if args.router:
+        _heal_routers(args)
+        return
+    config = _checked(
+        HealConfig,
+        passes=HealConfig.passes if args.passes is None else args.passes,
+        steps=args.steps,
+        rate=HealConfig.rate if args.rate is None else args.rate,
+        weight_decay=args.weight_decay,
+        max_norm=args.max_norm,
+        anchored=not args.not_anchored,
+        seed=args.seed,
+    )
+    given: dict[str, Any] = {"family": _family(args)}
+    with _text(args, args.teacher) as calibration:
+        given["calibration"] = calibration
+        if args.dry_run:
+            _show_plan(args, plan_heal(args.src, args.teacher, config, **given))
+            return
+        with _watcher(args) as watcher:
+            report = heal(
+                args.src,
+                args.dst,
+                args.teacher,
+                config,
+                overwrite=args.overwrite,
+                watcher=watcher,
+                **given,
+            )
+    _show_report(args, report)
+
+
+def _heal_routers(args: argparse.Namespace) -> None:
+    from molae.train.finetune import FinetuneConfig
+
+    for name in ("passes", "max_norm", "not_anchored", "dry_run"):
+        if getattr(args, name):
+            raise _UsageError(f"--{name.replace('_', '-')}: not with --router")
+    with _text_file(args.calibration) as data:
+        config = _checked(
+            FinetuneConfig,
+            train="router",
+            steps=args.steps or ROUTER_STEPS,
+            learning_rate=ROUTER_RATE if args.rate is None else args.rate,
+            weight_decay=args.weight_decay,
+            seed=args.seed,
+        )
+        _train(args, args.src, data, config, dtype="float32")
+
+
+@contextlib.contextmanager
+def _text_file(given: str) -> Iterator[str]:
+    """The built-in text as a file, or the one that was given."""
+    if given != BUILTIN:
+        yield given
+        return
+    from molae.demo.corpus import builtin_text
+
+    with tempfile.TemporaryDirectory(prefix="molae-") as folder:
+        path = Path(folder, "text.txt")
+        path.write_text(builtin_text()[0], encoding="utf-8")
+        yield str(path)
 
 
 def _materialize(args: argparse.Namespace) -> None:
@@ -229,30 +307,32 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    from molae.errors import ArgumentError
+    from molae.train.finetune import FinetuneConfig
+
+    names = [entry.name for entry in dataclasses.fields(FinetuneConfig)]
+    config = _checked(FinetuneConfig, **{name: getattr(args, name) for name in names})
+    if args.teacher is None and args.distill != FinetuneConfig.distill:
+        raise _UsageError("--distill: only with --teacher")
+    _train(args, args.path, args.data, config, dtype=args.dtype)
+
+
+def _train(args: argparse.Namespace, path: str, data: str, config: Any, *, dtype: str) -> None:
     from molae.hf import hide_progress
     from molae.hf.opening import use_threads
     from molae.report.evaluation import finetuned_view, steps_progress
-    from molae.train.finetune import FinetuneConfig, finetune
+    from molae.train.finetune import finetune
 
-    names = [entry.name for entry in dataclasses.fields(FinetuneConfig)]
-    try:
-        config = FinetuneConfig(**{name: getattr(args, name) for name in names})
-    except ArgumentError as error:
-        raise _UsageError(str(error)) from error
-    if args.teacher is None and args.distill != FinetuneConfig.distill:
-        raise _UsageError("--distill: only with --teacher")
     hide_progress()
     use_threads(args.threads)
     shown = None if args.quiet or args.json else _console(sys.stderr)
     with steps_progress(shown) as progress:
         found = finetune(
-            args.path,
+            path,
             args.dst,
-            args.data,
+            data,
             config,
             teacher=args.teacher,
-            dtype=args.dtype,
+            dtype=dtype,
             device=args.device,
             overwrite=args.overwrite,
             progress=progress,
@@ -279,28 +359,35 @@ def _demo(args: argparse.Namespace) -> None:
         _console(sys.stdout).print(demo_view(result))
 
 
-def _config(args: argparse.Namespace) -> Any:
-    from molae.config import ConvertConfig
+def _checked(made: Callable[..., Any], **settings: Any) -> Any:
+    """A configuration; what makes no sense in it is bad usage."""
     from molae.errors import ArgumentError
 
     try:
-        config = ConvertConfig(
-            method=args.method,
-            size=args.size,
-            group_size=args.group_size,
-            rank=args.rank,
-            flops=args.flops,
-            uniform=args.uniform,
-            one_shot=args.one_shot,
-            drop_idle=args.drop_idle,
-            refit=not args.no_refit,
-            heal=args.heal,
-            compressed_experts=args.compressed_experts,
-            light_module=args.light_module,
-            max_memory=args.max_memory,
-        )
+        return made(**settings)
     except ArgumentError as error:
         raise _UsageError(str(error)) from error
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from molae.config import ConvertConfig
+
+    config = _checked(
+        ConvertConfig,
+        method=args.method,
+        size=args.size,
+        group_size=args.group_size,
+        rank=args.rank,
+        flops=args.flops,
+        uniform=args.uniform,
+        one_shot=args.one_shot,
+        drop_idle=args.drop_idle,
+        refit=not args.no_refit,
+        heal=args.heal,
+        compressed_experts=args.compressed_experts,
+        light_module=args.light_module,
+        max_memory=args.max_memory,
+    )
     if args.calibration is None:
         for name in (
             "flops",

@@ -19,8 +19,10 @@ from molae.convert.companions import companion_names
 from molae.convert.destination import locked, prepare
 from molae.convert.journal import Journal, file_sha256
 from molae.convert.jsontext import json_text
+from molae.convert.layer_state import STATE
+from molae.convert.loss_plot import PICTURE, plot_losses
 from molae.convert.planning import Plan
-from molae.convert.report import REPORT, CompressedRow, Report, TypeRow
+from molae.convert.report import REPORT, Report, Rows, sorted_rows
 from molae.convert.shards import INDEX, index_text
 from molae.info import show_config
 from molae.io import copy_file_atomic, write_text_atomic
@@ -46,7 +48,7 @@ class Task(pipeline.Work, Protocol):
 
     def config_text(self) -> str: ...
 
-    def card(self, plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> str: ...
+    def card(self, plan: Plan, rows: Rows, kept: Sequence[str]) -> str: ...
 
     def plan(self, *, timed: bool) -> Plan: ...
 
@@ -79,7 +81,7 @@ def execute(task: Task, dst: Path, *, overwrite: bool, watcher: Watcher | None) 
     plan = task.plan(timed=watcher is not None)
     watcher = watcher or Watcher()
     watcher.planned(plan)
-    companions = companion_names(task.checkpoint, taken=(CARD, CONFIG, INDEX, REPORT))
+    companions = companion_names(task.checkpoint, taken=(CARD, CONFIG, INDEX, PICTURE, REPORT))
     header = _header(task, companions)
     needed = plan.disk_bytes + sum(path.stat().st_size for path in companions.values())
     with locked(dst):
@@ -110,7 +112,16 @@ def _header(task: Task, companions: Mapping[str, Path]) -> dict[str, Any]:
             "isa": facts["kernels"]["isa"],
             "numpy": np.__version__,
         },
-        "files": [*(shard.file for shard in task.shards), INDEX, *companions, CARD, CONFIG, REPORT],
+        "files": [
+            *(shard.file for shard in task.shards),
+            STATE,
+            INDEX,
+            *companions,
+            CARD,
+            CONFIG,
+            PICTURE,
+            REPORT,
+        ],
     }
 
 
@@ -123,9 +134,10 @@ def _finish(
     start: float,
 ) -> Report:
     """Write the small files; each is whole or absent at any moment, the report comes last."""
+    written = [INDEX, *companions, CARD, CONFIG]
     entries = [journal.shards[shard.file] for shard in task.shards]
     found = [row for entry in entries for row in entry["rows"]]
-    rows = [TypeRow(**row) for row in found if "kind" in row]
+    rows = sorted_rows(found)
     write_text_atomic(dst / INDEX, index_text(task.shards))
     for name, path in companions.items():
         (dst / name).parent.mkdir(exist_ok=True)
@@ -133,7 +145,9 @@ def _finish(
     write_text_atomic(dst / CARD, task.card(plan, rows, list(companions)))
     write_text_atomic(dst / CONFIG, task.config_text())
     files = {e["file"]: {"bytes": e["bytes"], "sha256": e["sha256"]} for e in entries}
-    for name in (INDEX, *companions, CARD, CONFIG):
+    if rows["healed"] and plot_losses(dst / PICTURE, rows["healed"]):
+        written.append(PICTURE)
+    for name in written:
         path = dst / name
         files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     report = Report(
@@ -146,10 +160,9 @@ def _finish(
             "fingerprint": task.checkpoint.fingerprint(),
             "sha256": {entry["file"]: entry["inputs"] for entry in entries},
         },
-        rows=tuple(rows),
         files=files,
         seconds=time.perf_counter() - start,
-        compressed=tuple(CompressedRow(**row) for row in found if "kind" not in row),
+        **rows,
     )
     write_text_atomic(dst / REPORT, json_text(report.to_dict()))
     return report
