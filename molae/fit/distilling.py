@@ -14,7 +14,12 @@ from molae.fit.descent import descend, parted
 from molae.fit.reading import Layer, LayerInput, pieces
 from molae.fit.refitting import in_dtype
 from molae.fit.sums import squares
-from molae.ops import Projection, latent_experts_backward, latent_experts_forward
+from molae.ops import (
+    Gradients,
+    Projection,
+    latent_experts_backward,
+    latent_experts_forward,
+)
 
 __all__ = ["LayerDistillation", "distill_layer"]
 
@@ -134,6 +139,8 @@ class _Distilling:
         #: With all that is to be answered.
         self._given = replace(given, answers=answers, lost=None)
         self._seen, self._held = parted(len(given.x))
+        #: The gradients of a step: where those of the next go.
+        self._room: Gradients | None = None
 
     def solve(self, epochs: int, rate: float, seed: int) -> LayerDistillation:
         every = np.arange(len(self._given.x))
@@ -178,8 +185,10 @@ class _Distilling:
         dy -= aim
         dy /= self._target
         found = latent_experts_backward(
-            dy, saved, *call, *self._layer, activation=act, wanted=self._trained
-        )
+            dy, saved, *call, *self._layer, activation=act,
+            wanted=None if self._room else self._trained, out=self._room, add=False,
+        )  # fmt: skip
+        self._room = found
         return {name: own for kind in self._trained for name, own in _named(kind, found)}
 
     def _lost(self, tokens: Array) -> float:
