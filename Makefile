@@ -78,7 +78,7 @@ lint: $(VENV)/lint
 
 CC ?= cc
 CWARN := -Wall -Wextra -Wshadow -Wconversion -Wstrict-prototypes -Werror
-CBASE := -std=c11 -g -O1 -fno-omit-frame-pointer -ffp-contract=off -fno-trapping-math -DMLI_DEBUG $(CWARN)
+CBASE := -std=c11 -g -O1 -fno-omit-frame-pointer -ffp-contract=off -fno-trapping-math -fno-math-errno -DMLI_DEBUG $(CWARN)
 BLAS_PIN := $(shell sed -n 's/^ *"\(scipy-openblas32==[0-9.]*\)".*/\1/p' pyproject.toml)
 BLAS_LIB := build/openblas/scipy_openblas32/lib
 BLAS_DEFS := -DMLI_BLAS_PREFIX=scipy_ -DMLI_BLAS_VENDORED=1

@@ -210,8 +210,9 @@ def extension() -> Extension:
     """The extension with the flags that the switches ask for."""
     sanitize = os.environ.get("MOLAE_SANITIZE", "")
     compile_args = ["-std=c11", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
-    # Nobody reads the floating-point flags; loops with a comparison vectorize. Values stay.
-    compile_args.append("-fno-trapping-math")
+    # Nobody reads the floating-point flags, or errno; loops with a comparison or a root
+    # vectorize. Values stay.
+    compile_args += ["-fno-trapping-math", "-fno-math-errno"]
     link_args = ["-lm"]
     macros = []
     undefine = []

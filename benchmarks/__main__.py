@@ -19,7 +19,7 @@ from benchmarks.cases import CASES, FILES, NEED_HF, Settings
 from benchmarks.contestants import limit_threads
 from benchmarks.header import header, usable_cpus
 from benchmarks.peak import peaks
-from benchmarks.settings import CALIBRATED, SHAPES, Calibrated, Shape
+from benchmarks.settings import CALIBRATED, SHAPES, Calibrated, Distilled, Shape
 
 FORMAT = 1
 
@@ -29,6 +29,7 @@ QUICK: dict[str, Any] = {
     "shapes": (Shape("tiny", E=16, K=4, D=128, F=64),), "tokens": (1, 16, 64), "many": 64,
     "stream_bytes": 2**20, "prompt": 64, "new_tokens": 8, "fits": 2,
     "calibrated": Calibrated("tiny", E=16, K=4, F=64, D=128, N=3000),
+    "distilled": (Distilled("tiny", E=8, K=2, D=48, F=32, steps=2, epochs=2),),
 }  # fmt: skip
 
 

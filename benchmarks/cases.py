@@ -347,6 +347,13 @@ def active(s: Settings, peak: float) -> dict[str, Any]:
     return active(s, peak)
 
 
+def distill(s: Settings, peak: float) -> dict[str, Any]:
+    """Steps a second of a layer's distillation, against the same loop in torch."""
+    from benchmarks.distill import distill
+
+    return distill(s, peak)
+
+
 CASES: dict[str, Callable[[Settings, float], dict[str, Any]]] = {
     "factor": factor,
     "bf16": bf16,
@@ -355,11 +362,12 @@ CASES: dict[str, Callable[[Settings, float], dict[str, Any]]] = {
     "layers": layers,
     "models": models,
     "active": active,
+    "distill": distill,
     "calibration": calibration,
 }
 
 #: Cases that need torch and transformers.
-NEED_HF = ("layers", "models", "calibration", "active")
+NEED_HF = ("layers", "models", "calibration", "active", "distill")
 
 #: Files in benchmarks/results, and the cases of each.
 FILES = {
@@ -368,4 +376,5 @@ FILES = {
     "models.json": ("models",),
     "calibration.json": ("calibration",),
     "active.json": ("active",),
+    "distill.json": ("distill",),
 }

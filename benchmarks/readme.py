@@ -41,7 +41,10 @@ PAGES: Mapping[str, Sections] = {
         "compressed-second": ("compressed_second.json", compressed),
         "active": ("active.json", tables.benchmarks),
     },
-    "docs/performance.md": {"calibration": ("calibration.json", tables.benchmarks)},
+    "docs/performance.md": {
+        "calibration": ("calibration.json", tables.benchmarks),
+        "distill": ("distill.json", tables.benchmarks),
+    },
 }
 
 

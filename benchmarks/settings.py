@@ -12,10 +12,12 @@ from molae.fit import stored_numbers
 
 __all__ = [
     "CALIBRATED",
+    "DISTILLED",
     "SHAPES",
     "SIZE",
     "SIZES",
     "Calibrated",
+    "Distilled",
     "Settings",
     "Shape",
     "largest_rank",
@@ -87,6 +89,42 @@ CALIBRATED = Calibrated("OLMoE-1B-7B", E=64, K=8, F=1024, D=2048, N=65536)
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """A layer of latent experts that is trained to answer as others do.
+
+    Attributes
+    ----------
+    name : str
+    E, K, D, F : int
+    steps, epochs : int
+        Steps of a pass over the tokens, and passes, of a run.
+    k : int
+        Experts of a group of gate and of up; those of down have one each.
+    size : float
+        Share of the dense numbers that each group may store, in gauge form.
+    """
+
+    name: str
+    E: int
+    K: int
+    D: int
+    F: int
+    steps: int
+    epochs: int
+    k: int = 4
+    size: float = 0.4
+
+
+#: The demonstration model's layers, those of `benchmarks.quality.second`, and OLMoE's, in which a
+#: step takes most of a second.
+DISTILLED = (
+    Distilled("demo", E=32, K=4, D=128, F=64, steps=30, epochs=4),
+    Distilled("second model", E=32, K=4, D=192, F=96, steps=30, epochs=4),
+    Distilled("OLMoE-1B-7B", E=64, K=8, D=2048, F=1024, steps=6, epochs=1),
+)
+
+
+@dataclass(frozen=True)
 class Settings:
     """Sizes and how often each contestant runs.
 
@@ -117,6 +155,8 @@ class Settings:
         The layer of the case 'calibration'.
     fits : int
         Rounds of that case; one takes a quarter of an hour.
+    distilled : tuple of Distilled
+        Layers of the case 'distill'.
     kept : callable, optional
         Is given what a long case has so far, each time there is more.
     """
@@ -139,6 +179,7 @@ class Settings:
     new_tokens: int = 64
     calibrated: Calibrated = CALIBRATED
     fits: int = 1
+    distilled: tuple[Distilled, ...] = DISTILLED
     kept: Callable[[dict[str, Any]], object] | None = None
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks import active_tables, calibration_tables, layer_tables
+from benchmarks import active_tables, calibration_tables, distill_tables, layer_tables
 
 __all__ = ["benchmarks", "demo"]
 
@@ -32,6 +32,8 @@ def benchmarks(result: Result) -> str:
         parts += calibration_tables.calibration(result["calibration"], table)
     if "active" in result:
         parts += [active_tables.active(result["active"], table)]
+    if "distill" in result:
+        parts += [distill_tables.distill(result["distill"], table)]
     return "\n\n".join(parts)
 
 

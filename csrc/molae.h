@@ -246,24 +246,35 @@ molae_status molae_moments_product(const molae_ctx *ctx, molae_moments_op op, in
                                    int64_t E, const int64_t *rows, int64_t n, void *ws,
                                    size_t ws_bytes, molae_errinfo *err);
 
-/* One step of AdamW on n weights, with decoupled decay:
+/* One step of AdamW on all numbers of some arrays, with decoupled decay:
  *
  *   m = beta1 m + (1 - beta1) c g,   v = beta2 v + (1 - beta2) (c g)^2
  *   w = w - lr (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps) + decay w)
  *
- * w, m, v: (n,), read and written; g: (n,), the gradient; none overlap. step counts from 1; c is
- * `scale`, such as that of a clipped gradient. Each number is computed by itself, so that any
- * thread count gives the same bits. 20 n flops, 7 n numbers moved. Errors: ARG; NONFINITE (g or
- * scale; info is the place in g; numbers in other places may have been stepped). */
+ * Of each array w, m, v: (n,), read and written; g: (n,), the gradient; none overlap. step counts
+ * from 1. *norm is that of all gradients together, and c is max_norm / *norm where max_norm is more
+ * than 0 and less than that, else 1. The norm is summed in double, in an order that depends on the
+ * arrays' lengths alone, and all else is done number by number, so that any thread count gives the
+ * same bits. ws: molae_adamw_ws() bytes, 64-byte aligned. 22 n flops, 8 n numbers moved. Errors:
+ * ARG; NONFINITE (g; info is the array): nothing has moved. */
 typedef struct {
-    double lr, beta1, beta2, eps, decay;
+    double beta1, beta2, eps, decay, max_norm;
 } molae_adamw;
-molae_status molae_adamw_f32(const molae_ctx *ctx, float *w, float *m, float *v, const float *g,
-                             int64_t n, const molae_adamw *how, int64_t step, double scale,
-                             molae_errinfo *err);
-molae_status molae_adamw_f64(const molae_ctx *ctx, double *w, double *m, double *v, const double *g,
-                             int64_t n, const molae_adamw *how, int64_t step, double scale,
-                             molae_errinfo *err);
+
+typedef struct {
+    void *w, *m, *v; /* of the arithmetic's type */
+    const void *g;
+    int64_t n;
+    double lr;
+} molae_adamw_array;
+
+size_t molae_adamw_ws(const molae_adamw_array *arrays, int64_t count);
+molae_status molae_adamw_f32(const molae_ctx *ctx, double *norm, const molae_adamw_array *arrays,
+                             int64_t count, const molae_adamw *how, int64_t step, void *ws,
+                             size_t ws_bytes, molae_errinfo *err);
+molae_status molae_adamw_f64(const molae_ctx *ctx, double *norm, const molae_adamw_array *arrays,
+                             int64_t count, const molae_adamw *how, int64_t step, void *ws,
+                             size_t ws_bytes, molae_errinfo *err);
 
 /* Sum of a[i] b[i] for i < n, in double: 16 partial sums, lane j takes i = j, j + 16, ...; folded
  * in halves. Serial: 2 n flops, 2 n numbers read. */

@@ -1,4 +1,5 @@
 # Native part of molae. Shapes stand in comments; the letters are those of csrc/molae.h.
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -144,22 +145,22 @@ def moments_product(
     /,
 ) -> None: ...
 
-# w, m, v, g (n): one step, in place
+# Lists of w, m, v, g of one shape each: one step, in place; the norm of all g. max_norm 0: none
 def adamw(
-    w: npt.NDArray[Any],
-    m: npt.NDArray[Any],
-    v: npt.NDArray[Any],
-    g: npt.NDArray[Any],
-    lr: float,
+    weights: Sequence[npt.NDArray[Any]],
+    m: Sequence[npt.NDArray[Any]],
+    v: Sequence[npt.NDArray[Any]],
+    gradients: Sequence[npt.NDArray[Any]],
+    rates: Sequence[float],
     beta1: float,
     beta2: float,
     eps: float,
     decay: float,
+    max_norm: float,
     step: int,
-    scale: float,
     num_threads: int,
     /,
-) -> None: ...
+) -> float: ...
 
 # Sum of a b; sums of squares of the rows of x (R,W) -> (R). In double.
 def dot(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], /) -> float: ...

@@ -98,13 +98,45 @@ def test_a_bad_gradient_moves_nothing():
             AdamW({"a": a}, **options).step({"a": np.ones(3)}, 0.1)
 
 
+def test_many_arrays_are_stepped_as_each_by_itself():
+    rng = np.random.default_rng(3)
+    sizes = (1, 16384, 0, 16385, 40000)
+    begun = {str(n): rng.standard_normal(n).astype(np.float32) for n in sizes}
+    slopes = {name: rng.standard_normal(w.size).astype(np.float32) for name, w in begun.items()}
+    rates = {name: 0.1 / (1 + i) for i, name in enumerate(begun)}
+    together = {name: w.copy() for name, w in begun.items()}
+    norm = AdamW(together).step(slopes, rates)
+    assert norm == pytest.approx(
+        np.sqrt(sum(np.sum(np.square(g.astype(float))) for g in slopes.values())), rel=1e-12
+    )
+    for name, w in begun.items():
+        AdamW({name: w}).step(slopes, rates)
+        assert np.array_equal(w, together[name])
+
+
+def stepped(weights, gradients):
+    """One step of the native function, from nothing."""
+    means = [[np.zeros(w.shape) for w in weights] for _ in range(2)]
+    rates = [0.1] * len(weights)
+    return _core.adamw(weights, *means, gradients, rates, 0.9, 0.99, 1e-8, 0.0, 0.0, 1, 1)
+
+
 def test_arrays_that_overlap_are_refused():
     a = np.ones(4)
-    with pytest.raises(ArgumentError, match="gradient: overlaps weights"):
-        _core.adamw(a, np.zeros(4), np.zeros(4), a, 0.1, 0.9, 0.99, 1e-8, 0.0, 1, 1.0, 1)
+    with pytest.raises(ArgumentError, match="weights: an array that is written overlaps gradient"):
+        stepped([a], [a])
+    both = np.ones(6)
+    with pytest.raises(ArgumentError, match="weights: an array that is written overlaps weights"):
+        stepped([both[:4], both[2:]], [np.ones(4), np.ones(4)])
+    stepped([both[:3], both[3:]], [a[:3], a[1:]])  # side by side, and of one gradient
+    assert both == pytest.approx(0.9)
     a.flags.writeable = False
     with pytest.raises(ArgumentError, match="weights: the array is read-only"):
-        _core.adamw(a, np.zeros(4), np.zeros(4), np.ones(4), 0.1, 0.9, 0.99, 1e-8, 0.0, 1, 1.0, 1)
+        stepped([a], [np.ones(4)])
+    with pytest.raises(ShapeError, match="lists of one length"):
+        stepped([both], [])
+    with pytest.raises(ArgumentError, match="all alike"):
+        stepped([both], [np.ones(6, np.float32)])
 
 
 def test_the_rate_rises_and_falls():

@@ -285,6 +285,7 @@ def test_whole_runs_go_to_the_file_of_their_cases(tmp_path, monkeypatch):
         "models.json": ["models"],
         "calibration.json": ["calibration"],
         "active.json": ["active"],
+        "distill.json": ["distill"],
     }
     layers = {"layers.json": ["layers"]}
     assert _kept(tmp_path / "a", monkeypatch, "--cases", "layers") == layers

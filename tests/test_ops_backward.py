@@ -217,6 +217,19 @@ def test_backward_adds_to_what_is_given():
         np.testing.assert_allclose(a, 2 * fresh[name], rtol=1e-12, atol=1e-12)
 
 
+def test_backward_overwrites_what_is_given():
+    made = layer(27, 30, 2, 5, 12, 8, bias=True, **KINDS["mixed"])
+    made.index[made.index == 1] = 0  # what an expert without rows has left is gone, too
+    dy = np.random.default_rng(0).standard_normal(made.x.shape)
+    fresh = flat(run(made, dy))
+    d = run(made, dy)
+    for a in flat(d).values():
+        a.fill(np.nan)
+    assert run(made, dy, out=d, add=False) is d
+    for name, a in flat(d).items():
+        assert a.tobytes() == fresh[name].tobytes(), name
+
+
 def test_only_what_is_wanted():
     made = layer(28, 30, 2, 5, 12, 8, bias=True, **KINDS["mixed"])
     dy = np.random.default_rng(0).standard_normal(made.x.shape)

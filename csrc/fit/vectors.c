@@ -12,6 +12,8 @@ molae_dot_f32(const float *a, const float *b, int64_t n)
     double lane[LANES] = {0};
     int64_t i = 0;
 
+    if (a == b)
+        return mli_kernels_get()->f32_sumsq(a, n); /* the same order */
     for (; i + LANES <= n; i += LANES)
         for (int j = 0; j < LANES; j++)
             lane[j] += (double)a[i + j] * (double)b[i + j];

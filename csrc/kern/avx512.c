@@ -12,6 +12,7 @@
 #define LIBM(name) name##f
 #define VECTOR_EXP 1
 #include "act.inc.h"
+#include "adamw.inc.h"
 #undef REAL
 #undef SFX
 
@@ -144,6 +145,7 @@ mli_kernels_add_avx512(mli_kernels *t)
     t->f64_symv = symv_f64__avx512;
     t->act_f32 = act_f32__avx512;
     t->act_grad_f32 = act_grad_f32__avx512;
+    t->adamw_f32 = adamw_f32__avx512;
     return 1;
 }
 

@@ -10,6 +10,11 @@ typedef struct {
     molae_activation kind;
     double alpha, limit;
 } mli_act;
+/* A step of AdamW: w = keep w - rate m / (sqrt(v) root + eps), with m and v of scale g. */
+typedef struct {
+    double beta1, beta2, eps, rate, root, keep, scale;
+} mli_adamw_step;
+
 /* How the second matrix of a product lies: nt (columns of the result, k), nn (k, columns). */
 enum { MLI_NT = 0, MLI_NN = 1 };
 
@@ -65,6 +70,12 @@ typedef struct {
     double (*act_grad_f64)(double *dgate, double *dup, double *hw, const double *dh,
                            const double *gate, const double *up, double w, int64_t n,
                            const mli_act *act);
+    /* In place on w, m and v, number by number: every table gives the same bits. No two arrays
+     * overlap. */
+    void (*adamw_f32)(float *w, float *m, float *v, const float *g, int64_t n,
+                      const mli_adamw_step *how);
+    void (*adamw_f64)(double *w, double *m, double *v, const double *g, int64_t n,
+                      const mli_adamw_step *how);
     mli_stream_f32 stream_nt_f32, stream_nn_f32;
     mli_stream_bf16 stream_nt_bf16, stream_nn_bf16;
     mli_stream_f64 stream_nt_f64, stream_nn_f64; /* plain C in every table */

@@ -10,6 +10,7 @@
 #define LIBM(name) name##f
 #define VECTOR_EXP 1
 #include "act.inc.h"
+#include "adamw.inc.h"
 #undef REAL
 #undef SFX
 #undef LIBM
@@ -20,6 +21,7 @@
 #define LIBM(name) name
 #define VECTOR_EXP 0
 #include "act.inc.h"
+#include "adamw.inc.h"
 #undef REAL
 #undef SFX
 
@@ -167,4 +169,6 @@ mli_kernels_fill_ref(mli_kernels *t)
     t->act_f64 = act_f64__ref;
     t->act_grad_f32 = act_grad_f32__ref;
     t->act_grad_f64 = act_grad_f64__ref;
+    t->adamw_f32 = adamw_f32__ref;
+    t->adamw_f64 = adamw_f64__ref;
 }

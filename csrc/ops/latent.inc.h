@@ -18,16 +18,29 @@ FN(cols)(int64_t nr)
     return nr <= MLI_FEW ? MLI_FINE : MLI_COARSE;
 }
 
-/* X (nr,nc) = src[token][perm[..]]. */
+/* X (nr,nc) = src[token][perm[..]], four rows for each reading of perm. */
 static void
-FN(gather_permuted)(REAL *X, int64_t ldx, const REAL *src, int64_t D, const int64_t *token,
-                    int64_t nr, const int32_t *perm, int64_t nc)
+FN(gather_permuted)(REAL *restrict X, int64_t ldx, const REAL *restrict src, int64_t D,
+                    const int64_t *restrict token, int64_t nr, const int32_t *restrict perm,
+                    int64_t nc)
 {
-    for (int64_t i = 0; i < nr; i++) {
-        const REAL *from = src + token[i] * D;
-        for (int64_t j = 0; j < nc; j++)
-            X[i * ldx + j] = from[perm[j]];
+    int64_t i = 0;
+
+    for (; i + 4 <= nr; i += 4) {
+        const REAL *a = src + token[i] * D, *b = src + token[i + 1] * D;
+        const REAL *c = src + token[i + 2] * D, *d = src + token[i + 3] * D;
+        REAL *to = X + i * ldx;
+        for (int64_t j = 0; j < nc; j++) {
+            const int64_t at = perm[j];
+            to[j] = a[at];
+            to[ldx + j] = b[at];
+            to[2 * ldx + j] = c[at];
+            to[3 * ldx + j] = d[at];
+        }
     }
+    for (; i < nr; i++)
+        for (int64_t j = 0; j < nc; j++)
+            X[i * ldx + j] = src[token[i] * D + perm[j]];
 }
 
 /* Some rows and columns of z_g = src B^T. */

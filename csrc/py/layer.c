@@ -2,10 +2,12 @@
 
 #include "../base/mem.h"
 
+#include <stdlib.h>
+
 /* ------------------------------------------------------------- the arrays */
 
-static int
-spans_add(mli_py_spans *s, const char *name, PyArrayObject *a, int out)
+int
+mli_py_spans_add(mli_py_spans *s, const char *name, PyArrayObject *a, int out)
 {
     const char *lo = PyArray_DATA(a);
 
@@ -26,17 +28,36 @@ spans_add(mli_py_spans *s, const char *name, PyArrayObject *a, int out)
     return 0;
 }
 
-/* -1 with ArgumentError set where an output overlaps another array. */
-int
-mli_py_spans_check(mli_pystate *st, const mli_py_spans *s)
+static int
+by_place(const void *a, const void *b)
 {
-    for (Py_ssize_t i = 0; i < s->n; i++)
-        for (Py_ssize_t j = 0; s->at[i].out && j < s->n; j++)
-            if (j != i && s->at[i].lo < s->at[j].hi && s->at[j].lo < s->at[i].hi) {
-                PyErr_Format(st->ArgumentError, "%s: an array that is written overlaps %s",
-                             s->at[i].name, s->at[j].name);
-                return -1;
-            }
+    const char *one = ((const struct span *)a)->lo, *other = ((const struct span *)b)->lo;
+
+    return (one > other) - (one < other);
+}
+
+int
+mli_py_spans_check(mli_pystate *st, mli_py_spans *s)
+{
+    const struct span *last = NULL, *last_out = NULL; /* those that end last so far */
+
+    if (s->n > 0)
+        qsort(s->at, (size_t)s->n, sizeof *s->at, by_place);
+    for (Py_ssize_t i = 0; i < s->n; i++) {
+        const struct span *a = &s->at[i], *other = a->out ? last : last_out;
+        if (a->lo == a->hi)
+            continue;
+        if (other != NULL && a->lo < other->hi) {
+            const int first = a->out;
+            PyErr_Format(st->ArgumentError, "%s: an array that is written overlaps %s",
+                         first ? a->name : other->name, first ? other->name : a->name);
+            return -1;
+        }
+        if (last == NULL || a->hi > last->hi)
+            last = a;
+        if (a->out && (last_out == NULL || a->hi > last_out->hi))
+            last_out = a;
+    }
     return 0;
 }
 
@@ -45,6 +66,22 @@ typedef struct {
     const char *name;
     Py_ssize_t item;
 } label;
+
+/* Whether there is nothing to say against it: most arrays are, and names cost time. */
+static int
+plain(PyObject *obj, molae_dtype dtype, int ndim, const npy_intp *dims, int out)
+{
+    PyArrayObject *a = (PyArrayObject *)obj;
+    int good = PyArray_Check(obj) && PyArray_NDIM(a) == ndim && PyArray_IS_C_CONTIGUOUS(a) &&
+               PyArray_ISALIGNED(a) && PyArray_ISNOTSWAPPED(a) &&
+               (!out || PyArray_ISWRITEABLE(a)) &&
+               ((dtype == MOLAE_F32 && PyArray_TYPE(a) == NPY_FLOAT) ||
+                (dtype == MOLAE_F64 && PyArray_TYPE(a) == NPY_DOUBLE));
+
+    for (int i = 0; good && i < ndim; i++)
+        good = dims[i] < 0 || PyArray_DIM(a, i) == dims[i];
+    return good;
+}
 
 /* obj as an array of exactly this type and shape that C can use where it is; borrowed. NULL with an
  * exception. `out` asks for a writeable one. */
@@ -57,6 +94,8 @@ take(mli_pystate *st, mli_py_spans *s, label who, PyObject *obj, molae_dtype dty
     molae_dtype given;
     char name[64];
 
+    if (plain(obj, dtype, ndim, dims, out))
+        return mli_py_spans_add(s, who.name, a, out) < 0 ? NULL : a;
     if (who.item < 0)
         PyOS_snprintf(name, sizeof name, "%s", who.name);
     else
@@ -79,7 +118,7 @@ take(mli_pystate *st, mli_py_spans *s, label who, PyObject *obj, molae_dtype dty
         PyErr_Format(st->ArgumentError, "%s: the array is read-only", name);
         return NULL;
     }
-    return spans_add(s, who.name, a, out) < 0 ? NULL : a;
+    return mli_py_spans_add(s, who.name, a, out) < 0 ? NULL : a;
 }
 
 /* A list or tuple of n items; a new reference, NULL with an exception. */
@@ -256,7 +295,7 @@ projection_from(mli_pystate *st, mli_py_call *c, mli_py_projection *k, molae_pro
         }
         if (mli_py_check_shape(st, name->perm, a, 1, &D, "D") < 0 ||
             mli_py_check_layout(st, name->perm, a) < 0 ||
-            spans_add(&c->spans, name->perm, a, 0) < 0)
+            mli_py_spans_add(&c->spans, name->perm, a, 0) < 0)
             return -1;
         k->perm[g] = PyArray_DATA(a);
     }
@@ -382,7 +421,7 @@ mli_py_call_from(mli_pystate *st, mli_py_call *c, PyObject *tuple)
     c->l.activation = (molae_activation)activation;
     dims[0] = c->N;
     if ((c->index = mli_py_int64_array(st, "top_k_index", index, 2, dims, "NK")) == NULL ||
-        spans_add(&c->spans, "top_k_index", c->index, 0) < 0)
+        mli_py_spans_add(&c->spans, "top_k_index", c->index, 0) < 0)
         return -1;
     c->K = dims[1] = PyArray_DIM(c->index, 1);
     c->weight =

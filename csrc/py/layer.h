@@ -59,7 +59,10 @@ int mli_py_output(mli_pystate *st, mli_py_call *c, const char *name, PyObject *o
 int mli_py_input(mli_pystate *st, mli_py_call *c, const char *name, PyObject *obj,
                  const void **data);
 
-/* -1 with ArgumentError set where an output overlaps another array of the call. */
-int mli_py_spans_check(mli_pystate *st, const mli_py_spans *s);
+/* One more array. -1 with MemoryError set where there is no room. */
+int mli_py_spans_add(mli_py_spans *s, const char *name, PyArrayObject *a, int out);
+
+/* -1 with ArgumentError set where an output overlaps another array. Puts them in order. */
+int mli_py_spans_check(mli_pystate *st, mli_py_spans *s);
 
 #endif

@@ -1,5 +1,6 @@
 /* Thin wrappers of csrc/fit. Public functions, validation of options and docstrings: molae/fit.
  */
+#include "layer.h"
 #include "stack.h"
 
 #include "../base/blas.h"
@@ -358,61 +359,121 @@ done:
 
 /* ------------------------------------------------------------------ adamw */
 
-PyDoc_STRVAR(adamw_doc, "adamw($module, w, m, v, g, lr, beta1, beta2, eps, decay, step, scale,\n"
-                        "      num_threads, /)\n--\n\n"
-                        "One step of AdamW, in place on w, m and v; see molae.fit.AdamW.");
+PyDoc_STRVAR(adamw_doc, "adamw($module, weights, m, v, gradients, rates, beta1, beta2, eps,\n"
+                        "      decay, max_norm, step, num_threads, /)\n--\n\n"
+                        "One step of AdamW, in place on lists of w, m and v; the gradients' norm.\n"
+                        "max_norm 0: none. See molae.fit.AdamW.");
+
+/* Array i of a step, from the four lists; *dtype is that of the first. */
+static int
+adamw_array(mli_pystate *st, mli_py_spans *spans, PyObject *const lists[4], Py_ssize_t i,
+            molae_adamw_array *to, molae_dtype *dtype)
+{
+    static const char *const names[4] = {"weights", "m", "v", "gradient"};
+    PyArrayObject *a[4];
+    molae_dtype own;
+
+    for (int j = 0; j < 4; j++) {
+        PyObject *item = PySequence_Fast_GET_ITEM(lists[j], i);
+        a[j] = (PyArrayObject *)item;
+        if (!PyArray_Check(item)) {
+            PyErr_Format(st->ArgumentError, "%s: expected an array", names[j]);
+            return -1;
+        }
+        if (mli_py_dtype(st, names[j], a[j], &own) < 0 ||
+            mli_py_check_layout(st, names[j], a[j]) < 0)
+            return -1;
+        if (i == 0 && j == 0)
+            *dtype = own;
+        if (own != *dtype || (own != MOLAE_F32 && own != MOLAE_F64)) {
+            PyErr_Format(st->ArgumentError, "%s: expected float32 or float64, all alike", names[j]);
+            return -1;
+        }
+        if (PyArray_SIZE(a[j]) != PyArray_SIZE(a[0])) {
+            PyErr_Format(st->ShapeError, "%s: expected as many numbers as weights", names[j]);
+            return -1;
+        }
+        if (j < 3 && !PyArray_ISWRITEABLE(a[j])) {
+            PyErr_Format(st->ArgumentError, "%s: the array is read-only", names[j]);
+            return -1;
+        }
+        if (mli_py_spans_add(spans, names[j], a[j], j < 3) < 0)
+            return -1;
+    }
+    to->w = PyArray_DATA(a[0]);
+    to->m = PyArray_DATA(a[1]);
+    to->v = PyArray_DATA(a[2]);
+    to->g = PyArray_DATA(a[3]);
+    to->n = PyArray_SIZE(a[0]);
+    return 0;
+}
 
 static PyObject *
 py_adamw(PyObject *mod, PyObject *args)
 {
-    static const char *const names[4] = {"weights", "m", "v", "gradient"};
     mli_pystate *st = PyModule_GetState(mod);
-    PyArrayObject *a[4];
+    PyObject *given[5], *lists[5] = {NULL}, *ret = NULL; /* the last: rates */
+    molae_adamw_array *arrays = NULL;
     molae_adamw how;
-    Py_ssize_t step, num_threads;
-    double scale;
-    molae_dtype dtype[4];
+    mli_py_spans spans = {0};
+    molae_dtype dtype = MOLAE_F32;
+    Py_ssize_t step, num_threads, count;
     molae_ctx ctx;
     molae_errinfo err = {0};
     molae_status rc;
-    int64_t n;
+    size_t ws_bytes;
+    void *ws = NULL;
+    double norm = 0;
 
-    if (!PyArg_ParseTuple(args, "O!O!O!O!dddddndn:adamw", &PyArray_Type, &a[0], &PyArray_Type,
-                          &a[1], &PyArray_Type, &a[2], &PyArray_Type, &a[3], &how.lr, &how.beta1,
-                          &how.beta2, &how.eps, &how.decay, &step, &scale, &num_threads) ||
+    if (!PyArg_ParseTuple(args, "OOOOOdddddnn:adamw", &given[0], &given[1], &given[2], &given[3],
+                          &given[4], &how.beta1, &how.beta2, &how.eps, &how.decay, &how.max_norm,
+                          &step, &num_threads) ||
         mli_py_ctx(st, num_threads, 0, &ctx) < 0)
         return NULL;
-    for (int i = 0; i < 4; i++) {
-        if (mli_py_dtype(st, names[i], a[i], &dtype[i]) < 0 ||
-            mli_py_check_layout(st, names[i], a[i]) < 0)
-            return NULL;
-        if (dtype[i] != dtype[0] || (dtype[0] != MOLAE_F32 && dtype[0] != MOLAE_F64))
-            return PyErr_Format(st->ArgumentError, "%s: expected float32 or float64, all alike",
-                                names[i]);
-        if (PyArray_SIZE(a[i]) != PyArray_SIZE(a[0]))
-            return PyErr_Format(st->ShapeError, "%s: expected as many numbers as weights",
-                                names[i]);
-        if (i < 3 && !PyArray_ISWRITEABLE(a[i]))
-            return PyErr_Format(st->ArgumentError, "%s: the array is read-only", names[i]);
-        for (int j = 0; j < i; j++) {
-            const char *lo = PyArray_DATA(a[i]), *other = PyArray_DATA(a[j]);
-            if (lo < other + PyArray_NBYTES(a[j]) && other < lo + PyArray_NBYTES(a[i]))
-                return PyErr_Format(st->ArgumentError, "%s: overlaps %s", names[i], names[j]);
+    for (int j = 0; j < 5; j++) {
+        lists[j] = PySequence_Fast(given[j], "adamw: expected lists");
+        if (lists[j] == NULL)
+            goto done;
+        if (PySequence_Fast_GET_SIZE(lists[j]) != PySequence_Fast_GET_SIZE(lists[0])) {
+            PyErr_SetString(st->ShapeError, "adamw: expected lists of one length");
+            goto done;
         }
     }
-    n = PyArray_SIZE(a[0]);
+    count = PySequence_Fast_GET_SIZE(lists[0]);
+    arrays = mli_alloc((size_t)count * sizeof *arrays);
+    if (arrays == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        arrays[i].lr = PyFloat_AsDouble(PySequence_Fast_GET_ITEM(lists[4], i));
+        if (PyErr_Occurred() || adamw_array(st, &spans, lists, i, &arrays[i], &dtype) < 0)
+            goto done;
+    }
+    if (mli_py_spans_check(st, &spans) < 0)
+        goto done;
+    ws_bytes = molae_adamw_ws(arrays, count);
+    ws = mli_lend(ws_bytes);
+    if (ws == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
 
     Py_BEGIN_ALLOW_THREADS
-    rc = dtype[0] == MOLAE_F64
-             ? molae_adamw_f64(&ctx, PyArray_DATA(a[0]), PyArray_DATA(a[1]), PyArray_DATA(a[2]),
-                               PyArray_DATA(a[3]), n, &how, step, scale, &err)
-             : molae_adamw_f32(&ctx, PyArray_DATA(a[0]), PyArray_DATA(a[1]), PyArray_DATA(a[2]),
-                               PyArray_DATA(a[3]), n, &how, step, scale, &err);
+    rc = dtype == MOLAE_F64
+             ? molae_adamw_f64(&ctx, &norm, arrays, count, &how, step, ws, ws_bytes, &err)
+             : molae_adamw_f32(&ctx, &norm, arrays, count, &how, step, ws, ws_bytes, &err);
     Py_END_ALLOW_THREADS
 
-    if (mli_py_raise(st, rc, &err) < 0)
-        return NULL;
-    Py_RETURN_NONE;
+    if (mli_py_raise(st, rc, &err) == 0)
+        ret = PyFloat_FromDouble(norm);
+done:
+    mli_return(ws);
+    mli_free(arrays);
+    mli_free(spans.at);
+    for (int j = 0; j < 5; j++)
+        Py_XDECREF(lists[j]);
+    return ret;
 }
 
 /* ---------------------------------------------------------------- vectors */

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from molae import _core
-from molae.errors import ArgumentError, NonFiniteError, ShapeError
-from molae.fit.sums import squares
+from molae.errors import ArgumentError, ShapeError
 from molae.threads import get_num_threads
 
 __all__ = ["AdamW", "cosine"]
@@ -25,7 +24,7 @@ class AdamW:
     Parameters
     ----------
     weights : mapping of str to ndarray
-        float32 or float64, C-contiguous.
+        All float32 or all float64, C-contiguous.
     betas : (float, float)
     eps : float
     weight_decay : float
@@ -98,18 +97,17 @@ class AdamW:
         for name, w in self.weights.items():
             if name not in gradients or gradients[name].shape != w.shape:
                 raise ShapeError(f"gradients: expected one of shape {w.shape} for {name}")
-        norm = math.sqrt(sum(squares(gradients[name]) for name in self.weights))
-        if not math.isfinite(norm):
-            raise NonFiniteError("NaN or Inf in the gradient")
-        clip = self._max_norm is not None and norm > self._max_norm
-        scale = self._max_norm / norm if clip and self._max_norm is not None else 1.0
+        means = [self.moments[name] for name in self.weights]
+        norm = _core.adamw(
+            list(self.weights.values()),
+            [m for m, _ in means],
+            [v for _, v in means],
+            [gradients[name] for name in self.weights],
+            [lr if isinstance(lr, float | int) else lr[name] for name in self.weights],
+            *self._betas, self._eps, self._decay, self._max_norm or 0.0, self.steps + 1,
+            get_num_threads(),
+        )  # fmt: skip
         self.steps += 1
-        for name, w in self.weights.items():
-            rate = lr if isinstance(lr, float | int) else lr[name]
-            _core.adamw(
-                w, *self.moments[name], gradients[name], rate, *self._betas, self._eps,
-                self._decay, self.steps, scale, get_num_threads(),
-            )  # fmt: skip
         return norm
 
 

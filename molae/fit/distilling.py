@@ -16,6 +16,7 @@ from molae.fit.reading import Layer, LayerInput, pieces
 from molae.fit.refitting import in_dtype
 from molae.fit.sums import squares
 from molae.ops import (
+    Gradients,
     NarrowExperts,
     Projection,
     compressed_experts_backward,
@@ -208,6 +209,8 @@ class _Distilling:
             raise NonFiniteError("NaN or Inf in what the experts read or answer")
         #: With all that is to be answered by the experts that run.
         self._given = replace(given, index=index, answers=answers, lost=None)
+        #: The gradients of a step: where those of the next go.
+        self._room: Gradients | None = None
 
     def solve(self, steps: int, **options: Any) -> LayerDistillation:
         every = np.arange(len(self._given.x))
@@ -256,13 +259,19 @@ class _Distilling:
         dy, saved = self._forward(call, save=True)
         dy -= aim
         dy /= self._target
-        act: Any = {"activation": self._given.activation, "wanted": self._trained}
+        act: Any = {
+            "activation": self._given.activation,
+            "wanted": None if self._room else self._trained,
+            "out": self._room,
+            "add": False,
+        }
         if self._vectors is None:
             found = latent_experts_backward(dy, saved, *call, *self._layer, **act)
         else:
             found = compressed_experts_backward(
                 dy, saved, *call, *self._layer, *self._vectors, **act
             )
+        self._room = found
         return {name: own for kind in self._trained for name, own in _named(kind, found)}
 
     def _forward(self, call: tuple[Array, Array, Array], *, save: bool = False) -> Any:

@@ -110,8 +110,8 @@ class LayerInput:
     def rows(self, tokens: Array) -> tuple[tuple[Array, Array, Array], Array]:
         """(x, index, weights) of tokens of these numbers, and their `answers`, in memory."""
         assert self.answers is not None
-        call = np.array(self.x[tokens]), self.index[tokens], self.weights[tokens]
-        return call, np.array(self.answers[tokens])
+        call = np.asarray(self.x[tokens]), self.index[tokens], self.weights[tokens]
+        return call, np.asarray(self.answers[tokens])
 
     def check(self) -> None:
         """Raises ShapeError where `lost` or `answers` are not of the shape of `x`."""

@@ -133,8 +133,9 @@ class Call:
         *,
         wanted: Sequence[str] | None = None,
         out: Gradients | None = None,
+        add: bool = True,
     ) -> Gradients:
-        """What is wanted, or what is not None in `out`, which is added to."""
+        """What is wanted, or what is not None in `out`, which is added to or overwritten."""
         if out is not None and wanted is not None:
             raise ArgumentError("wanted: what is not None in out is computed; give one of the two")
         d = self._unset(wanted) if out is None else out
@@ -152,7 +153,7 @@ class Call:
         )
         _core.experts_backward(
             grads,
-            out is None,
+            out is None or not add,
             contiguous(np.asarray(dy)),
             saved._core(),
             self.core,

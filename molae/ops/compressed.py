@@ -128,12 +128,13 @@ def compressed_experts_backward(
     limit: float = 7.0,
     wanted: Sequence[str] | None = None,
     out: Gradients | None = None,
+    add: bool = True,
 ) -> Gradients:
     """Gradients of ``Σ dy · y`` of `compressed_experts_forward`.
 
     Parameters
     ----------
-    dy, saved, wanted, out
+    dy, saved, wanted, out, add
         As in `latent_experts_backward`; 'embeddings' is one more of what may be wanted.
     x, top_k_index, top_k_weights, gate, up, down, embeddings, num_compressed
         As forward had them.
@@ -166,7 +167,7 @@ def compressed_experts_backward(
     layer, biases = (gate, up, down), (gate_bias, up_bias, down_bias)
     act, compressed = (activation, alpha, limit), (embeddings, num_compressed)
     call = Call.of(x, top_k_index, top_k_weights, layer, biases, act, compressed)
-    return call.backward(dy, saved, wanted=wanted, out=out)
+    return call.backward(dy, saved, wanted=wanted, out=out, add=add)
 
 
 def to_authors_layout(embeddings: Array, hidden_size: int) -> Array:

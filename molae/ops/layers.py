@@ -206,6 +206,7 @@ def experts_backward(
     limit: float = 7.0,
     wanted: Sequence[str] | None = None,
     out: Gradients | None = None,
+    add: bool = True,
 ) -> Gradients:
     """Gradients of ``Σ dy · y`` of `experts_forward`.
 
@@ -218,6 +219,8 @@ def experts_backward(
         Fields of `Gradients` to compute. Default: all that there are.
     out : Gradients, optional
         Arrays to add to, in place of new ones; its fields that are None are not computed.
+    add : bool
+        False: what is in `out` is overwritten.
     x, top_k_index, top_k_weights, gate, up, down, gate_bias, up_bias, down_bias
         As forward had them.
     activation, alpha, limit
@@ -270,6 +273,7 @@ def experts_backward(
         limit=limit,
         wanted=wanted,
         out=out,
+        add=add,
     )
 
 
@@ -291,12 +295,13 @@ def latent_experts_backward(
     limit: float = 7.0,
     wanted: Sequence[str] | None = None,
     out: Gradients | None = None,
+    add: bool = True,
 ) -> Gradients:
     """Gradients of ``Σ dy · y`` of `latent_experts_forward`.
 
     Parameters
     ----------
-    dy, saved, wanted, out
+    dy, saved, wanted, out, add
         As in `experts_backward`. In `out` single arrays of a `ProjectionGradients` may be None.
     x, top_k_index, top_k_weights, gate, up, down, gate_bias, up_bias, down_bias
         As forward had them.
@@ -329,7 +334,7 @@ def latent_experts_backward(
     layer, biases = (gate, up, down), (gate_bias, up_bias, down_bias)
     act = activation, alpha, limit
     call = Call.of(x, top_k_index, top_k_weights, layer, biases, act)
-    return call.backward(dy, saved, wanted=wanted, out=out)
+    return call.backward(dy, saved, wanted=wanted, out=out, add=add)
 
 
 def release_scratch() -> None:

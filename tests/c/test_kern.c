@@ -158,6 +158,26 @@ by_hand(const mli_kernels *t)
 SYMV_TEST(float, f32, 0x1p-23)
 SYMV_TEST(double, f64, 0x1p-52)
 
+/* A step of AdamW of every table, to the bit. */
+static void
+adamw(const mli_kernels *t, const mli_kernels *ref)
+{
+    const mli_adamw_step how = {0.9, 0.99, 1e-8, 0.01, 1.1, 0.999, 0.7};
+    float a[4][257], b[4][257]; /* w, m, v, g */
+    uint64_t seed = 13;
+
+    for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
+        const int64_t n = sizes[k];
+        for (int j = 0; j < 4; j++)
+            for (int i = 0; i < 257; i++)
+                b[j][i] = a[j][i] = (float)test_random(&seed) + (j == 2); /* v is not negative */
+        t->adamw_f32(a[0], a[1], a[2], a[3], n, &how);
+        ref->adamw_f32(b[0], b[1], b[2], b[3], n, &how);
+        CHECK(memcmp(a, b, sizeof a) == 0); /* and nothing past the end */
+        CHECK(n == 0 || a[1][n - 1] != 0);
+    }
+}
+
 void
 test_kern(void)
 {
@@ -176,6 +196,7 @@ test_kern(void)
         narrow(t, ref);
         check_and_sum(t, ref);
         by_hand(t);
+        adamw(t, ref);
         symv_f32(t);
         symv_f64(t);
     }
