@@ -178,6 +178,11 @@ def _add_finetune_options(tune: argparse.ArgumentParser) -> None:
         "--distill", type=float, default=1.0, metavar="SHARE",
         help="of the teacher in the loss; the rest is the data's own (1)",
     )  # fmt: skip
+    tune.add_argument(
+        "--teacher-top-k", type=_count, metavar="N",
+        help="keep the N likeliest tokens of each of the teacher's distributions in files, and the "
+        "mass of the rest, so that the teacher is not in memory with the model (both are)",
+    )  # fmt: skip
     tune.add_argument("--epochs", type=float, default=2.0, help="passes over the data (2)")
     tune.add_argument("--steps", type=_count, metavar="N", help="so many steps instead")
     tune.add_argument(

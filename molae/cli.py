@@ -233,7 +233,7 @@ def _finetune(args: argparse.Namespace) -> None:
     from molae.hf import hide_progress
     from molae.hf.opening import use_threads
     from molae.report.evaluation import finetuned_view, steps_progress
-    from molae.train.finetune import FinetuneConfig, finetune
+    from molae.train import FinetuneConfig, finetune
 
     names = [entry.name for entry in dataclasses.fields(FinetuneConfig)]
     try:
@@ -242,6 +242,8 @@ def _finetune(args: argparse.Namespace) -> None:
         raise _UsageError(str(error)) from error
     if args.teacher is None and args.distill != FinetuneConfig.distill:
         raise _UsageError("--distill: only with --teacher")
+    if args.teacher is None and args.teacher_top_k is not None:
+        raise _UsageError("--teacher-top-k: only with --teacher")
     hide_progress()
     use_threads(args.threads)
     shown = None if args.quiet or args.json else _console(sys.stderr)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import molae.hf  # noqa: F401  (says what is missing, and makes converted checkpoints known)
 from molae.train.examples import Example, Packed, pack, read_examples
-from molae.train.finetune import FinetuneConfig, Finetuned, finetune, select_parameters
+from molae.train.finetune import finetune
+from molae.train.selection import select_parameters
+from molae.train.settings import FinetuneConfig, Finetuned
 
 __all__ = [
     "Example",
