@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import shutil
 import weakref
 
 import pytest
@@ -15,10 +17,10 @@ import torch
 from finetuning import DEMO, bytes_of, compressed_demo, settings, write_text
 from torch.nn import functional
 
-from molae.errors import DestinationError, NonFiniteError
+from molae.errors import ArgumentError, DestinationError, NonFiniteError
 from molae.hf import hide_progress
 from molae.hf.opening import open_model, open_tokenizer
-from molae.train import finetune, pack, read_examples, teachers
+from molae.train import check_same_model, finetune, pack, read_examples, teachers
 from molae.train.examples import IGNORED
 from molae.train.loss import Target, TeacherBeside, divergence
 
@@ -214,6 +216,44 @@ def test_one_process_asks_the_teacher_and_the_others_wait(text, tmp_path, monkey
     assert torch.equal(kept(whole).tokens, tokens)
     rest = (-values.exp().sum(1)).log1p()
     torch.testing.assert_close(kept(whole).rest, rest, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def relative(tmp_path):
+    """Makes the demonstration's model look otherwise."""
+
+    def make(**facts):
+        shutil.copytree(DEMO, tmp_path / "relative")
+        config = tmp_path / "relative" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | facts))
+        return tmp_path / "relative"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"model_type": "mixtral"}, "model_type 'mixtral' instead of 'olmoe'"),
+        ({"hidden_size": 64}, "hidden_size 64 instead of 128"),
+        ({"num_hidden_layers": 4, "vocab_size": 9}, "num_hidden_layers 4 .* 3, vocab_size 9"),
+        ({"num_experts": 8}, "num_experts 8 instead of 32"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok 2 instead of 4"),
+    ],
+)
+def test_another_model_is_told_from_the_same(facts, said, relative):
+    with pytest.raises(ArgumentError, match=f"teacher: .* {said}.*give the original"):
+        check_same_model(DEMO, relative(**facts))
+
+
+def test_a_converted_model_is_still_the_same(compressed, relative):
+    check_same_model(compressed, DEMO)
+    tokenizer = open_tokenizer(DEMO)
+    tokenizer.add_tokens(["<other>"])
+    other = relative()
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ArgumentError, match="it has another tokenizer"):
+        check_same_model(compressed, other)
 
 
 def test_a_teacher_that_answers_nan_is_refused(compressed, text, tmp_path):

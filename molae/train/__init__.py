@@ -11,12 +11,14 @@ from molae.train.examples import Example, Packed, pack, read_examples
 from molae.train.finetune import finetune
 from molae.train.selection import select_parameters
 from molae.train.settings import FinetuneConfig, Finetuned
+from molae.train.teachers import check_same_model
 
 __all__ = [
     "Example",
     "FinetuneConfig",
     "Finetuned",
     "Packed",
+    "check_same_model",
     "finetune",
     "pack",
     "read_examples",

@@ -17,6 +17,7 @@ import torch
 
 from molae.errors import ArgumentError, NonFiniteError
 from molae.hf.opening import find_folder, open_model, open_tokenizer
+from molae.hf.shapes import read_config
 from molae.io import open_checkpoint
 from molae.train.examples import IGNORED, Packed
 from molae.train.loss import Head, Target, learned_states, log_probabilities, pieces
@@ -25,10 +26,21 @@ __all__ = [
     "KeptAnswers",
     "Numbered",
     "answers_digest",
+    "check_same_model",
     "check_same_tokenizer",
     "keep_answers",
     "open_teacher",
 ]
+
+#: Of a model, with the names that families have for it.
+FACTS = (
+    ("model_type",),
+    ("hidden_size",),
+    ("num_hidden_layers",),
+    ("vocab_size",),
+    ("num_experts", "num_local_experts", "n_routed_experts"),
+    ("num_experts_per_tok",),
+)
 
 #: What a folder of answers holds; the note comes last, and without it the rest counts for nothing.
 TOKENS, VALUES, REST, NOTE = "tokens.npy", "log_probabilities.npy", "rest.npy", "answers.json"
@@ -38,6 +50,46 @@ FORMAT = 1
 
 #: Seconds between looks of the processes that wait for the one that writes.
 WAIT = 1.0
+
+
+def check_same_model(student: str | os.PathLike[str], teacher: str | os.PathLike[str]) -> None:
+    """Refuse a teacher that is not the model a student was made from.
+
+    For methods that compare the two layer by layer. `finetune` asks less of a teacher: any
+    model with the same tokenizer will do.
+
+    Parameters
+    ----------
+    student, teacher : str or path
+        Folders of checkpoints, ordinary or converted, or hub ids.
+
+    Raises
+    ------
+    molae.errors.ArgumentError
+        Another model_type, number of layers, experts or active experts, hidden size, size of the
+        vocabulary, or tokenizer; each is named, with both values.
+    molae.errors.CheckpointError
+        No checkpoint, or no tokenizer there.
+
+    Examples
+    --------
+    >>> import molae.demo
+    >>> from molae.train import check_same_model
+    >>> check_same_model(molae.demo.CHECKPOINT, molae.demo.CHECKPOINT)
+    """
+    mine, theirs = (read_config(find_folder(p) / "config.json") for p in (student, teacher))
+    found = []
+    for names in FACTS:
+        one, other = (next((c[n] for n in names if n in c), None) for c in (mine, theirs))
+        if one != other:
+            found.append(f"{names[0]} {other!r} instead of {one!r}")
+    if not found and _tokenizer(student).get_vocab() != _tokenizer(teacher).get_vocab():
+        found.append("another tokenizer")
+    if found:
+        raise ArgumentError(
+            f"teacher: {teacher} is not the model that {student} was made from: it has "
+            f"{', '.join(found)}; give the original"
+        )
 
 
 def check_same_tokenizer(path: str | os.PathLike[str], tokenizer: Any) -> None:
