@@ -183,6 +183,15 @@ def _add_finetune_options(tune: argparse.ArgumentParser) -> None:
         help="keep the N likeliest tokens of each of the teacher's distributions in files, and the "
         "mass of the rest, so that the teacher is not in memory with the model (both are)",
     )  # fmt: skip
+    tune.add_argument(
+        "--lora", type=_count, metavar="RANK",
+        help="train low-rank adapters on all or on the experts, and merge them in the end; they "
+        "want a higher --learning-rate",
+    )  # fmt: skip
+    tune.add_argument(
+        "--lora-alpha", type=float, default=16.0, metavar="A",
+        help="what an adapter adds is scaled by A/RANK (16)",
+    )  # fmt: skip
     tune.add_argument("--epochs", type=float, default=2.0, help="passes over the data (2)")
     tune.add_argument("--steps", type=_count, metavar="N", help="so many steps instead")
     tune.add_argument(

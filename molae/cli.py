@@ -244,6 +244,8 @@ def _finetune(args: argparse.Namespace) -> None:
         raise _UsageError("--distill: only with --teacher")
     if args.teacher is None and args.teacher_top_k is not None:
         raise _UsageError("--teacher-top-k: only with --teacher")
+    if args.lora is None and args.lora_alpha != FinetuneConfig.lora_alpha:
+        raise _UsageError("--lora-alpha: only with --lora")
     hide_progress()
     use_threads(args.threads)
     shown = None if args.quiet or args.json else _console(sys.stderr)

@@ -279,7 +279,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(text, tmp_path):
     "wrong",
     [{"train": "heads"}, {"steps": 0}, {"epochs": 0}, {"learning_rate": 0}, {"warmup": 1},
      {"batch_size": 0}, {"length": 1}, {"distill": 1.5}, {"weight_decay": -1}, {"save_every": 0},
-     {"teacher_top_k": 0}],
+     {"teacher_top_k": 0}, {"lora": 0}, {"lora_alpha": 0}],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ArgumentError, match=next(iter(wrong))):

@@ -15,6 +15,7 @@ from typing import Any
 
 from molae.errors import ArgumentError, DestinationError, MissingExtraError
 from molae.hf.opening import find_folder, open_model, open_tokenizer
+from molae.train.adapters import add_adapters, need_peft
 from molae.train.examples import pack, read_examples
 from molae.train.loss import Teacher, TeacherBeside
 from molae.train.results import prepare, rows_digest, write
@@ -90,12 +91,14 @@ def finetune(
     molae.errors.NonFiniteError
         The loss became NaN or Inf; the step is named, and the last checkpoint stays.
     molae.errors.MissingExtraError
-        The Trainer needs accelerate.
+        The Trainer needs accelerate, and adapters need PEFT.
     """
     config = config or FinetuneConfig()
     _need_accelerate()
     dst = Path(dst)
     work = dst.with_name(dst.name + ".training")
+    if config.lora is not None:
+        need_peft()
     if dst.exists() and not overwrite:
         raise DestinationError(f"{dst}: there is something already; --overwrite replaces it")
     if config.teacher_top_k is not None and teacher is None:
@@ -134,12 +137,14 @@ def finetune(
     found = Finetuned(
         steps=int(trainer.state.global_step),
         trained_parameters=trained,
-        parameters=numbers,
+        parameters=numbers - (0 if config.lora is None else trained),
         learned_tokens=rows.learned,
         losses=[[int(e["step"]), float(e["loss"])] for e in trainer.state.log_history
                 if "loss" in e],
     )  # fmt: skip
     if trainer.is_world_process_zero():
+        if config.lora is not None:
+            model = model.merge_and_unload()
         write(model, tokenizer, dst, work, found, config)
     return found
 
@@ -148,6 +153,8 @@ def _open_to_train(src: Any, config: FinetuneConfig, dtype: Any, device: Any) ->
     """The model, of which what is to learn does."""
     model, _ = open_model(src, dtype=dtype, device=device)
     select_parameters(model, config.train)
+    if config.lora is not None:
+        model = add_adapters(model, config.train, config.lora, config.lora_alpha, config.seed)
     return model
 
 

@@ -38,6 +38,12 @@ class FinetuneConfig:
         Of the teacher's distributions only the so many most likely tokens and the mass of the
         rest, computed once and kept in files, so that the teacher is gone before the model comes.
         None has both in memory.
+    lora : int, optional
+        Rank of adapters, which alone are trained, and in the end merged into the weights: on
+        the routed experts' factors and dense matrices, and with `train` all also on every
+        linear layer but the head. They want a higher rate than whole weights.
+    lora_alpha : float
+        What an adapter adds is scaled by lora_alpha/lora.
     seed : int
     save_every : int
         Steps between checkpoints from which a run may go on.
@@ -63,6 +69,8 @@ class FinetuneConfig:
     length: int = 1024
     distill: float = 1.0
     teacher_top_k: int | None = None
+    lora: int | None = None
+    lora_alpha: float = 16.0
     seed: int = 0
     save_every: int = 100
 
@@ -81,11 +89,18 @@ class FinetuneConfig:
             "length": self.length >= 2,
             "distill": 0 <= self.distill <= 1,
             "teacher_top_k": self.teacher_top_k is None or self.teacher_top_k >= 1,
+            "lora": self.lora is None or self.lora >= 1,
+            "lora_alpha": self.lora_alpha > 0,
             "save_every": self.save_every >= 1,
         }
         for name, fine in good.items():
             if not fine:
                 raise ArgumentError(f"{name}: {getattr(self, name)!r} makes no sense")
+        if self.lora is not None and self.train not in ("all", "experts"):
+            raise ArgumentError(
+                f"lora: adapters go on all or experts, not on {self.train}, which is small: train "
+                "it itself"
+            )
 
 
 @dataclass(frozen=True)
