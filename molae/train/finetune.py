@@ -29,9 +29,12 @@ from molae.train.teachers import (
     open_teacher,
 )
 from molae.train.trainer import (
+    gather_parameters,
     make_arguments,
     make_trainer,
     quiet,
+    set_parameters,
+    sharding_is_asked,
     trained_parameters,
 )
 
@@ -126,7 +129,8 @@ def finetune(
         )  # fmt: skip
     elif teacher is not None:
         guide = TeacherBeside(open_teacher(teacher, device))
-    model = _open_to_train(src, config, dtype, device)
+    # A model that will be shared goes to the devices share by share.
+    model = _open_to_train(src, config, dtype, "cpu" if sharding_is_asked() else device)
     trained = sum(p.numel() for p in trained_parameters(model).values())
     numbers = sum(p.numel() for p in model.parameters())
     trainer = make_trainer(
@@ -142,7 +146,11 @@ def finetune(
         losses=[[int(e["step"]), float(e["loss"])] for e in trainer.state.log_history
                 if "loss" in e],
     )  # fmt: skip
+    sharded = gather_parameters(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
+        if sharded is not None:
+            model = _open_to_train(src, config, dtype, "cpu")
+            set_parameters(model, sharded)
         if config.lora is not None:
             model = model.merge_and_unload()
         write(model, tokenizer, dst, work, found, config)

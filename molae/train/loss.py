@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -81,6 +82,8 @@ class Head(NamedTuple):
         wrapper gathers them from several processes.
         """
         module = getattr(model, "module", model).get_output_embeddings()
+        if isinstance(module, FSDPModule):
+            module.unshard()  # nothing to do where they still lie gathered
         return cls(module.weight, module.bias)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from molae.errors import ArgumentError, CheckpointError, NonFiniteError
@@ -19,15 +21,20 @@ from molae.train.loss import Teacher, distilling_loss
 from molae.train.settings import FinetuneConfig
 
 __all__ = [
+    "gather_parameters",
     "make_arguments",
     "make_trainer",
     "quiet",
     "set_parameters",
+    "sharding_is_asked",
     "trained_parameters",
 ]
 
 #: Of a checkpoint to go on from.
 WEIGHTS = "parameters.safetensors"
+
+#: In the names of a layer whose activations are computed again in the backward pass.
+WRAPPED = "_checkpoint_wrapped_module"
 
 
 def make_arguments(config: FinetuneConfig, rows: int, work: Path, device: Any) -> Any:
@@ -36,10 +43,12 @@ def make_arguments(config: FinetuneConfig, rows: int, work: Path, device: Any) -
     Raises
     ------
     molae.errors.ArgumentError
-        The rows of a batch cannot be shared evenly.
+        The rows of a batch cannot be shared evenly, or the model not in the way asked for.
     """
     from transformers import TrainingArguments
 
+    if sharding_is_asked():
+        _prepare_sharding()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch_size % processes:
         raise ArgumentError(
@@ -81,6 +90,12 @@ def make_trainer(
     class Distilling(Trainer):
         model_accepts_loss_kwargs = True
 
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            if sharding_is_asked():
+                _share_on_cpus(self.accelerator.state)
+                self.is_fsdp_enabled = self.accelerator.is_fsdp2
+
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False,
             num_items_in_batch: Any = None,
@@ -100,6 +115,8 @@ def make_trainer(
         # Checkpoints to go on from hold parameters by the names of the model itself: the way
         # through the names of the files, which the Trainer takes, loses those of experts.
         def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+            if self.is_fsdp_enabled:
+                return  # accelerate keeps each process's part, beside the optimizer's
             folder = Path(str(output_dir or self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             model: Any = self.model
@@ -107,6 +124,9 @@ def make_trainer(
             save_file({name: p.detach().contiguous() for name, p in own.items()}, folder / WEIGHTS)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+            if self.is_fsdp_enabled:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
             into: Any = model or self.model
             set_parameters(into, load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
@@ -121,6 +141,53 @@ def make_trainer(
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
     return trainer
+
+
+def sharding_is_asked() -> bool:
+    """Whether accelerate's settings, which it hands on in the environment, are for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def _share_on_cpus(state: Any) -> None:
+    """Let accelerate share models on CPUs.
+
+    Its state takes FSDP up on every kind of accelerator, and on CPUs leaves it out without a word,
+    so that each process would keep the whole model.
+    """
+    from accelerate import DistributedType
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+
+
+def _prepare_sharding() -> None:
+    """Settings of accelerate's under which it can share a model among processes.
+
+    Raises
+    ------
+    molae.errors.ArgumentError
+        The older kind was asked for.
+    """
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ArgumentError("fsdp_version: only 2 is supported; say so in accelerate's settings")
+    # Every process reads the model. Where one alone does, accelerate hands out what is in the
+    # state dict as if all of it were sharded, which buffers such as the factors' `perm` are not.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+def gather_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What learns, whole and on the CPU, by its names in the model before it was shared.
+
+    Every process has to call it.
+    """
+    found = {}
+    for name, parameter in trained_parameters(model).items():
+        value = parameter.detach()
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        found[name.replace(f"{WRAPPED}.", "")] = whole.cpu()
+    return found
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -147,12 +214,14 @@ def set_parameters(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Transformers says of its own folders."""
+    """Without what Transformers says of its own folders, and torch of what is not done here."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "FSDP2-wrapped .* returned a view", UserWarning)
+            yield
     finally:
         logging.set_verbosity(before)
