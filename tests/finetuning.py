@@ -7,7 +7,6 @@ from typing import Any
 
 import molae
 import molae.demo
-from molae.demo.corpus import builtin_text
 from molae.hf import latent_model
 from molae.hf.opening import open_model
 from molae.train import FinetuneConfig
@@ -17,7 +16,7 @@ DEMO = molae.demo.CHECKPOINT
 
 def write_text(folder: Path) -> Path:
     path = folder / "text.txt"
-    path.write_text(builtin_text()[0][:6000])
+    path.write_text(molae.demo.HELDOUT.read_text()[:6000])
     return path
 
 
