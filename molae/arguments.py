@@ -185,6 +185,7 @@ def _add_heal(
         f"--steps are then {ROUTER_STEPS}, and --rate is {ROUTER_RATE:g} (arXiv 2603.02217)",
     )
     heal.add_argument("--device", default="cpu", help="with --router: where to compute")
+    _add_teacher_top_k(heal, "with --router: ")
     heal.add_argument(
         "--passes", type=_count, metavar="N",
         help=f"{_setting(HealConfig, 'passes')} ({HealConfig.passes})",
@@ -206,6 +207,14 @@ def _add_heal(
     )
     heal.add_argument("--seed", type=int, default=0, help=_setting(HealConfig, "seed"))
     heal.set_defaults(run=run["heal"])
+
+
+def _add_teacher_top_k(parser: argparse.ArgumentParser, when: str = "") -> None:
+    parser.add_argument(
+        "--teacher-top-k", type=_count, metavar="N",
+        help=f"{when}keep the N likeliest tokens of each of the teacher's distributions in files, "
+        "and the mass of the rest, so that the teacher is not in memory with the model (both are)",
+    )  # fmt: skip
 
 
 def _add_finetune_options(tune: argparse.ArgumentParser) -> None:
@@ -231,6 +240,16 @@ def _add_finetune_options(tune: argparse.ArgumentParser) -> None:
     tune.add_argument(
         "--distill", type=float, default=1.0, metavar="SHARE",
         help="of the teacher in the loss; the rest is the data's own (1)",
+    )  # fmt: skip
+    _add_teacher_top_k(tune)
+    tune.add_argument(
+        "--lora", type=_count, metavar="RANK",
+        help="train low-rank adapters on all or on the experts, and merge them in the end; they "
+        "want a higher --learning-rate",
+    )  # fmt: skip
+    tune.add_argument(
+        "--lora-alpha", type=float, default=16.0, metavar="A",
+        help="what an adapter adds is scaled by A/RANK (16)",
     )  # fmt: skip
     tune.add_argument("--epochs", type=float, default=2.0, help="passes over the data (2)")
     tune.add_argument("--steps", type=_count, metavar="N", help="so many steps instead")

@@ -177,6 +177,8 @@ def _heal(args: argparse.Namespace) -> None:
     if args.router:
         _heal_routers(args)
         return
+    if args.teacher_top_k is not None:
+        raise _UsageError("--teacher-top-k: only with --router")
     config = _checked(
         HealConfig,
         passes=HealConfig.passes if args.passes is None else args.passes,
@@ -207,11 +209,12 @@ def _heal(args: argparse.Namespace) -> None:
 
 
 def _heal_routers(args: argparse.Namespace) -> None:
-    from molae.train.finetune import FinetuneConfig
+    from molae.train import FinetuneConfig, check_same_model
 
     for name in ("passes", "max_norm", "not_anchored", "dry_run"):
         if getattr(args, name):
             raise _UsageError(f"--{name.replace('_', '-')}: not with --router")
+    check_same_model(args.src, args.teacher)
     with _text_file(args.calibration) as data:
         config = _checked(
             FinetuneConfig,
@@ -219,6 +222,7 @@ def _heal_routers(args: argparse.Namespace) -> None:
             steps=args.steps or ROUTER_STEPS,
             learning_rate=ROUTER_RATE if args.rate is None else args.rate,
             weight_decay=args.weight_decay,
+            teacher_top_k=args.teacher_top_k,
             seed=args.seed,
         )
         _train(args, args.src, data, config, dtype="float32")
@@ -307,12 +311,16 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    from molae.train.finetune import FinetuneConfig
+    from molae.train import FinetuneConfig
 
     names = [entry.name for entry in dataclasses.fields(FinetuneConfig)]
     config = _checked(FinetuneConfig, **{name: getattr(args, name) for name in names})
     if args.teacher is None and args.distill != FinetuneConfig.distill:
         raise _UsageError("--distill: only with --teacher")
+    if args.teacher is None and args.teacher_top_k is not None:
+        raise _UsageError("--teacher-top-k: only with --teacher")
+    if args.lora is None and args.lora_alpha != FinetuneConfig.lora_alpha:
+        raise _UsageError("--lora-alpha: only with --lora")
     _train(args, args.path, args.data, config, dtype=args.dtype)
 
 
@@ -320,7 +328,7 @@ def _train(args: argparse.Namespace, path: str, data: str, config: Any, *, dtype
     from molae.hf import hide_progress
     from molae.hf.opening import use_threads
     from molae.report.evaluation import finetuned_view, steps_progress
-    from molae.train.finetune import finetune
+    from molae.train import finetune
 
     hide_progress()
     use_threads(args.threads)

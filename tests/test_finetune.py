@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -16,16 +12,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import torch
+from finetuning import DEMO, bytes_of, compressed_demo, settings, write_text
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-import molae
-import molae.demo
 from molae.cli import main
-from molae.demo.corpus import builtin_text
 from molae.errors import ArgumentError, DestinationError, NonFiniteError
-from molae.hf import LatentExperts, hide_progress, latent_model
+from molae.hf import LatentExperts, hide_progress
 from molae.hf.opening import open_model
 from molae.train import (
     Example,
@@ -35,13 +29,12 @@ from molae.train import (
     read_examples,
     select_parameters,
 )
-from molae.train.finetune import IGNORED, distilling_loss
+from molae.train import loss as losses
+from molae.train.examples import IGNORED
+from molae.train.loss import TeacherBeside, distilling_loss
 
 hide_progress()
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-DEMO = molae.demo.CHECKPOINT
-running = importlib.import_module("molae.train.finetune")  # its name is the function's, too
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +44,12 @@ def demo():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(builtin_text()[0][:6000])
-    return path
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory):
-    """The demonstration's model with two of four experts compressed, vectors of 1."""
-    dst = tmp_path_factory.mktemp("compressed") / "dst"
-    model, tokenizer = open_model(DEMO)
-    new = latent_model(model.config, num_compressed=2)
-    new.load_state_dict(model.state_dict(), strict=False)
-    new.save_pretrained(dst)
-    tokenizer.save_pretrained(dst)
-    return dst
+    return compressed_demo(tmp_path_factory.mktemp("compressed"))
 
 
 # ------------------------------------------------------------------------------- data
@@ -183,7 +167,7 @@ def test_packed_examples_do_not_see_each_other(demo):
 
 @pytest.mark.parametrize("distill", [0.0, 0.3, 1.0])
 def test_the_loss_and_its_gradient(demo, compressed, distill, monkeypatch):
-    monkeypatch.setattr(running, "LOGITS", 7)  # many pieces
+    monkeypatch.setattr(losses, "LOGITS", 7)  # many pieces
     teacher = demo[0].eval()
     model = open_model(compressed)[0].eval()
     tokens = torch.randint(5, 500, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -193,7 +177,7 @@ def test_the_loss_and_its_gradient(demo, compressed, distill, monkeypatch):
         "input_ids": tokens, "labels": labels,
         "position_ids": torch.arange(30).expand(2, 30),
     }  # fmt: skip
-    total, count = distilling_loss(model, teacher, inputs, distill)
+    total, count = distilling_loss(model, TeacherBeside(teacher), inputs, distill)
     total.backward()
     mine = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -233,17 +217,6 @@ def test_parts_of_a_model(compressed):
 
 
 # ------------------------------------------------------------------------------- runs
-
-
-def settings(**options):
-    return FinetuneConfig(
-        **{"steps": 6, "batch_size": 2, "length": 64, "learning_rate": 1e-2, "save_every": 2,
-           **options}
-    )  # fmt: skip
-
-
-def bytes_of(folder):
-    return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
 
 
 def test_vectors_learn_what_the_original_answers(compressed, text, tmp_path):
@@ -302,36 +275,11 @@ def test_a_teacher_of_another_tokenizer_is_refused(text, tmp_path):
         finetune(DEMO, tmp_path / "dst", text, settings(), teacher=tmp_path / "teacher")
 
 
-def test_two_processes_have_the_losses_of_one(compressed, text, tmp_path):
-    call = ["--data", str(text), "--steps", "6", "--batch-size", "4", "--length", "64",
-            "--learning-rate", "1e-3", "--teacher", str(DEMO), "--quiet"]  # fmt: skip
-    assert main(["finetune", str(compressed), str(tmp_path / "one"), *call]) == 0
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--standalone", "-m", "molae.cli"]  # fmt: skip
-    done = subprocess.run(
-        [*command, "finetune", str(compressed), str(tmp_path / "two"), *call],
-        env=environ, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (
-        json.loads((tmp_path / name / "finetune.json").read_text())["losses"]
-        for name in ("one", "two")
-    )
-    assert [step for step, _ in one] == [step for step, _ in two]
-    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
-
-
-def test_rows_that_processes_cannot_share_are_refused(text, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ArgumentError, match="batch_size: 2 rows .* by 4 processes"):
-        finetune(DEMO, tmp_path / "dst", text, settings())
-
-
 @pytest.mark.parametrize(
     "wrong",
     [{"train": "heads"}, {"steps": 0}, {"epochs": 0}, {"learning_rate": 0}, {"warmup": 1},
-     {"batch_size": 0}, {"length": 1}, {"distill": 1.5}, {"weight_decay": -1}, {"save_every": 0}],
+     {"batch_size": 0}, {"length": 1}, {"distill": 1.5}, {"weight_decay": -1}, {"save_every": 0},
+     {"teacher_top_k": 0}, {"lora": 0}, {"lora_alpha": 0}],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ArgumentError, match=next(iter(wrong))):
@@ -351,6 +299,8 @@ def test_the_command(compressed, text, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["steps"] == 3
     assert main([*call, "--distill", "0.5"]) == 2
     assert "--distill: only with --teacher" in capsys.readouterr().err
+    assert main([*call, "--teacher-top-k", "5"]) == 2
+    assert "--teacher-top-k: only with --teacher" in capsys.readouterr().err
     assert main([*call, "--warmup", "2"]) == 2
     assert main(["finetune", str(tmp_path / "no"), str(tmp_path / "x"), *options]) == 1
     assert "no checkpoint here" in capsys.readouterr().err

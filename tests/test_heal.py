@@ -253,3 +253,25 @@ def test_the_command(tmp_path, capsys):
     assert "holds a finished result" in capsys.readouterr().err
     assert main([*given[:4], str(tmp_path / "nowhere"), "--overwrite"]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_routers_alone_are_trained_by_the_command(tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    src, small, dst = str(molae.demo.CHECKPOINT), str(tmp_path / "small"), str(tmp_path / "dst")
+    text = tmp_path / "text.txt"
+    text.write_text(builtin_text()[0][:6000])
+    assert main(["convert", src, small, "--size", "0.4", "--quiet"]) == 0
+    given = ["heal", small, dst, "--teacher", src, "--calibration", str(text), "--router"]
+    assert main([*given, "--passes", "3"]) == 2
+    assert "--passes: not with --router" in capsys.readouterr().err
+    assert main([*given[:-1], "--teacher-top-k", "4"]) == 2
+    assert "--teacher-top-k: only with --router" in capsys.readouterr().err
+    assert main([*given, "--steps", "3", "--rate", "1e-2", "--teacher-top-k", "64"]) == 0
+    assert "Written to" in capsys.readouterr().out
+    with open_checkpoint(small) as old, open_checkpoint(dst) as new:
+        changed = {n for n in old.tensors if bytes(old.raw(n)) != bytes(new.raw(n))}
+    assert changed == {f"model.layers.{n}.mlp.gate.weight" for n in range(3)}
+    # A model that was trained since is no longer compared layer by layer.
+    again = ["heal", dst, str(tmp_path / "again"), *given[3:-1]]
+    assert main(again) == 1
+    assert "heal first, then train routers" in capsys.readouterr().err

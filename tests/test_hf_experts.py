@@ -448,3 +448,13 @@ for y, grads in found[1:]:
     print(torch.equal(y, found[0][0]), all(map(torch.equal, grads, found[0][1])))
 """
     assert python(code).split() == ["0", "1", "1", "True", "True", "True", "True"]
+
+
+def test_weights_stay_torchs_own():
+    """Who gathers weights for a layer only, as FSDP does, lets go of their memory after it."""
+    split = Split(index_groups(4, 2), (3, 3))
+    experts = LatentExperts(4, 8, 6, gate=split, up=split, down=None, num_compressed=1)
+    x = torch.ones(5, 8)
+    experts(x, torch.tensor([[0, 2]] * 5), torch.full((5, 2), 0.5)).sum().backward()
+    for parameter in experts.parameters():
+        parameter.untyped_storage().resize_(0)

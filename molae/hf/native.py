@@ -187,6 +187,18 @@ def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return tensor.numpy()
 
 
+def _weights(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The same of what is only read.
+
+    `Tensor.numpy` would forbid torch to ever let go of that memory alone, as FSDP does with the
+    weights that it has gathered for a layer.
+    """
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return np.from_dlpack(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
+    return np.from_dlpack(tensor)
+
+
 def _empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """A tensor, not set, of the type of `like` in memory that molae keeps.
 
@@ -197,7 +209,7 @@ def _empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
 
 def _stack(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """An array of matrices that C can read; a copy where an adapter made a strange layout."""
-    array = _array(tensor)
+    array = _weights(tensor)
     if array.ndim == 3 and array[:1].flags.c_contiguous:
         return array  # the first half of a fused tensor is read where it lies
     return np.ascontiguousarray(array)
@@ -251,7 +263,7 @@ def _call(
     each = ((*projection, like, None) for projection in projections)
     compressed = None
     if vectors is not None:
-        compressed = np.ascontiguousarray(_array(vectors)), num_compressed
+        compressed = np.ascontiguousarray(_weights(vectors)), num_compressed
     return (like, index.numpy(), _array(weights), *each, E, F, number, 0.0, 0.0, compressed)
 
 

@@ -9,7 +9,23 @@ from typing import Any
 from molae.errors import ArgumentError, CheckpointError
 from molae.io.hub import fetch, is_hub_id
 
-__all__ = ["first_line", "open_model", "open_tokenizer", "use_threads"]
+__all__ = ["find_folder", "first_line", "open_model", "open_tokenizer", "use_threads"]
+
+
+def find_folder(path: str | os.PathLike[str]) -> Path:
+    """Where a checkpoint lies, a hub id's in the hub's cache.
+
+    Raises
+    ------
+    molae.errors.CheckpointError
+        No checkpoint there.
+    """
+    folder = Path(path)
+    if not folder.exists() and is_hub_id(os.fspath(path)):
+        folder = fetch(os.fspath(path))
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{path}: no checkpoint here (no config.json)")
+    return folder
 
 
 def open_model(
@@ -42,12 +58,8 @@ def open_model(
 
     import molae.hf.loading  # noqa: F401  (makes converted checkpoints known)
 
-    folder = Path(path)
-    if not folder.exists() and is_hub_id(os.fspath(path)):
-        folder = fetch(os.fspath(path))
     dtype, device = _checked(dtype, device)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{path}: no checkpoint here (no config.json)")
+    folder = find_folder(path)
     tokenizer = open_tokenizer(folder, path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -17,7 +17,7 @@ from molae.report.tables import size_text
 if TYPE_CHECKING:
     from molae.hf.compare import Comparison
     from molae.hf.evaluate import Evaluation
-    from molae.train.finetune import Finetuned
+    from molae.train import Finetuned
 
 __all__ = [
     "comparison_view",
