@@ -140,7 +140,8 @@ def test_a_run_with_adapters(source, factored, text, tmp_path):
         molae.materialize(tmp_path / "dst", tmp_path / "ordinary")
         ids = hf_models.tokens(2, 32, vocabulary=2000)
         wanted, got = model(ids).logits, open_model(tmp_path / "ordinary")[0](ids).logits
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+        # Products are rounded to the bfloat16 of the files.
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0.02 * wanted.abs().max().item())
 
 
 def test_a_run_with_adapters_goes_on_to_the_same_bytes(factored, text, tmp_path):

@@ -84,10 +84,11 @@ def example_of_the_docs():
 
 
 def assert_same_weights(found, wanted):
+    # Stored in bfloat16, where neighbours are up to 0.8 % apart.
     one, other = open_model(found)[0].state_dict(), open_model(wanted)[0].state_dict()
     assert one.keys() == other.keys()
     for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-4, msg=name)
 
 
 def test_processes_with_shares_of_the_model(factored, text, tmp_path):

@@ -73,7 +73,8 @@ def finetune(
         any other of the same tokenizer: the loss has their Kullback-Leibler divergence
         KL(teacher, model).
     dtype : str or torch.dtype
-        That the model is trained in. The teacher has that of its files.
+        That the model is trained in; it is stored in that of its source. The teacher has that of
+        its files.
     device : str or torch.device
     overwrite : bool
         Replace a result, or a run with other settings.
@@ -153,7 +154,7 @@ def finetune(
             set_parameters(model, sharded)
         if config.lora is not None:
             model = model.merge_and_unload()
-        write(model, tokenizer, dst, work, found, config)
+        write(model.to(_stored_dtype(folder, model)), tokenizer, dst, work, found, config)
     return found
 
 
@@ -164,6 +165,14 @@ def _open_to_train(src: Any, config: FinetuneConfig, dtype: Any, device: Any) ->
     if config.lora is not None:
         model = add_adapters(model, config.train, config.lora, config.lora_alpha, config.seed)
     return model
+
+
+def _stored_dtype(folder: Path, model: Any) -> Any:
+    """That of the source: what was not trained keeps its bytes, and the result its size."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    return getattr(config, "dtype", None) or model.dtype
 
 
 def _row_length(folder: Path, length: int) -> int:
