@@ -177,7 +177,7 @@ def _add_heal(
     heal.add_argument(
         "--teacher", required=True, metavar="SRC", help="the original, of which PATH was made"
     )
-    _add_text(heal)
+    _add_text(heal, sequences=512)
     heal.add_argument(
         "--router",
         action="store_true",
@@ -280,7 +280,7 @@ def _setting(config: type, name: str) -> str:
     return field_help(config, name).replace("%", "%%")
 
 
-def _add_text(parser: Any, default: str | None = BUILTIN) -> None:
+def _add_text(parser: Any, default: str | None = BUILTIN, sequences: int = 128) -> None:
     """The text that is run through the model."""
     parser.add_argument(
         "--calibration",
@@ -291,8 +291,8 @@ def _add_text(parser: Any, default: str | None = BUILTIN) -> None:
         + (" (that)" if default else ""),
     )
     parser.add_argument(
-        "--calibration-sequences", type=_count, default=128, metavar="N",
-        help="at most so many sequences (128)",
+        "--calibration-sequences", type=_count, default=sequences, metavar="N",
+        help=f"at most so many sequences ({sequences})",
     )  # fmt: skip
     parser.add_argument(
         "--calibration-length", type=_count, default=2048, metavar="N",
