@@ -202,9 +202,7 @@ def _add_heal(
     heal.add_argument(
         "--max-norm", type=float, metavar="NORM", help=_setting(HealConfig, "max_norm")
     )
-    heal.add_argument(
-        "--not-anchored", action="store_true", help="leave out: " + _setting(HealConfig, "anchored")
-    )
+    heal.add_argument("--anchored", action="store_true", help=_setting(HealConfig, "anchored"))
     heal.add_argument("--seed", type=int, default=0, help=_setting(HealConfig, "seed"))
     heal.set_defaults(run=run["heal"])
 

@@ -186,7 +186,7 @@ def _heal(args: argparse.Namespace) -> None:
         rate=HealConfig.rate if args.rate is None else args.rate,
         weight_decay=args.weight_decay,
         max_norm=args.max_norm,
-        anchored=not args.not_anchored,
+        anchored=args.anchored,
         seed=args.seed,
     )
     given: dict[str, Any] = {"family": _family(args)}
@@ -211,7 +211,7 @@ def _heal(args: argparse.Namespace) -> None:
 def _heal_routers(args: argparse.Namespace) -> None:
     from molae.train import FinetuneConfig, check_same_model
 
-    for name in ("passes", "max_norm", "not_anchored", "dry_run"):
+    for name in ("passes", "max_norm", "anchored", "dry_run"):
         if getattr(args, name):
             raise _UsageError(f"--{name.replace('_', '-')}: not with --router")
     check_same_model(args.src, args.teacher)

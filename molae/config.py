@@ -274,11 +274,11 @@ class HealConfig:
         default=None, metadata={"help": "Gradients whose norm is above it are scaled down to it."}
     )
     anchored: bool = field(
-        default=True,
+        default=False,
         metadata={
-            "help": "Train each layer towards what the original hands on, so that it also makes up "
-            "for what the layers before it have lost; without it towards what the original's "
-            "experts answer to the same input."
+            "help": "Train each layer towards what the original hands on at its place, so that it "
+            "also makes up for what the layers before it have lost; without it, which does better, "
+            "towards what the original's experts answer to the same input."
         },
     )
     seed: int = field(default=0, metadata={"help": "Of the order in which tokens come."})

@@ -190,15 +190,20 @@ def fit_layer(
     if heal:
         layer = student["gate_proj"], student["up_proj"], student["down_proj"]
         trained = [kind.removesuffix("_proj") for kind in factors]
+        # What the layers before have lost the refits make up for; trained too, it does worse.
         healed = distill_layer(
-            given, layer, teacher=teacher, trained=trained, epochs=heal, keeper=keeper, told=told
+            replace(given, lost=None),
+            layer,
+            teacher=teacher,
+            trained=trained,
+            epochs=heal,
+            keeper=keeper,
+            told=told,
         )
-        before, after = (float(error) for error in healed.error)
         for kind, projection in zip(TYPES, healed.layer, strict=True):
             if kind in factors:
                 stored = factors[kind].shared[0].dtype
                 student[kind] = runnable(in_dtype(projection, stored))
-                errors.setdefault(kind, [before]).append(after)
     fitted = {
         kind: replace(
             f,
