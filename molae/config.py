@@ -277,7 +277,8 @@ class HealConfig:
         default=False,
         metadata={
             "help": "Train each layer towards what the original hands on at its place, so that it "
-            "also makes up for what the layers before it have lost; without it, which does better, "
+            "also makes up for what the layers before it have lost; without it, which does better at "
+            "all but the smallest sizes, "
             "towards what the original's experts answer to the same input."
         },
     )
