@@ -277,9 +277,9 @@ class HealConfig:
         default=False,
         metadata={
             "help": "Train each layer towards what the original hands on at its place, so that it "
-            "also makes up for what the layers before it have lost; without it, which does better at "
-            "all but the smallest sizes, "
-            "towards what the original's experts answer to the same input."
+            "also makes up for what the layers before it have lost; without it, which does better "
+            "but at the smallest sizes, towards what the original's experts answer to the same "
+            "input."
         },
     )
     seed: int = field(default=0, metadata={"help": "Of the order in which tokens come."})
