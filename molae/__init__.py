@@ -1,9 +1,9 @@
 """molae makes mixture-of-experts models smaller by shared latent factors.
 
-`convert` turns a checkpoint into a smaller one, `materialize` turns that into
-an ordinary checkpoint again, `plan` and `inspect` say what there is and what
-would come of it. `fit` has the factorizations on arrays, `ops` the layers of
-experts, forward and backward.
+`convert` turns a checkpoint into a smaller one, `heal` trains that to answer as the
+original does, `materialize` turns it into an ordinary checkpoint again, `plan` and
+`inspect` say what there is and what would come of it. `fit` has the factorizations on
+arrays, `ops` the layers of experts, forward and backward.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from molae import fit as fit
     from molae import ops as ops
     from molae.config import ConvertConfig as ConvertConfig
+    from molae.config import HealConfig as HealConfig
     from molae.convert import Report as Report
     from molae.convert import convert as convert
+    from molae.convert import heal as heal
     from molae.convert import inspect as inspect
     from molae.convert import materialize as materialize
     from molae.convert import plan as plan
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConvertConfig",
+    "HealConfig",
     "Report",
     "__version__",
     "convert",
     "errors",
     "fit",
     "get_num_threads",
+    "heal",
     "inspect",
     "materialize",
     "num_threads",
@@ -50,9 +54,11 @@ __all__ = [
 # Loaded at first use, so that `import molae` stays quick: name -> (module, attribute in it).
 _LAZY: dict[str, tuple[str, str | None]] = {
     "ConvertConfig": ("molae.config", "ConvertConfig"),
+    "HealConfig": ("molae.config", "HealConfig"),
     "Report": ("molae.convert", "Report"),
     "convert": ("molae.convert", None),  # a package that can be called
     "fit": ("molae.fit", None),
+    "heal": ("molae.convert", "heal"),
     "inspect": ("molae.convert", "inspect"),
     "materialize": ("molae.convert", "materialize"),
     "ops": ("molae.ops", None),

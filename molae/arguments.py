@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from molae._version import __version__
@@ -83,6 +83,7 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
     materialize.add_argument("dst", metavar="DST", nargs="?", help="folder of the result")
     materialize.set_defaults(run=run["materialize"])
 
+    _add_heal(commands, [every, source, running], run)
     _add_model_commands(commands, every, run)
 
     demo = commands.add_parser(
@@ -154,6 +155,49 @@ def _add_model_commands(
     tune.set_defaults(run=run["finetune"])
 
 
+def _add_heal(
+    commands: Any, parents: Sequence[argparse.ArgumentParser], run: Mapping[str, Run]
+) -> None:
+    heal = commands.add_parser(
+        "heal",
+        parents=parents,
+        help="train a converted checkpoint to answer as its original does",
+        description="Train the factors of each layer of PATH to answer as the experts of the "
+        "original do on a text; or, with --router, its routers so that the model's next-token "
+        "distributions are those of the original. Interrupted, the same command goes on where it "
+        "stopped.",
+    )
+    from molae.config import HealConfig
+
+    heal.add_argument("src", metavar="PATH", help="folder of a converted checkpoint")
+    heal.add_argument("dst", metavar="DST", nargs="?", help="folder of the result")
+    heal.add_argument(
+        "--teacher", required=True, metavar="SRC", help="the original, of which PATH was made"
+    )
+    _add_text(heal)
+    heal.add_argument(
+        "--passes", type=_count, default=HealConfig.passes, metavar="N",
+        help=f"{_setting(HealConfig, 'passes')} ({HealConfig.passes})",
+    )  # fmt: skip
+    heal.add_argument("--steps", type=_count, metavar="N", help=_setting(HealConfig, "steps"))
+    heal.add_argument(
+        "--rate", type=float, metavar="RATE",
+        help=f"{_setting(HealConfig, 'rate')} ({HealConfig.rate})",
+    )  # fmt: skip
+    heal.add_argument(
+        "--weight-decay", type=float, default=0.0, metavar="RATE",
+        help=_setting(HealConfig, "weight_decay"),
+    )  # fmt: skip
+    heal.add_argument(
+        "--max-norm", type=float, metavar="NORM", help=_setting(HealConfig, "max_norm")
+    )
+    heal.add_argument(
+        "--not-anchored", action="store_true", help="leave out: " + _setting(HealConfig, "anchored")
+    )
+    heal.add_argument("--seed", type=int, default=0, help=_setting(HealConfig, "seed"))
+    heal.set_defaults(run=run["heal"])
+
+
 def _add_finetune_options(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("dst", metavar="DST", help="folder of the result")
     tune.add_argument(
@@ -201,11 +245,41 @@ def _add_finetune_options(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
+def _setting(config: type, name: str) -> str:
+    from molae.config import field_help
+
+    return field_help(config, name).replace("%", "%%")
+
+
+def _add_text(parser: Any, default: str | None = BUILTIN) -> None:
+    """The text that is run through the model."""
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        default=default,
+        help="a text, or .jsonl, that is run through the model: the fit then knows what the "
+        f"experts read; '{BUILTIN}' takes English that comes with Python"
+        + (" (that)" if default else ""),
+    )
+    parser.add_argument(
+        "--calibration-sequences", type=_count, default=128, metavar="N",
+        help="at most so many sequences (128)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration-length", type=_count, default=2048, metavar="N",
+        help="tokens of each, at most (2048, or what the model takes)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scratch", metavar="DIR",
+        help="folder for temporary files: hidden states, and what a fit keeps of a layer",
+    )  # fmt: skip
+
+
 def _add_convert_options(convert: argparse.ArgumentParser) -> None:
-    from molae.config import ConvertConfig, field_help
+    from molae.config import ConvertConfig
 
     def text(name: str) -> str:
-        return field_help(ConvertConfig, name).replace("%", "%%")
+        return _setting(ConvertConfig, name)
 
     convert.add_argument("src", metavar="SRC", help="folder of a checkpoint, or hub id")
     convert.add_argument("dst", metavar="DST", nargs="?", help="folder of the result")
@@ -222,24 +296,7 @@ def _add_convert_options(convert: argparse.ArgumentParser) -> None:
     text_options = convert.add_argument_group(
         "calibration", "Needs the extra [hf] and the checkpoint's tokenizer."
     )
-    text_options.add_argument(
-        "--calibration",
-        metavar="FILE",
-        help="a text, or .jsonl, that is run through the model: the fit then knows what the "
-        f"experts read; '{BUILTIN}' takes English that comes with Python",
-    )
-    text_options.add_argument(
-        "--calibration-sequences", type=_count, default=128, metavar="N",
-        help="at most so many sequences (128)",
-    )  # fmt: skip
-    text_options.add_argument(
-        "--calibration-length", type=_count, default=2048, metavar="N",
-        help="tokens of each, at most (2048, or what the model takes)",
-    )  # fmt: skip
-    text_options.add_argument(
-        "--scratch", metavar="DIR",
-        help="folder for temporary files: hidden states, and what a refit keeps of a layer",
-    )  # fmt: skip
+    _add_text(text_options, None)
     text_options.add_argument("--flops", type=float, metavar="SHARE", help=text("flops"))
     text_options.add_argument("--uniform", action="store_true", help=text("uniform"))
     text_options.add_argument("--one-shot", action="store_true", help=text("one_shot"))

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         {
             "inspect": _inspect,
             "convert": _convert,
+            "heal": _heal,
             "materialize": _materialize,
             "eval": _eval,
             "generate": _generate,
@@ -128,6 +129,12 @@ def _calibration(args: argparse.Namespace) -> Iterator[Any]:
     if args.calibration is None:
         yield None
         return
+    with _text(args, args.src) as calibration:
+        yield calibration
+
+
+@contextlib.contextmanager
+def _text(args: argparse.Namespace, src: str) -> Iterator[Any]:
     from molae.errors import CalibrationWarning
     from molae.hf import hide_progress
     from molae.hf.calibrate import Calibration, read_calibration_text
@@ -146,7 +153,7 @@ def _calibration(args: argparse.Namespace) -> Iterator[Any]:
     with (
         warnings.catch_warnings(),
         Calibration(
-            args.src,
+            src,
             text,
             name=name,
             sequences=args.calibration_sequences,
@@ -158,6 +165,44 @@ def _calibration(args: argparse.Namespace) -> Iterator[Any]:
     ):
         warnings.simplefilter("ignore", CalibrationWarning)  # the report has it too
         yield calibration
+
+
+def _heal(args: argparse.Namespace) -> None:
+    from molae.config import HealConfig
+    from molae.convert import heal, plan_heal
+    from molae.errors import ArgumentError
+
+    if args.dst is None and not args.dry_run:
+        raise _UsageError("heal: DST is missing (only --dry-run goes without)")
+    try:
+        config = HealConfig(
+            passes=args.passes,
+            steps=args.steps,
+            rate=HealConfig.rate if args.rate is None else args.rate,
+            weight_decay=args.weight_decay,
+            max_norm=args.max_norm,
+            anchored=not args.not_anchored,
+            seed=args.seed,
+        )
+    except ArgumentError as error:
+        raise _UsageError(str(error)) from error
+    given: dict[str, Any] = {"family": _family(args)}
+    with _text(args, args.teacher) as calibration:
+        given["calibration"] = calibration
+        if args.dry_run:
+            _show_plan(args, plan_heal(args.src, args.teacher, config, **given))
+            return
+        with _watcher(args) as watcher:
+            report = heal(
+                args.src,
+                args.dst,
+                args.teacher,
+                config,
+                overwrite=args.overwrite,
+                watcher=watcher,
+                **given,
+            )
+    _show_report(args, report)
 
 
 def _materialize(args: argparse.Namespace) -> None:

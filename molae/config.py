@@ -16,7 +16,7 @@ from typing import Any
 
 from molae.errors import ArgumentError
 
-__all__ = ["TYPES", "ConvertConfig", "field_help"]
+__all__ = ["TYPES", "ConvertConfig", "HealConfig", "field_help"]
 
 #: The matrices of one expert, in the order in which they are worked on.
 TYPES = ("gate_proj", "up_proj", "down_proj")
@@ -239,12 +239,79 @@ class ConvertConfig:
         return cls(**data)
 
 
+@dataclass(frozen=True)
+class HealConfig:
+    """How the layers of a converted checkpoint are trained to answer as the original's do.
+
+    Raises
+    ------
+    ArgumentError
+        A value that makes no sense, whatever the checkpoint; the message names the setting.
+
+    Examples
+    --------
+    >>> import molae
+    >>> molae.HealConfig(steps=300).rate
+    0.01
+    """
+
+    passes: int = field(
+        default=8,
+        metadata={"help": "Over the text, for each layer, where `steps` does not say it."},
+    )
+    steps: int | None = field(
+        default=None, metadata={"help": "Of at most 1,024 tokens, for each layer."}
+    )
+    rate: float = field(
+        default=0.01,
+        metadata={
+            "help": "Of AdamW, in root mean squares of what each factor begins with; it rises over "
+            "a twentieth of the steps, then falls on a cosine."
+        },
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW, decoupled."})
+    max_norm: float | None = field(
+        default=None, metadata={"help": "Gradients whose norm is above it are scaled down to it."}
+    )
+    anchored: bool = field(
+        default=True,
+        metadata={
+            "help": "Train each layer towards what the original hands on, so that it also makes up "
+            "for what the layers before it have lost; without it towards what the original's "
+            "experts answer to the same input."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Of the order in which tokens come."})
+
+    def __post_init__(self) -> None:
+        good = {
+            "passes": _is_int(self.passes) and self.passes >= 1,
+            "steps": self.steps is None or (_is_int(self.steps) and self.steps >= 1),
+            "rate": _is_number(self.rate) and self.rate > 0,
+            "weight_decay": _is_number(self.weight_decay) and self.weight_decay >= 0,
+            "max_norm": self.max_norm is None or (_is_number(self.max_norm) and self.max_norm > 0),
+            "anchored": isinstance(self.anchored, bool),
+            "seed": _is_int(self.seed) and self.seed >= 0,
+        }
+        for name, fine in good.items():
+            if not fine:
+                raise ArgumentError(f"{name}: {getattr(self, name)!r} makes no sense")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, with a version stamp."""
+        return {"settings_version": SETTINGS_VERSION, **dataclasses.asdict(self)}
+
+
 def _share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentError(f"{name}: expected a number, got {value!r}")
     if not (math.isfinite(value) and 0 < value <= 1):
         raise ArgumentError(f"{name}: expected a share above 0 and at most 1, got {value!r}")
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _nbytes(name: str, value: Any) -> int:

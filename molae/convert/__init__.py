@@ -12,30 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from molae.arch import Family
-from molae.config import ConvertConfig
+from molae.config import ConvertConfig, HealConfig
 from molae.convert.calibrated import Calibration
 from molae.convert.conversion import Conversion
 from molae.convert.destination import check_apart, check_usable
 from molae.convert.execution import Watcher, execute
+from molae.convert.healing import Healing
 from molae.convert.inspection import Inspection, inspect
 from molae.convert.materialization import Materialization
 from molae.convert.methods import METHODS
 from molae.convert.planning import Plan
-from molae.convert.report import Report, TypeRow
+from molae.convert.report import HealRow, Report, TypeRow
 from molae.io import open_checkpoint
 
 __all__ = [
     "METHODS",
     "Calibration",
+    "HealRow",
     "Inspection",
     "Plan",
     "Report",
     "TypeRow",
     "Watcher",
     "convert",
+    "heal",
     "inspect",
     "materialize",
     "plan",
+    "plan_heal",
     "plan_materialize",
 ]
 
@@ -154,6 +158,98 @@ def plan(
             os.fspath(src), checkpoint, config or ConvertConfig(), family, calibration, _path(stats)
         )
         return conversion.plan(timed=True)
+
+
+def heal(
+    src: Source,
+    dst: str | os.PathLike[str],
+    teacher: Source,
+    config: HealConfig | None = None,
+    *,
+    calibration: Calibration,
+    family: Family | None = None,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+) -> Report:
+    """Train the layers of a converted checkpoint to answer as the original's do.
+
+    One layer after the other, each on what the trained ones before it hand on; see
+    `molae.fit.distill_layer`. Sizes, ranks and all tensors but the factors stay.
+
+    Parameters
+    ----------
+    src : str or path
+        Folder that `convert` wrote, or a hub id of such a one.
+    dst, family, overwrite, watcher
+        As in `convert`.
+    teacher : str or path
+        The original: the checkpoint that `src` was converted from.
+    config : HealConfig, optional
+    calibration : Calibration
+        A text run through the original, such as a `molae.hf.calibrate.Calibration`. A text that
+        the conversion has not seen tells better where a layer still gains.
+
+    Returns
+    -------
+    Report
+        Also written to ``dst/molae-report.json``; that of the conversion stays beside it as
+        ``molae-report.source.json``.
+
+    Raises
+    ------
+    CheckpointError, UnknownFamilyError, DestinationError
+        As in `convert`.
+    ArgumentError
+        The teacher is of another family, shape or tokenizer, or the checkpoint has been trained
+        since.
+    NonFiniteError, NumericalError
+        The loss of a layer became NaN or grew out of all proportion; layer and step are named,
+        and the layers before it are kept.
+
+    Notes
+    -----
+    One layer is in memory at a time. Interrupted at any moment the same call goes on, within a
+    layer from the last state that was kept, to the same bytes.
+
+    Examples
+    --------
+    >>> import tempfile, molae, molae.demo
+    >>> from molae.hf.calibrate import Calibration
+    >>> text = "The experts of a layer read what the router sends them. " * 50
+    >>> with (
+    ...     tempfile.TemporaryDirectory() as folder,
+    ...     Calibration(molae.demo.CHECKPOINT, text) as calibration,
+    ... ):
+    ...     small, healed = f"{folder}/small", f"{folder}/healed"
+    ...     _ = molae.convert(molae.demo.CHECKPOINT, small, molae.ConvertConfig(size=0.4))
+    ...     report = molae.heal(small, healed, molae.demo.CHECKPOINT, calibration=calibration)
+    >>> all(row.layer_error[1] < row.layer_error[0] for row in report.healed)
+    True
+    """
+    with open_checkpoint(src) as checkpoint, open_checkpoint(teacher) as original:
+        check_apart(checkpoint.path, Path(dst))
+        check_apart(original.path, Path(dst))
+        check_usable(Path(dst), overwrite=overwrite)
+        task = Healing(
+            os.fspath(src), checkpoint, original, calibration, config or HealConfig(), family
+        )
+        return execute(task, Path(dst), overwrite=overwrite, watcher=watcher)
+
+
+def plan_heal(
+    src: Source,
+    teacher: Source,
+    config: HealConfig | None = None,
+    *,
+    calibration: Calibration,
+    family: Family | None = None,
+) -> Plan:
+    """What `heal` would do, without writing anything."""
+    with open_checkpoint(src) as checkpoint, open_checkpoint(teacher) as original:
+        task = Healing(
+            os.fspath(src), checkpoint, original, calibration, config or HealConfig(), family
+        )
+        return task.plan(timed=True)
 
 
 def materialize(

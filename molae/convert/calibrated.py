@@ -17,30 +17,36 @@ from typing import Any, Protocol
 import numpy as np
 
 from molae import fit
-from molae.arch import Model, dense_flops, light_specs
+from molae.arch import Model, dense_flops
 from molae.config import TYPES, ConvertConfig
 from molae.convert.allocation import Allocation, Candidate, gauge_ranks, group_size
 from molae.convert.budget import Flops, spend
 from molae.convert.fitting import Fitted, Groups, Matrices
 from molae.convert.footprint import Footprint
+from molae.convert.layer_state import LayerState
 from molae.convert.light import FittedLight, Light, fit_light, nothing, spread_counts
 from molae.convert.measuring import TRIAL_SIZES, Look, Measurements
 from molae.convert.naming import named
+from molae.convert.stored import stored_light, stored_projection
 from molae.errors import ArgumentError, CalibrationWarning
-from molae.factored import LightModule, Split, group_tensors, index_groups
-from molae.fit import Energies, LayerInput
+from molae.factored import LightModule, Split, index_groups
+from molae.fit import Energies, LayerDistillation, LayerInput
 from molae.fit.factors import SharedFactors
 from molae.fit.layer import REFITS, Gathered, Part, factor_parts, runnable
 from molae.io import Checkpoint, map_file, numpy_dtype
 from molae.ops import Projection
 
-__all__ = ["Calibrated", "Calibration"]
+__all__ = ["Calibrated", "Calibration", "in_order"]
 
 #: Group sizes that are tried where the settings leave them open; those above E are left out.
 GROUP_SIZES = (1, 2, 4, 8, 16, 32)
 
 #: Tokens on which group sizes are compared.
 TRIED_TOKENS = 8192
+
+
+#: Is told a layer's number, steps done, steps in all, and the last loss.
+Told = Callable[[int, int, int, float], object]
 
 
 class Calibration(Protocol):
@@ -128,10 +134,13 @@ class Calibrated:
         )
         self._layers: Mapping[int, Mapping[str, Split]] = {}
         self._finished: dict[int, Path] = {}
+        self._state: Path | None = None
+        self._told: Told = lambda layer, done, steps, loss: None
         self._fitted: dict[tuple[int, str], Fitted] = {}
         self._light = LightModule.parse(config.light_form, model.letters["F"])
         self._counts: Mapping[int, int] = {}
         self._compressed: dict[int, FittedLight] = {}
+        self._healed: LayerDistillation | None = None
         self._warned = False
 
     # --------------------------------------------------------------- allocation
@@ -286,7 +295,7 @@ class Calibrated:
                     part = Part(kind, groups, ranks)
                     found, _ = factor_parts(gathered, W, {kind: part}, errors=False)
                 other = {**own, kind: runnable(Projection.from_factors(found[kind]))}
-                error = fit.answer_error(some, _in_order(other), _in_order(own))
+                error = fit.answer_error(some, in_order(other), in_order(own))
                 squares[kind, k, size].append(error**2)
         for place, own_squares in squares.items():
             mean = sum(own_squares) / len(own_squares) if own_squares else None
@@ -344,15 +353,22 @@ class Calibrated:
 
     # --------------------------------------------------------------------- fits
 
-    def resume(self, finished: Mapping[int, Path]) -> None:
-        """Layers whose factors an earlier run has left in these files."""
+    def resume(self, finished: Mapping[int, Path], state: Path, told: Told) -> None:
+        """Layers whose factors an earlier run has left in these files; where the state of one
+        that is being trained is kept, and who is told how that goes."""
         self._finished = {number: finished[number] for number in sorted(finished)}
+        self._state, self._told = state, told
 
     def fit(self, layer: int, kind: str, matrices: Matrices, split: Split) -> Fitted:
         """Factors of one layer's matrix type; layers come in order."""
         if (layer, kind) not in self._fitted:
             self._fit_layer(layer)
         return self._fitted.pop((layer, kind))
+
+    def healed(self) -> LayerDistillation | None:
+        """How the layer that was fitted last was trained in the end; told once."""
+        found, self._healed = self._healed, None
+        return found
 
     def compressed(self, layer: int) -> FittedLight:
         """What acts in the place of a layer's compressed experts. After what else there is of
@@ -393,7 +409,7 @@ class Calibrated:
         """On top of the factors. Vectors that do not bring the model's answers nearer than those
         of 1 are not taken: a layer's own error does not always tell."""
         own = self._calibration.experts(layer)
-        student, teacher = _in_order({**own, **projections}), _in_order(own)
+        student, teacher = in_order({**own, **projections}), in_order(own)
         dtype = numpy_dtype(self._model.dtype)
         found = fit_light(given, student, teacher, self._counts[layer], self._light, dtype)
         if self._light.units is None:
@@ -419,8 +435,11 @@ class Calibrated:
             refits=REFITS if self._config.refit else (),
             heal=self._config.heal,
             experts_at_once=self.footprint.experts_at_once,
+            keeper=None if self._state is None else LayerState(self._state, layer),
+            told=lambda *steps: self._told(layer, *steps),
         )
         self._warn(layer, found.energies.count)
+        self._healed = found.healed
         self._fitted = {
             (layer, kind): _fitted(
                 f, W[kind], found.layer_error.get(kind), found.energies.count.tolist()
@@ -446,35 +465,12 @@ class Calibrated:
 
     def _stored(self, layer: int) -> tuple[dict[str, Projection], Light | None]:
         """Factors that an earlier run has written, and what acts for compressed experts."""
-        tensors = map_file(self._finished[layer])
-        prefix, found = self._model.experts_prefix(layer), {}
-        light = None
-        if layer in self._counts:
-            specs = light_specs(self._model, layer, self._light)
-            arrays = {role: tensors[spec.name] for role, spec in specs.items()}
-            light = FittedLight.stored(arrays, self._counts[layer]).runnable()
-        for kind, split in self._layers.get(layer, {}).items():
-            shared, perm, private = (
-                tuple(
-                    np.require(tensors[name], requirements=["C", "A"]) if name else None
-                    for name in self._names(prefix, kind, split, role)
-                )
-                for role in ("shared", "perm", "private")
-            )
-            own = Projection(
-                groups=split.groups, ranks=split.ranks, shared=shared, perm=perm, private=private
-            )
-            found[kind] = runnable(own)
-        return found, light
-
-    def _names(self, prefix: str, kind: str, split: Split, role: str) -> list[str | None]:
-        """Of each group's tensor of this role, where it has one."""
-        F, D = self._model.letters["F"], self._model.letters["D"]
-        names: list[str | None] = []
-        for g, (group, rank) in enumerate(zip(split.groups, split.ranks, strict=True)):
-            parts = group_tensors(prefix, kind, g, len(group), rank, F=F, D=D, form="gauge")
-            names.append(next((part.name for part in parts if part.role == role), None))
-        return names
+        tensors = map_file(self._finished[layer]).__getitem__
+        projections = {
+            kind: stored_projection(tensors, self._model, layer, kind, split, "gauge")
+            for kind, split in self._layers.get(layer, {}).items()
+        }
+        return projections, stored_light(tensors, self._model, layer, self._counts, self._light)
 
 
 def _lasting(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -491,7 +487,8 @@ def by_mass(energies: Energies, k: int, some: np.ndarray | None = None) -> Group
     return [tuple(int(order[i]) for i in part) for part in index_groups(len(order), k)]
 
 
-def _in_order(experts: Mapping[str, Projection]) -> tuple[Projection, Projection, Projection]:
+def in_order(experts: Mapping[str, Projection]) -> tuple[Projection, Projection, Projection]:
+    """Gate, up and down, as `molae.fit` takes a layer."""
     return experts["gate_proj"], experts["up_proj"], experts["down_proj"]
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from molae import __version__
 from molae.config import TYPES
 from molae.convert.planning import Plan
-from molae.convert.report import REPORT, TypeRow, total_error
+from molae.convert.report import REPORT, HealRow, TypeRow, total_error
 
-__all__ = ["convert_card", "materialize_card"]
+__all__ = ["convert_card", "heal_card", "materialize_card"]
 
 
 def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> str:
@@ -63,6 +63,42 @@ def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> st
     elif not compressed:
         lines += ["Nothing was changed: every tensor has the source's bytes.", ""]
     lines += [
+        *_loading(compressed),
+        f"`{REPORT}` has the figures of each layer.",
+        "",
+        *_licence(kept),
+    ]
+    return "\n".join(lines)
+
+
+def heal_card(plan: Plan, rows: Sequence[HealRow], kept: Sequence[str]) -> str:
+    """The ``README.md`` of a checkpoint that was trained to answer as the original does."""
+    lines = [
+        *_front_matter(plan),
+        f"# {plan.source_title}, healed by molae",
+        "",
+        f"A {plan.family} checkpoint in molae's form. The factors of each layer were trained by",
+        f"molae {__version__} to answer as the original's experts do, on a calibration text.",
+        "",
+        "Relative error of the layers' answers on that text:",
+        "",
+        "| layer | before | after | steps |",
+        "|---|---|---|---|",
+        *(
+            f"| {row.layer} | {row.layer_error[0]:.4f} | {row.layer_error[-1]:.4f} | {row.steps} |"
+            for row in rows
+        ),
+        "",
+        *_loading(bool(plan.compressed)),
+        f"`{REPORT}` has the figures of each layer.",
+        "",
+        *_licence(kept),
+    ]
+    return "\n".join(lines)
+
+
+def _loading(compressed: bool) -> list[str]:
+    return [
         "## Loading",
         "",
         "    import molae.hf  # pip install 'molae[hf]'",
@@ -74,11 +110,7 @@ def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> st
         "experts with random numbers.",
         "",
         *(_NO_ORDINARY_FORM if compressed else _ORDINARY_FORM),
-        f"`{REPORT}` has the figures of each layer.",
-        "",
-        *_licence(kept),
     ]
-    return "\n".join(lines)
 
 
 _ORDINARY_FORM = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from molae.convert.calibrated import Calibrated, Calibration
 from molae.convert.card import convert_card
 from molae.convert.estimate import calibrated_seconds, fit_seconds, memory_bytes, scratch_bytes
 from molae.convert.jsontext import json_text
+from molae.convert.layer_state import training_told
 from molae.convert.methods import find_method
 from molae.convert.naming import named
 from molae.convert.pipeline import Data
 from molae.convert.planning import Plan, spread, storage, summarize
 from molae.convert.probe import Probe
-from molae.convert.report import CompressedRow, TypeRow
-from molae.convert.shards import COMPRESSED, Job, convert_shards
+from molae.convert.report import CompressedRow, HealRow, Rows, TypeRow
+from molae.convert.shards import COMPRESSED, Job, convert_shards, finished_layers
 from molae.errors import ArgumentError
 from molae.factored import Factored, group_tensors
 from molae.io import DTYPES, Checkpoint
@@ -106,17 +107,13 @@ class Conversion:
             return []
         return self.model.matrices(self.checkpoint, job.layer, job.kinds[0])
 
-    def resume(self, finished: Mapping[str, Path]) -> None:
+    def resume(
+        self, finished: Mapping[str, Path], state: Path, tell: Callable[[str], None]
+    ) -> None:
         """Take note of what an earlier run has left: paths by the names of shards."""
         if self.calibrated is not None:
-            self.calibrated.resume(
-                {
-                    job.layer: finished[shard.file]
-                    for shard in self.shards
-                    if shard.file in finished
-                    for job in shard.jobs
-                }
-            )
+            layers = finished_layers(self.shards, finished)
+            self.calibrated.resume(layers, state, training_told(tell))
 
     def compute(self, job: Job) -> tuple[dict[str, Data], list[dict[str, Any]]]:
         """Factors of one layer's matrix type, or its compressed experts; a row of the report."""
@@ -158,7 +155,11 @@ class Conversion:
             tokens=fitted.tokens,
             **fitted.diagnostics,
         )
-        return tensors, [dataclasses.asdict(row)]
+        return tensors, [dataclasses.asdict(row), *self._healed(job.layer, seconds)]
+
+    def _healed(self, layer: int, seconds: float) -> list[dict[str, Any]]:
+        found = None if self.calibrated is None else self.calibrated.healed()
+        return [] if found is None else [dataclasses.asdict(HealRow.of(layer, found, seconds))]
 
     def _compute_compressed(self, job: Job) -> tuple[dict[str, Data], list[dict[str, Any]]]:
         assert self.calibrated is not None
@@ -196,8 +197,8 @@ class Conversion:
             config["quantization_config"] = factored.to_dict()
         return json_text(config)
 
-    def card(self, plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> str:
-        return convert_card(plan, rows, kept)
+    def card(self, plan: Plan, rows: Rows, kept: Sequence[str]) -> str:
+        return convert_card(plan, rows["rows"], kept)
 
     def plan(self, *, timed: bool) -> Plan:
         """Facts about this conversion; `timed` measures how fast a few groups go."""

@@ -19,8 +19,9 @@ from molae.convert.companions import companion_names
 from molae.convert.destination import locked, prepare
 from molae.convert.journal import Journal, file_sha256
 from molae.convert.jsontext import json_text
+from molae.convert.layer_state import STATE
 from molae.convert.planning import Plan
-from molae.convert.report import REPORT, CompressedRow, Report, TypeRow
+from molae.convert.report import REPORT, Report, Rows, sorted_rows
 from molae.convert.shards import INDEX, index_text
 from molae.info import show_config
 from molae.io import copy_file_atomic, write_text_atomic
@@ -46,7 +47,7 @@ class Task(pipeline.Work, Protocol):
 
     def config_text(self) -> str: ...
 
-    def card(self, plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> str: ...
+    def card(self, plan: Plan, rows: Rows, kept: Sequence[str]) -> str: ...
 
     def plan(self, *, timed: bool) -> Plan: ...
 
@@ -110,7 +111,15 @@ def _header(task: Task, companions: Mapping[str, Path]) -> dict[str, Any]:
             "isa": facts["kernels"]["isa"],
             "numpy": np.__version__,
         },
-        "files": [*(shard.file for shard in task.shards), INDEX, *companions, CARD, CONFIG, REPORT],
+        "files": [
+            *(shard.file for shard in task.shards),
+            STATE,
+            INDEX,
+            *companions,
+            CARD,
+            CONFIG,
+            REPORT,
+        ],
     }
 
 
@@ -125,7 +134,7 @@ def _finish(
     """Write the small files; each is whole or absent at any moment, the report comes last."""
     entries = [journal.shards[shard.file] for shard in task.shards]
     found = [row for entry in entries for row in entry["rows"]]
-    rows = [TypeRow(**row) for row in found if "kind" in row]
+    rows = sorted_rows(found)
     write_text_atomic(dst / INDEX, index_text(task.shards))
     for name, path in companions.items():
         (dst / name).parent.mkdir(exist_ok=True)
@@ -146,10 +155,9 @@ def _finish(
             "fingerprint": task.checkpoint.fingerprint(),
             "sha256": {entry["file"]: entry["inputs"] for entry in entries},
         },
-        rows=tuple(rows),
         files=files,
         seconds=time.perf_counter() - start,
-        compressed=tuple(CompressedRow(**row) for row in found if "kind" not in row),
+        **rows,
     )
     write_text_atomic(dst / REPORT, json_text(report.to_dict()))
     return report

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from molae.arch import Model
 from molae.config import TYPES, ConvertConfig
+from molae.convert.allocation import split_numbers
 from molae.convert.measuring import TRIAL_SIZES
 from molae.errors import ArgumentError
 from molae.factored import LightModule
@@ -16,7 +17,7 @@ from molae.fit.reading import CHUNK
 from molae.io import DTYPES, Checkpoint
 from molae.threads import get_num_threads
 
-__all__ = ["BASE_BYTES", "Footprint"]
+__all__ = ["BASE_BYTES", "Footprint", "healing_bytes"]
 
 #: Python, NumPy and the libraries, before any work.
 BASE_BYTES = 60_000_000
@@ -87,13 +88,13 @@ class Footprint:
         cls, letters: Mapping[str, int], dtype: str, config: ConvertConfig, vocab: int = 0
     ) -> Footprint:
         """Of layers of these sizes, all experts at once."""
-        E, K, F, D = (letters[letter] for letter in "EKFD")
+        E, F, D = (letters[letter] for letter in "EFD")
         size = config.target_size or 1.0
         stack = E * F * D
         rank = math.ceil(size * D)  # about what large groups have; smaller ones have less
         private = E * F * min(rank, F, D)
-        ends = 8 * vocab * D + 4 * 3 * 256 * vocab
-        tokens = 4 * CHUNK * (K * F * ROWS + 6 * D + K * min(rank, D))
+        ends = _ends(vocab, D)
+        tokens = _tokens(letters, rank)
         a_thread = 8 * (7 * D * D + 2 * max(D, F) ** 2 + 2 * F * F + 4 * F * D + rank * (F + D))
         factors = int((3 * size + sum(TRIAL_SIZES)) * stack) * DTYPES[dtype].itemsize
         wide = 12 * stack if dtype == "F16" else 0
@@ -145,6 +146,34 @@ class Footprint:
     def nbytes(self) -> int:
         """Estimate of the peak."""
         return self.fixed + max(self.experts_at_once * self.expert, self.refit, self.light)
+
+
+def healing_bytes(checkpoint: Checkpoint, model: Model) -> int:
+    """Estimate of the peak of anonymous memory while the layers of a converted checkpoint are
+    trained, one at a time."""
+    assert model.factored is not None
+    D = model.letters["D"]
+    vocab = int(checkpoint.config.get("vocab_size", 0))
+    largest = max(
+        sum(split_numbers(split, F=model.letters["F"], D=D, form=model.factored.form)
+            for split in kinds.values())
+        for kinds in model.factored.layers.values()
+    )  # fmt: skip
+    fixed = BASE_BYTES + TORCH_BYTES + _ends(vocab, D) + _tokens(model.letters, D)
+    wide = 12 * model.letters["E"] * model.letters["F"] * D if model.dtype == "F16" else 0
+    # As stored and to be written besides.
+    return fixed + wide + largest * (4 * HEALED + 2 * DTYPES[model.dtype].itemsize)
+
+
+def _ends(vocab: int, D: int) -> int:
+    """Both ends of the model, and logits."""
+    return 8 * vocab * D + 4 * 3 * 256 * vocab
+
+
+def _tokens(letters: Mapping[str, int], rank: int) -> int:
+    """What is held while some tokens pass."""
+    K, F, D = (letters[letter] for letter in "KFD")
+    return 4 * CHUNK * (K * F * ROWS + 6 * D + K * min(rank, D))
 
 
 def _light_bytes(config: ConvertConfig, F: int, D: int) -> int:

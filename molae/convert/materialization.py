@@ -15,7 +15,7 @@ from molae.convert.footprint import BASE_BYTES
 from molae.convert.jsontext import json_text
 from molae.convert.pipeline import Data
 from molae.convert.planning import Plan, storage, summarize
-from molae.convert.report import TypeRow
+from molae.convert.report import Rows
 from molae.convert.shards import Job, materialize_shards
 from molae.errors import CheckpointError, NonFiniteError, ShapeError
 from molae.factored import Factored, group_tensors
@@ -51,7 +51,9 @@ class Materialization:
         self.settings: dict[str, Any] = {}
         self.digest = ""
 
-    def resume(self, finished: Mapping[str, Path]) -> None:
+    def resume(
+        self, finished: Mapping[str, Path], state: Path, tell: Callable[[str], None]
+    ) -> None:
         """Jobs do not depend on each other: nothing to take note of."""
 
     def source(self, job: Job) -> Sequence[np.ndarray]:
@@ -77,7 +79,7 @@ class Materialization:
         del config["quantization_config"]
         return json_text(config)
 
-    def card(self, plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> str:
+    def card(self, plan: Plan, rows: Rows, kept: Sequence[str]) -> str:
         return materialize_card(plan, kept)
 
     def plan(self, *, timed: bool) -> Plan:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from molae.convert.journal import Journal
+from molae.convert.layer_state import STATE
 from molae.convert.shards import Job, Shard
 from molae.io import Checkpoint, ShardWriter
 
@@ -35,8 +36,11 @@ class Work(Protocol):
     #: Bytes of results that may wait to be written while the next are computed.
     room: int
 
-    def resume(self, finished: Mapping[str, Path]) -> None:
-        """Shards that an earlier run has left, by name; called before any work."""
+    def resume(
+        self, finished: Mapping[str, Path], state: Path, tell: Callable[[str], None]
+    ) -> None:
+        """Called before any work: shards that an earlier run has left, by name; where the state
+        of what takes long within a job may be kept, and how to say what is under way."""
 
     def source(self, job: Job) -> Sequence[np.ndarray]:
         """The arrays that a job reads, views of mapped files."""
@@ -67,8 +71,9 @@ def run(
     When it is interrupted or fails, what is being written is waited for, unfinished files
     are removed, and the journal keeps the finished shards.
     """
-    work.resume({file: dst / file for file in journal.shards})
     pipeline = _Pipeline(work, dst, journal, progress)
+    finished = {file: dst / file for file in journal.shards}
+    work.resume(finished, dst / STATE, pipeline.tell)
     try:
         for shard in work.shards:
             if shard.file not in journal.shards:
@@ -76,6 +81,7 @@ def run(
         pipeline.drain()
     finally:
         pipeline.close()
+    (dst / STATE).unlink(missing_ok=True)
 
 
 class _Pipeline:
@@ -116,6 +122,10 @@ class _Pipeline:
         self._done += sum(spec.nbytes for spec in shard.copied)
         self._put(0, self._finish, out, shard, rows, inputs)
         self._progress(self._done, self._total, shard.file)
+
+    def tell(self, what: str) -> None:
+        """What is under way within a job."""
+        self._progress(self._done, self._total, what)
 
     def drain(self) -> None:
         while self._pending:

@@ -9,11 +9,23 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from molae.errors import CheckpointError
 
-__all__ = ["REPORT", "CompressedRow", "Report", "TypeRow", "total_error"]
+if TYPE_CHECKING:
+    from molae.fit import LayerDistillation
+
+__all__ = [
+    "REPORT",
+    "CompressedRow",
+    "HealRow",
+    "Report",
+    "Rows",
+    "TypeRow",
+    "sorted_rows",
+    "total_error",
+]
 
 REPORT = "molae-report.json"
 REPORT_VERSION = 1
@@ -96,6 +108,55 @@ class CompressedRow:
     seconds: float
 
 
+@dataclass(frozen=True)
+class HealRow:
+    """How one layer was trained to answer as the original's does.
+
+    Attributes
+    ----------
+    layer : int
+    layer_error : list of float
+        Relative error of the layer's answers on the calibration text before and after.
+    losses : list of [int, float]
+        The same on the tokens held out, by steps done.
+    steps : int
+        That were done; fewer than asked for where the layer no longer gained.
+    seconds : float
+    """
+
+    layer: int
+    layer_error: list[float]
+    losses: list[list[float]]
+    steps: int
+    seconds: float
+
+    @classmethod
+    def of(cls, layer: int, found: LayerDistillation, seconds: float) -> HealRow:
+        losses = [[step, loss] for step, loss in found.losses]
+        return cls(layer, found.error.tolist(), losses, found.steps, seconds)
+
+
+#: Rows of a shard by the name of what tells them apart.
+ROWS: Mapping[str, tuple[str, type]] = {
+    "kind": ("rows", TypeRow),
+    "num_compressed": ("compressed", CompressedRow),
+    "losses": ("healed", HealRow),
+}
+
+
+#: Rows by the entry of the report that they belong to.
+Rows = Mapping[str, tuple[Any, ...]]
+
+
+def sorted_rows(found: Sequence[Mapping[str, Any]]) -> Rows:
+    """From those of a journal."""
+    rows: dict[str, list[Any]] = {name: [] for name, _ in ROWS.values()}
+    for row in found:
+        name, made = next(own for mark, own in ROWS.items() if mark in row)
+        rows[name].append(made(**row))
+    return {name: tuple(own) for name, own in rows.items()}
+
+
 def total_error(rows: Sequence[TypeRow]) -> float:
     """Root mean square of the relative errors of several layers and types; 0 of none.
 
@@ -110,7 +171,7 @@ class Report:
 
     Attributes
     ----------
-    kind : {'convert', 'materialize'}
+    kind : {'convert', 'heal', 'materialize'}
     versions : dict
         Of molae, Python, NumPy, and the BLAS and instruction set in use.
     settings : dict
@@ -128,6 +189,8 @@ class Report:
         Wall time of this run; where it was resumed, of its last part.
     compressed : tuple of CompressedRow
         One for each layer that has compressed experts.
+    healed : tuple of HealRow
+        One for each layer that was trained: of 'heal', and of 'convert' where it was asked for.
     """
 
     kind: str
@@ -139,6 +202,7 @@ class Report:
     files: Mapping[str, Mapping[str, Any]]
     seconds: float
     compressed: tuple[CompressedRow, ...] = ()
+    healed: tuple[HealRow, ...] = ()
 
     def error(self, kind: str | None = None) -> float:
         """`total_error` of one matrix type, or of all that are in molae's form."""
@@ -158,7 +222,7 @@ class Report:
         out: dict[str, Any] = {"molae_report": REPORT_VERSION}
         for entry in dataclasses.fields(self):
             out[entry.name] = getattr(self, entry.name)
-        for name in ("rows", "compressed"):
+        for name, _ in ROWS.values():
             out[name] = [dataclasses.asdict(row) for row in getattr(self, name)]
         return out
 
@@ -177,10 +241,11 @@ class Report:
                 f"molae_report: this molae reads version {REPORT_VERSION}, got {version!r}"
             )
         try:
-            names = [entry.name for entry in dataclasses.fields(cls) if entry.name != "compressed"]
+            made = dict(ROWS.values())
+            names = [entry.name for entry in dataclasses.fields(cls) if entry.name not in made]
             values = {name: data[name] for name in names}
-            values["rows"] = tuple(TypeRow(**row) for row in data["rows"])
-            values["compressed"] = tuple(CompressedRow(**row) for row in data.get("compressed", ()))
+            for name, row in made.items():
+                values[name] = tuple(row(**own) for own in data.get(name, ()))
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{REPORT}: missing or unknown entry: {error}") from error
         return cls(**values)

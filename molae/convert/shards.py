@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from molae.arch import Model, factored_specs, light_specs
 from molae.config import TYPES
@@ -18,6 +19,8 @@ __all__ = [
     "Job",
     "Shard",
     "convert_shards",
+    "finished_layers",
+    "heal_shards",
     "index_text",
     "materialize_shards",
 ]
@@ -115,6 +118,30 @@ def materialize_shards(checkpoint: Checkpoint, model: Model) -> tuple[Shard, ...
             made = tuple(TensorSpec(name, model.dtype, shape) for name in names)
             jobs.setdefault(layer, []).append(Job(layer, together, made))
     return _shards(checkpoint, model, jobs, replaced)
+
+
+def heal_shards(checkpoint: Checkpoint, model: Model) -> tuple[Shard, ...]:
+    """The files of a converted checkpoint whose factors are written anew."""
+    assert model.factored is not None
+    form = model.factored.form
+    jobs: dict[int, list[Job]] = {}
+    replaced: set[str] = set()
+    for layer, kinds in model.factored.layers.items():
+        for kind in (kind for kind in TYPES if kind in kinds):
+            specs = factored_specs(model, layer, kind, kinds[kind], form)
+            replaced.update(spec.name for spec in specs)
+            jobs.setdefault(layer, []).append(Job(layer, (kind,), specs))
+    return _shards(checkpoint, model, jobs, replaced)
+
+
+def finished_layers(shards: Iterable[Shard], finished: Mapping[str, Path]) -> dict[int, Path]:
+    """Where each layer is whose shard is whole."""
+    return {
+        job.layer: finished[shard.file]
+        for shard in shards
+        if shard.file in finished
+        for job in shard.jobs
+    }
 
 
 def _shards(

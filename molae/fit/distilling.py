@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from molae.errors import ArgumentError, NonFiniteError
 from molae.fit.arguments import Array
-from molae.fit.descent import descend, parted
+from molae.fit.descent import Keeper, descend, parted, steps_of
 from molae.fit.reading import Layer, LayerInput, pieces
 from molae.fit.refitting import in_dtype
 from molae.fit.sums import squares
-from molae.ops import Projection, latent_experts_backward, latent_experts_forward
+from molae.ops import (
+    NarrowExperts,
+    Projection,
+    compressed_experts_backward,
+    compressed_experts_forward,
+    latent_experts_backward,
+    latent_experts_forward,
+    split_slots,
+)
 
 __all__ = ["LayerDistillation", "distill_layer"]
 
@@ -34,10 +43,16 @@ class LayerDistillation:
         Of the groups, ranks and dtypes of the student.
     error : (2,) ndarray of float64
         ``‖target − y‖ / ‖target‖`` before and after.
+    losses : list of (int, float)
+        The same over the tokens held out, with the steps done before each look at them.
+    steps : int
+        That were done.
     """
 
     layer: Layer
     error: Array
+    losses: list[tuple[int, float]]
+    steps: int
 
 
 def distill_layer(
@@ -45,10 +60,16 @@ def distill_layer(
     student: Layer,
     *,
     teacher: Layer | None = None,
+    light: tuple[Array | NarrowExperts, int] | None = None,
     trained: Sequence[str] = KINDS,
     epochs: int = EPOCHS,
+    steps: int | None = None,
     rate: float = RATE,
+    weight_decay: float = 0.0,
+    max_norm: float | None = None,
     seed: int = 0,
+    keeper: Keeper | None = None,
+    told: Callable[[int, int, float], object] | None = None,
 ) -> LayerDistillation:
     """Train a layer's experts to answer as a teacher's do, on what they read.
 
@@ -61,14 +82,27 @@ def distill_layer(
     teacher : (gate, up, down) of Projection, optional
         Whose answers, and ``given.lost``, are the target; where there are ``given.answers`` these
         are theirs.
+    light : (ndarray or NarrowExperts, int), optional
+        What acts in the place of the student's compressed experts, and how many of a token's
+        these are; it stays as it is.
     trained : sequence of {'gate', 'up', 'down'}
         Which of the student's; their private and their shared factors.
     epochs : int
-        Passes over the tokens.
+        Passes over the tokens, where `steps` does not say it.
+    steps : int, optional
+        Of at most 1,024 tokens.
     rate : float
-        In root mean squares of what each array begins with.
+        In root mean squares of what each array begins with; after a warm-up over a twentieth of
+        the steps it falls on a cosine.
+    weight_decay, max_norm
+        As in `AdamW`.
     seed : int
         Of the order in which tokens come.
+    keeper : Keeper, optional
+        Where the state is kept from time to time; a run that was interrupted goes on from there
+        to the same bytes.
+    told : callable, optional
+        Is told steps done, steps in all, and the last loss over the tokens held out.
 
     Returns
     -------
@@ -79,13 +113,16 @@ def distill_layer(
     ShapeError, ArgumentError
         An argument is not as described, or neither answers nor a teacher.
     NonFiniteError
-        NaN or Inf in what the experts read or answer.
+        NaN or Inf in what the experts read or answer, or a step has led there; it is named.
+    NumericalError
+        The loss has grown out of all proportion; the step is named.
 
     Notes
     -----
     AdamW on masters of the dtype of ``given.x``, in batches of 1,024 tokens, by the kernels of
-    `molae.ops`, forward and backward. One token in 16 is held out, and what answers these best is
-    kept: the layer is never worse there than it was. The identity of the gauge form stays.
+    `molae.ops`, forward and backward. One token in 16 is held out and looked at after each pass;
+    what answers these best is kept: the layer is never worse there than it was. Four passes
+    without a gain are the end. The identity of the gauge form stays.
 
     Examples
     --------
@@ -106,52 +143,95 @@ def distill_layer(
         raise ArgumentError("teacher: needed where given has no answers")
     if not trained or not set(trained) <= set(KINDS):
         raise ArgumentError(f"trained: expected some of {', '.join(KINDS)}, got {list(trained)}")
-    if epochs < 0 or not rate > 0:
-        raise ArgumentError(f"expected epochs >= 0 and rate > 0, got {epochs} and {rate}")
+    asked = epochs if steps is None else steps
+    if asked < 0 or not rate > 0 or weight_decay < 0:
+        raise ArgumentError(
+            "expected epochs, steps, weight_decay >= 0 and rate > 0, got "
+            f"{epochs}, {steps}, {weight_decay} and {rate}"
+        )
     given.check()
-    return _Distilling(given, student, teacher or student, trained).solve(epochs, rate, seed)
+    own = _Distilling(given, student, teacher or student, light, trained)
+    return own.solve(
+        steps_of(epochs, own.seen) if steps is None else steps,
+        rate=rate,
+        weight_decay=weight_decay,
+        max_norm=max_norm,
+        seed=seed,
+        keeper=keeper,
+        told=told,
+    )
 
 
 class _Distilling:
     def __init__(
-        self, given: LayerInput, student: Layer, teacher: Layer, trained: Sequence[str]
+        self,
+        given: LayerInput,
+        student: Layer,
+        teacher: Layer,
+        light: tuple[Array | NarrowExperts, int] | None,
+        trained: Sequence[str],
     ) -> None:
         self._student = student
         self._trained = [kind for kind in KINDS if kind in trained]
-        wide = dict(zip(KINDS, (in_dtype(p, given.x.dtype) for p in student), strict=True))
+        masters = dict(zip(KINDS, (in_dtype(p, given.x.dtype) for p in student), strict=True))
         #: Masters: what is trained has copies of its own.
         self._weights: dict[str, Array] = {}
         for kind in self._trained:
-            wide[kind] = self._own(kind, wide[kind])
-        self._layer: Layer = (wide["gate"], wide["up"], wide["down"])
+            masters[kind] = self._own(kind, masters[kind])
+        self._layer: Layer = (masters["gate"], masters["up"], masters["down"])
+        #: Vectors that act within the experts that run, and n; nothing otherwise.
+        self._vectors: tuple[Array, int] | None = None
+        narrow: tuple[NarrowExperts, int] | None = None
+        if light is not None:
+            own, n = light
+            if isinstance(own, NarrowExperts):
+                wide = {name: array.astype(given.x.dtype) for name, array in own.arrays.items()}
+                narrow = NarrowExperts.of(wide), n
+            else:
+                self._vectors = own.astype(given.x.dtype, copy=False), n
         answers = given.room("aim", given.x.shape) if given.room else np.empty_like(given.x)
-        self._target = 0.0
-        for some, _, aim in given.aims(teacher):
-            answers[some] = aim
+        index = np.array(given.index)
+        self.seen, self._held = parted(len(given.x))
+        held = np.zeros(len(given.x), bool)
+        held[self._held] = True
+        self._target = self._target_held = 0.0
+        for some, call, aim in given.aims(teacher):
             self._target += squares(aim)
+            self._target_held += squares(aim[held[some]])
+            if narrow is not None:
+                # These answer beside the others: what they answer is none of the others' concern.
+                x, every, weights = call
+                index[some], rest = split_slots(every, weights, narrow[0].num_experts, narrow[1])
+                aim -= narrow[0].forward(x, rest, weights, given.activation)
+            answers[some] = aim
         if not math.isfinite(self._target):
             raise NonFiniteError("NaN or Inf in what the experts read or answer")
-        #: With all that is to be answered.
-        self._given = replace(given, answers=answers, lost=None)
-        self._seen, self._held = parted(len(given.x))
+        #: With all that is to be answered by the experts that run.
+        self._given = replace(given, index=index, answers=answers, lost=None)
 
-    def solve(self, epochs: int, rate: float, seed: int) -> LayerDistillation:
+    def solve(self, steps: int, **options: Any) -> LayerDistillation:
         every = np.arange(len(self._given.x))
+        scale = self._target if self._target > 0 else 1.0
         start = self._lost(every)
-        best = descend(
-            self._weights, self._slopes, lambda: self._lost(self._held), self._seen,
-            epochs=epochs, rate=rate, seed=seed,
+        found = descend(
+            self._weights, self._slopes, lambda: self._lost(self._held), self.seen,
+            steps=steps, **options,
         )  # fmt: skip
         for name, array in self._weights.items():
-            array[...] = best[name]
+            array[...] = found.weights[name]
         end = self._lost(every)
-        scale = self._target if self._target > 0 else 1.0
         stored = (
             in_dtype(p, old.dtype) if old.dtype is not None else p
             for p, old in zip(self._layer, self._student, strict=True)
         )
         gate, up, down = stored
-        return LayerDistillation((gate, up, down), np.sqrt(np.array([start, end]) / scale))
+        whole = self._target_held or 1.0
+        return LayerDistillation(
+            (gate, up, down),
+            np.sqrt(np.array([start, end]) / scale),
+            [(step, math.sqrt(loss / whole)) for step, loss in found.losses],
+            found.steps,
+        )
 
     # ------------------------------------------------------------------ its parts
 
@@ -173,21 +253,31 @@ class _Distilling:
 
     def _slopes(self, tokens: Array) -> dict[str, Array]:
         call, aim = self._given.rows(tokens)
-        act = self._given.activation
-        dy, saved = latent_experts_forward(*call, *self._layer, activation=act, save=True)
+        dy, saved = self._forward(call, save=True)
         dy -= aim
         dy /= self._target
-        found = latent_experts_backward(
-            dy, saved, *call, *self._layer, activation=act, wanted=self._trained
-        )
+        act: Any = {"activation": self._given.activation, "wanted": self._trained}
+        if self._vectors is None:
+            found = latent_experts_backward(dy, saved, *call, *self._layer, **act)
+        else:
+            found = compressed_experts_backward(
+                dy, saved, *call, *self._layer, *self._vectors, **act
+            )
         return {name: own for kind in self._trained for name, own in _named(kind, found)}
+
+    def _forward(self, call: tuple[Array, Array, Array], *, save: bool = False) -> Any:
+        act = self._given.activation
+        if self._vectors is None:
+            return latent_experts_forward(*call, *self._layer, activation=act, save=save)
+        return compressed_experts_forward(
+            *call, *self._layer, *self._vectors, activation=act, save=save
+        )
 
     def _lost(self, tokens: Array) -> float:
         total = 0.0
         for some in pieces(tokens):
             call, aim = self._given.rows(some)
-            y = latent_experts_forward(*call, *self._layer, activation=self._given.activation)
-            total += squares(y - aim)
+            total += squares(self._forward(call) - aim)
         if not math.isfinite(total):
             raise NonFiniteError("NaN or Inf in what the experts answer")
         return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,8 @@ import numpy.typing as npt
 from molae.config import TYPES
 from molae.errors import ArgumentError, NonFiniteError, PrecisionWarning
 from molae.fit.arguments import Groups, Stack, experts, partition, renumbered
-from molae.fit.distilling import distill_layer
+from molae.fit.descent import Keeper, parted
+from molae.fit.distilling import LayerDistillation, distill_layer
 from molae.fit.factors import SharedFactors, joined
 from molae.fit.layer_moments import Energies, LayerMoments, layer_energies, layer_moments
 from molae.fit.reading import LayerInput
@@ -66,12 +67,15 @@ class LayerFit:
         after each.
     energies : Energies
         Of what the experts read.
+    healed : LayerDistillation, optional
+        How a training in the end went.
     """
 
     projections: Mapping[str, Projection]
     factors: Mapping[str, SharedFactors]
     layer_error: Mapping[str, list[float]]
     energies: Energies
+    healed: LayerDistillation | None = None
 
 
 def fit_layer(
@@ -83,6 +87,8 @@ def fit_layer(
     refits: Sequence[tuple[str, int]] = REFITS,
     heal: int = 0,
     experts_at_once: int | None = None,
+    keeper: Keeper | None = None,
+    told: Callable[[int, int, float], object] | None = None,
 ) -> LayerFit:
     """Fit latent experts to what a layer's own experts answer to a text.
 
@@ -104,10 +110,13 @@ def fit_layer(
         'up_proj' or 'down_proj', and steps of `refit`, in turn. Types not in `parts` are left out.
     heal : int
         Passes over the tokens in which, in the end, all factors are trained together; see
-        `distill_layer`.
+        `distill_layer`. The refits then leave out the tokens that this looks at to see how it
+        goes.
     experts_at_once : int, optional
         Moments of so many experts at a time, in as many passes over the tokens; the result has
         the same bits. Default: of all.
+    keeper, told
+        Of the training, as in `distill_layer`.
 
     Returns
     -------
@@ -165,24 +174,30 @@ def fit_layer(
     }
     teacher = own["gate_proj"], own["up_proj"], own["down_proj"]
     errors: dict[str, list[float]] = {}
+    felt = given
+    if heal and refits:
+        felt = given.without(parted(len(given.x))[1], own["gate_proj"].num_experts)
     for kind, steps in refits:
         if kind not in factors:
             continue
         which: Literal["up", "down"] = "up" if kind == "up_proj" else "down"
         layer = student["gate_proj"], student["up_proj"], student["down_proj"]
-        found = refit(given, layer, teacher, which, metric=metric, steps=steps)
+        found = refit(felt, layer, teacher, which, metric=metric, steps=steps)
         stored = factors[kind].shared[0].dtype
         student[kind] = runnable(in_dtype(found.projection, stored))
         errors.setdefault(kind, [float(found.error[0])]).append(float(found.error[-1]))
+    healed: LayerDistillation | None = None
     if heal:
         layer = student["gate_proj"], student["up_proj"], student["down_proj"]
         trained = [kind.removesuffix("_proj") for kind in factors]
-        healed = distill_layer(given, layer, teacher=teacher, trained=trained, epochs=heal)
+        healed = distill_layer(
+            given, layer, teacher=teacher, trained=trained, epochs=heal, keeper=keeper, told=told
+        )
+        before, after = (float(error) for error in healed.error)
         for kind, projection in zip(TYPES, healed.layer, strict=True):
             if kind in factors:
                 stored = factors[kind].shared[0].dtype
                 student[kind] = runnable(in_dtype(projection, stored))
-                before, after = (float(error) for error in healed.error)
                 errors.setdefault(kind, [before]).append(after)
     fitted = {
         kind: replace(
@@ -192,7 +207,7 @@ def fit_layer(
         )
         for kind, f in factors.items()
     }
-    return LayerFit(student, fitted, errors, energies)
+    return LayerFit(student, fitted, errors, energies, healed)
 
 
 class Gathered:

@@ -10,7 +10,7 @@ import numpy as np
 
 from molae.errors import ArgumentError, NonFiniteError
 from molae.fit.arguments import Array
-from molae.fit.descent import descend, parted
+from molae.fit.descent import descend, parted, steps_of
 from molae.fit.moments import SecondMoments, second_moments
 from molae.fit.reading import Layer, LayerInput, Routed, pieces
 from molae.fit.refit_metrics import ROOT, SOLVE, bases, moments_product
@@ -283,16 +283,16 @@ class _Fit:
         """In all of them; what is best on the tokens held out."""
         weights = {name: array.copy() for name, array in start.arrays.items()}
         now = replace(start, **weights)
-        best = descend(
+        found = descend(
             weights,
             lambda tokens: self._slopes(now, tokens, self._left.target),
             lambda: self.lost(now, self._held),
             self._seen,
-            epochs=epochs,
+            steps=steps_of(epochs, self._seen),
             rate=rate,
             seed=seed,
         )
-        return replace(start, **best)
+        return replace(start, **found.weights)
 
     def lost(self, experts: NarrowExperts, tokens: Array) -> float:
         """Squared error over some tokens."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,8 @@ class LayerInput:
         have lost.
     answers : (N, D) ndarray, optional
         What its own experts answer, where that is known already; may be mapped.
+    left_out : (N,) ndarray of bool, optional
+        Tokens that reach no expert here and ask for no answer.
     room : callable, optional
         Given a name and a shape, an array of the dtype of `x` in which a fit may keep what it
         needs several times, such as one in a mapped file; a name that is asked for again may have
@@ -56,22 +58,31 @@ class LayerInput:
     activation: Activation = "silu"
     lost: Array | None = None
     answers: Array | None = None
+    left_out: Array | None = None
     room: Callable[[str, tuple[int, ...]], Array] | None = None
 
     def first(self, tokens: int) -> LayerInput:
         """The first tokens alone."""
-        lost, answers = (
-            None if rows is None else rows[:tokens] for rows in (self.lost, self.answers)
+
+        def cut(rows: Array | None) -> Any:
+            return None if rows is None else rows[:tokens]
+
+        return replace(
+            self,
+            x=cut(self.x),
+            index=cut(self.index),
+            weights=cut(self.weights),
+            lost=cut(self.lost),
+            answers=cut(self.answers),
+            left_out=cut(self.left_out),
         )
-        return LayerInput(
-            self.x[:tokens],
-            self.index[:tokens],
-            self.weights[:tokens],
-            self.activation,
-            lost,
-            answers,
-            self.room,
-        )
+
+    def without(self, tokens: Array, num_experts: int) -> LayerInput:
+        """As if tokens of these numbers were not there."""
+        left_out, index = np.zeros(len(self.x), bool), np.array(self.index)
+        left_out[tokens] = True
+        index[tokens] = num_experts
+        return replace(self, index=index, left_out=left_out)
 
     def chunks(self) -> Iterator[tuple[slice, Array, Array, Array]]:
         """Where in N, x, index, weights: a few tokens at a time, in memory."""
@@ -92,6 +103,8 @@ class LayerInput:
                 aim = np.array(self.answers[some])
             if self.lost is not None:
                 aim += self.lost[some]
+            if self.left_out is not None:
+                aim[self.left_out[some]] = 0
             yield some, (x, index, weights), aim
 
     def rows(self, tokens: Array) -> tuple[tuple[Array, Array, Array], Array]:

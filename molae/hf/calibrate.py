@@ -535,7 +535,7 @@ class _Taken:
             activation,
             None if lost is None else lost.reshape(self._x.shape),
             self._answers,
-            self._room,
+            room=self._room,
         )
 
 

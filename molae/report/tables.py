@@ -88,6 +88,15 @@ def report_view(report: Report) -> RenderableType:
                 f"place, fitted, {end:.4f}."
             )
         ]
+    if report.healed:
+        table = _table("layer", "error before", "after", "steps", "time")
+        for row in report.healed:
+            before, after = row.layer_error[0], row.layer_error[-1]
+            table.add_row(
+                str(row.layer), f"{before:.4f}", f"{after:.4f}", str(row.steps),
+                f"{row.seconds:.1f} s",
+            )  # fmt: skip
+        parts += [Text("Relative error of the layers' answers, trained in the end:"), table]
     size = sum(entry["bytes"] for entry in report.files.values())
     parts += [Text(f"{len(report.files) + 1} files, {size_text(size)}, in {report.seconds:.1f} s.")]
     return Group(*parts)
@@ -143,6 +152,7 @@ def _heading(plan: Plan) -> Text:
     letters = ", ".join(f"{letter}={plan.letters[letter]}" for letter in "LEKDF")
     what = {
         "convert": f"method {plan.method} ({plan.form} form)",
+        "heal": f"its factors ({plan.form} form) are trained, layer after layer",
         "materialize": "multiplied out to an ordinary checkpoint",
     }[plan.kind]
     return Text(f"{plan.source}: {plan.family}, {letters}, {plan.dtype}; {what}")
@@ -165,7 +175,7 @@ def _sizes(plan: Plan) -> Table:
 
 
 def _parts(plan: Plan) -> Table:
-    stored: Storage = plan.after if plan.kind == "convert" else plan.before
+    stored: Storage = plan.before if plan.kind == "materialize" else plan.after
     table = _table("type", "experts a group", "ranks", "shared", "private", "dense", "indices")
     for kind in TYPES:
         numbers, summary = stored.numbers[kind], plan.types.get(kind)
@@ -228,6 +238,8 @@ def _needs(plan: Plan) -> Table:
 def _remarks(plan: Plan) -> Iterable[Text]:
     if plan.kind == "materialize":
         yield Text("The result has the original's full size; what was saved on the disk is lost.")
+    elif plan.kind == "heal":
+        yield Text("Sizes stay as they are.")
     elif not plan.types and plan.compressed:
         yield Text(
             "The experts that run stay as they are; what acts in the others' place is added."
