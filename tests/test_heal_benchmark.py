@@ -63,6 +63,7 @@ def test_every_row_is_made_by_its_steps(run):
         assert tuple(step["step"] for step in row["steps"]) == rows_module.ROWS[name].steps
         for step in row["steps"]:
             assert step["seconds"] > 0
+            assert step["cpu_seconds"] > 0
             assert step["peak_bytes"] >= step["start_bytes"] > 10**7
     # Steps that rows begin with alike were done once.
     assert rows["both"]["steps"][:2] == rows["layers"]["steps"]
@@ -118,8 +119,8 @@ def test_it_is_drawn(run, tmp_path):
 
 
 def made(loss, name, size=1.0, **more):
-    steps = [{"step": s, "seconds": 1.0, "start_bytes": 10**8, "peak_bytes": 2 * 10**8}
-             for s in rows_module.ROWS[name].steps]  # fmt: skip
+    cost = {"seconds": 2.0, "cpu_seconds": 1.0, "start_bytes": 10**8, "peak_bytes": 2 * 10**8}
+    steps = [{"step": step, **cost} for step in rows_module.ROWS[name].steps]
     return {"name": name, "size": size, "steps": steps, "experts": 4, "loss": loss,
             "perplexity": math.exp(loss), "rise": math.expm1(loss - 3.0), "rise_se": 0.01,
             **more}  # fmt: skip
@@ -152,7 +153,7 @@ def test_right_figures_pass_and_are_shown(result):
     assert "+5.13%" in text
     assert "| 77% |" in text.replace("  ", " ")
     assert "-4.88%" in text
-    assert "1.0 s, 100 MB" in text
+    assert "1.0 (2) s, 100 MB" in text
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_a_wrong_figure_is_refused(result, row, entry, value):
 
 
 def test_rows_must_share_the_steps_that_they_begin_with(result):
-    result["rows"][3]["steps"][0]["seconds"] = 2.0
+    result["rows"][3]["steps"][0]["seconds"] = 3.0
     with pytest.raises(ArithmeticError, match="another than in other rows"):
         figures.check(result)
     result["rows"][3]["steps"].pop(0)

@@ -196,15 +196,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--heal-passes", type=int, default=8, help="over the text, each layer's")
     parser.add_argument("--heal-rate", type=float, default=molae.HealConfig.rate)
-    parser.add_argument("--router-steps", type=int, default=375)
-    parser.add_argument("--router-rate", type=float, default=5e-5)
-    parser.add_argument("--tune-steps", type=int, default=300)
+    parser.add_argument("--router-steps", type=int, default=100)
+    parser.add_argument("--router-rate", type=float, default=1e-3)
+    parser.add_argument("--tune-steps", type=int, default=100)
     parser.add_argument("--tune-rate", type=float, default=2e-4)
     parser.add_argument(
         "--distill", type=float, default=1.0, metavar="SHARE",
         help="of the original's distributions in the loss of the fine-tuning; 0: the text alone",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, default=8, help="rows a step, of routers and tuning")
+    parser.add_argument("--batch", type=int, default=4, help="rows a step, of routers and tuning")
     return parser
 
 

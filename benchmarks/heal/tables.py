@@ -24,7 +24,8 @@ def heal(result: Result) -> str:
     parts = [about(result), _rises(result, names, sizes)]
     if "original-tuned" in names:
         parts.append(_tuned(result, names, sizes))
-    parts.append(_costs(result, sizes))
+    if any(row.get("steps") for row in result["rows"]):
+        parts.append(_costs(result, sizes))
     return "\n\n".join(parts)
 
 
@@ -117,15 +118,14 @@ def _costs(result: Result, sizes: list[float]) -> str:
                 continue
             begun.append(cost["start_bytes"])
             more = (cost["peak_bytes"] - cost["start_bytes"]) / 1e6
-            line.append(f"{cost['seconds']:.1f} s, {more:,.0f} MB")
+            line.append(f"{cost['cpu_seconds']:.1f} ({cost['seconds']:.0f}) s, {more:,.0f} MB")
         cells.append(line)
     head = result["header"]
     note = (
         f"What each step takes on {head['threads']} thread{'s' * (head['threads'] > 1)} of "
-        f"{head['cpu']['model']}: seconds, and the peak of anonymous memory beyond the "
+        f"{head['cpu']['model']}: seconds of the processor (of the clock, on a machine that others "
+        "may use, too), and the peak of anonymous memory beyond the "
         f"{max(begun) / 1e6:,.0f} MB that Python holds with PyTorch and Transformers loaded. Each "
         "step is a process of its own, and each conversion measures the original anew."
     )
-    if head["busy"]:
-        note += " The machine was busy with other work: read ratios, not seconds."
     return f"{table(['', *(f'size {size:g}' for size in sizes)], cells)}\n\n{note}"
