@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> Found:
     )  # fmt: skip
     rows, began = Rows(given.work / "rows.json"), time.perf_counter()
     found: list[Found] = []
-    names = dict.fromkeys(["original", *args.rows])
+    names = [name for name in ROWS if name == "original" or name in args.rows]
     for size in (1.0, *args.model_sizes):
         for name in (n for n in names if ROWS[n].sized == (size < 1)):
             ways = _ways(args, given, name, size)
@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> Found:
                 if "sums" in row:
                     say(f"  perplexity {math.exp(sum(row['sums']) / sum(row['sizes'])):.3f}")
             found.append({**row, "name": name})
-    result = {
+    result: Found = {
         "molae_heal": FORMAT,
         "header": header(args.threads),
         "names": given.names,
@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> Found:
 
 def _ways(args: argparse.Namespace, given: Inputs, name: str, size: float) -> list[list[Step]]:
     """Steps that make a row; of several ways the one with the lowest perplexity is the row's."""
-    first = [{"size": size}]
+    first: list[Found] = [{"size": size}]
     if ROWS[name].steps[:1] == ("published",):
         groups = [k for k in PUBLISHED_GROUPS if k <= given.facts["experts"]]
         first = [{"method": "molae", "size": size, "group_size": k} for k in groups]

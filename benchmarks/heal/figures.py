@@ -42,7 +42,7 @@ def check(result: Result) -> None:
         own, where = ROWS[row["name"]], f"{row['name']} at {row['size']:g}"
         if "loss" not in row:
             continue
-        expected = {"perplexity": math.exp(row["loss"])}
+        expected: dict[str, float | None] = {"perplexity": math.exp(row["loss"])}
         for rise, other in (("rise", "original"), ("rise_tuned", "original-tuned")):
             if rise in row:
                 base = find(result, other, row["size"])

@@ -47,6 +47,7 @@ STEPS: Mapping[str, str] = {
     "tuned-more": "fine-tuning, with the layers' tokens",
 }
 
+#: By name; each after the row that it heals.
 ROWS: Mapping[str, Row] = {
     "original": Row("the original", ()),
     "original-tuned": Row("the original, fine-tuned", ("tuned",)),

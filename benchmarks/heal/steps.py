@@ -111,7 +111,9 @@ def main(spec: str, out: str) -> None:
     path, tokens, sequences, length = given["source"]
     task = Task(
         Source(Path(path), np.load(tokens), sequences, length),
-        *(Path(given[name]) for name in ("text", "src", "dst")),
+        Path(given["text"]),
+        Path(given["src"]),
+        Path(given["dst"]),
         given["settings"],
     )
     start_bytes = anonymous_bytes()
