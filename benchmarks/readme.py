@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import RESULTS, ROOT, tables
 from benchmarks.compressed.tables import compressed
+from benchmarks.heal.tables import heal
 from benchmarks.quality.tables import quality
 
 __all__ = ["SECTIONS", "update"]
@@ -40,6 +41,10 @@ PAGES: Mapping[str, Sections] = {
         "compressed": ("compressed.json", compressed),
         "compressed-second": ("compressed_second.json", compressed),
         "active": ("active.json", tables.benchmarks),
+    },
+    "docs/healing.md": {
+        "heal": ("heal.json", heal),
+        "heal-second": ("heal_second.json", heal),
     },
     "docs/performance.md": {
         "calibration": ("calibration.json", tables.benchmarks),

@@ -376,6 +376,7 @@ def test_pages_beside_the_readme(page):
     assert list(readme.PAGES) == [
         "docs/quality.md",
         "docs/compressed.md",
+        "docs/healing.md",
         "docs/performance.md",
     ]
     other = path.parent / "docs" / "quality.md"

@@ -19,10 +19,11 @@ FIGURES = {
     "02_pretrain_latent": 2,
     "03_calibrate": 3,
     "04_compressed_experts": 4,
+    "05_heal": 3,
 }
 
 #: Those that import torch and transformers.
-NEED_TORCH = {"02_pretrain_latent", "03_calibrate", "04_compressed_experts"}
+NEED_TORCH = {"02_pretrain_latent", "03_calibrate", "04_compressed_experts", "05_heal"}
 
 #: What libraries say on first use, or where no widgets are installed.
 HARMLESS = ("font cache", "IProgress not found")

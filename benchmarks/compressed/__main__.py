@@ -19,10 +19,9 @@ from benchmarks.compressed import tables
 from benchmarks.compressed.forms import FORMS, TRAINED, title
 from benchmarks.compressed.making import Bench, Training
 from benchmarks.header import header
-from benchmarks.quality.inputs import add_inputs, begin, find_inputs, keep, say, work_folder
+from benchmarks.quality.inputs import add_inputs, begin, keep, prepare, say
 from benchmarks.quality.kept import Found, Rows
-from benchmarks.quality.model import Scores, Text, load, score
-from molae.hf.windows import ratio, tokenize
+from benchmarks.quality.model import Scores, rises, score
 
 FORMAT = 1
 SIZES = (1.0, 0.75)
@@ -39,17 +38,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> Found:
-    path, text, held_out, names = find_inputs(args)
-    model, tokenizer = load(path)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    length = min(args.length, longest or args.length)
-    scored = Text(tokenizer, held_out, args.test_tokens, longest)
-    K, training = model.config.num_experts_per_tok, Training(args.steps, args.tune_rate)
-    work = work_folder(args, path, text, held_out, args.steps, args.tune_rate)
-    (work / "text.txt").write_text(text, encoding="utf-8")
-    bench = Bench(path, tokenize(tokenizer, text).numpy(), max(1, args.tokens // length), length,
-                  work / "text.txt", work, training)  # fmt: skip
-    rows = Rows(work / "rows.json")
+    given = prepare(args, args.steps, args.tune_rate)
+    K, training = given.facts["num_experts_per_tok"], Training(args.steps, args.tune_rate)
+    bench = Bench(**vars(given.source), text=given.text, work=given.work, training=training)
+    rows = Rows(given.work / "rows.json")
     began = time.perf_counter()
 
     def done(form: str, stage: str, size: float, n: int) -> Found:
@@ -60,7 +52,7 @@ def _run(args: argparse.Namespace) -> Found:
             say(f"{title(form, stage)}, n = {n}, size {size:g} ({passed:.0f} s)")
             start = time.perf_counter()
             other, facts = bench.make(form, stage, size, n)
-            scores = score(other, scored)
+            scores = score(other, given.scored)
             found = {
                 "name": name, "form": form, "stage": stage, "size": size, "n": n, **facts,
                 "seconds": round(time.perf_counter() - start, 1),
@@ -85,17 +77,12 @@ def _run(args: argparse.Namespace) -> Found:
     return {
         "molae_compressed": FORMAT,
         "header": header(args.threads),
-        "names": names,
-        "model": {
-            "kind": model.config.model_type,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "experts": model.config.num_experts,
-            "num_experts_per_tok": K,
-        },
+        "names": given.names,
+        "model": given.facts,
         "calibration_tokens": bench.sequences * bench.length,
         "test_tokens": int(base.sizes.sum()),
         "training": {"steps": args.steps, "rate": args.tune_rate, "batch": training.batch_size,
-                     "length": length, "light_rates": dict(training.light_rates)},
+                     "length": bench.length, "light_rates": dict(training.light_rates)},
         "rows": [_against(row, base, made) for row in made],
     }  # fmt: skip
 
@@ -103,14 +90,8 @@ def _run(args: argparse.Namespace) -> Found:
 def _against(row: Found, base: Scores, rows: list[Found]) -> Found:
     """With its rise over the whole original, and the share of the gap that it closes."""
     kept = {key: value for key, value in row.items() if key not in ("sums", "sizes")}
-    loss = ratio(row["sums"], row["sizes"])
-    rise = ratio([a - b for a, b in zip(row["sums"], base.sums, strict=True)], row["sizes"])
-    kept |= {
-        "loss": loss.mean,
-        "perplexity": math.exp(loss.mean),
-        "rise": math.expm1(rise.mean),
-        "rise_se": math.exp(rise.mean) * rise.se,
-    }
+    own = Scores(np.array(row["sums"]), np.array(row["sizes"]))
+    kept |= rises(own, base)
     ends = {other["form"]: sum(other["sums"]) for other in rows
             if other["size"] == row["size"] and other["stage"] in ("", "fitted")
             and other["n"] in (0, row["n"])}  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.compressed.forms import title
 from benchmarks.tables import table
 
-__all__ = ["compressed"]
+__all__ = ["about", "compressed"]
 
 Result = Mapping[str, Any]
 
@@ -16,14 +16,15 @@ Result = Mapping[str, Any]
 def compressed(result: Result) -> str:
     """All tables of one run."""
     sizes = list(dict.fromkeys(row["size"] for row in result["rows"]))
-    parts = [_about(result)]
+    parts = [about(result)]
     parts += [_untrained(result, size) for size in sizes]
     if any(row["stage"] in ("distilled", "tuned", "from-1") for row in result["rows"]):
         parts.append(_trained(result, sizes))
     return "\n\n".join(parts)
 
 
-def _about(result: Result) -> str:
+def about(result: Result) -> str:
+    """Which model, and which texts; the first row is the original."""
     model, names = result["model"], result["names"]
     return (
         f"Model: {' '.join(names[key] for key in ('model', 'trained') if key in names)} "

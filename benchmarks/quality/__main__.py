@@ -23,7 +23,7 @@ from benchmarks.quality.errors import output_error, weight_error
 from benchmarks.quality.inputs import add_inputs, begin, find_inputs, keep, say, work_folder
 from benchmarks.quality.kept import Found, Rows
 from benchmarks.quality.layer import OutOfReach
-from benchmarks.quality.model import Scores, Text, layers_of, load, replaced, score
+from benchmarks.quality.model import Scores, Text, layers_of, load, replaced, rises, score
 from benchmarks.quality.noise import gaussian_twin
 from benchmarks.quality.rows import ROWS, Attempt, Bench
 from molae.hf.windows import ratio, tokenize
@@ -120,17 +120,11 @@ def _scored(bench: Bench, model: Any, scored: Text, base: Scores, attempt: Attem
     else:
         with replaced(model, attempt.layers):
             found = score(model, scored)
-    loss = ratio(list(found.sums), list(found.sizes))
-    rise = ratio(list(found.sums - base.sums), list(found.sizes))
     stored = sum(layer.stored for layer in attempt.layers)
     return {
         "note": attempt.note,
         "reached": stored / sum(layer.numbers for layer in bench.layers),
-        "loss": loss.mean,
-        "perplexity": math.exp(loss.mean),
-        "perplexity_se": math.exp(loss.mean) * loss.se,
-        "rise": math.expm1(rise.mean),
-        "rise_se": math.exp(rise.mean) * rise.se,
+        **rises(found, base),
         "weight_error": weight_error(bench.layers, attempt.layers),
         "output_error": output_error(bench.layers, attempt.layers),
         "sums": found.sums.tolist(),

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,37 @@ import molae.hf
 from benchmarks import RESULTS, ROOT
 from benchmarks.header import usable_cpus
 from benchmarks.quality import second
+from benchmarks.quality.model import Source, Text, load
 from molae.demo import corpus
 from molae.hf.calibrate import read_calibration_text
+from molae.hf.windows import tokenize
 
-__all__ = ["add_inputs", "begin", "find_inputs", "keep", "say", "work_folder"]
+__all__ = ["Inputs", "add_inputs", "begin", "find_inputs", "keep", "prepare", "say", "work_folder"]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a comparison that trains works on.
+
+    Attributes
+    ----------
+    source : Source
+    text : Path
+        Of the source's tokens, as a file to train with.
+    scored : Text
+    names : dict of str to str
+        What model and texts are called.
+    facts : dict
+        About the model, for the tables.
+    work : Path
+    """
+
+    source: Source
+    text: Path
+    scored: Text
+    names: dict[str, str]
+    facts: dict[str, Any]
+    work: Path
 
 
 def add_inputs(parser: argparse.ArgumentParser, work: str) -> None:
@@ -74,6 +101,31 @@ def find_inputs(args: argparse.Namespace) -> tuple[Path, str, str, dict[str, str
         raise SystemExit("--test FILE: what to score")
     names["test"] = texts["test"].name
     return path, text, read_calibration_text(texts["test"]), names
+
+
+def prepare(args: argparse.Namespace, *others: object) -> Inputs:
+    """What `find_inputs` finds, opened; `others` is what else the work's folder depends on."""
+    path, text, held_out, names = find_inputs(args)
+    model, tokenizer = load(path)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    length = min(args.length, longest or args.length)
+    work = work_folder(args, path, text, held_out, *others)
+    file = work / "text.txt"
+    file.write_text(text, encoding="utf-8")
+    tokens = tokenize(tokenizer, text).numpy()
+    return Inputs(
+        Source(path, tokens, max(1, args.tokens // length), length),
+        file,
+        Text(tokenizer, held_out, args.test_tokens, longest),
+        names,
+        {
+            "kind": model.config.model_type,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "experts": model.config.num_experts,
+            "num_experts_per_tok": model.config.num_experts_per_tok,
+        },
+        work,
+    )
 
 
 def say(text: str) -> None:

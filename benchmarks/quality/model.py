@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,18 @@ from molae.config import TYPES
 from molae.hf.calibrate import Calibration
 from molae.hf.evaluate import evaluation_mode
 from molae.hf.opening import open_model
-from molae.hf.windows import Windows, tokenize, windows
+from molae.hf.windows import Windows, ratio, tokenize, windows
 
 __all__ = [
     "Scores",
     "Source",
     "Text",
     "layers_of",
+    "load",
     "moe_layers",
     "read_weights",
     "replaced",
+    "rises",
     "score",
 ]
 
@@ -89,6 +92,20 @@ def score(model: Any, text: Text) -> Scores:
     return Scores(np.array(sums), np.array(sizes))
 
 
+def rises(own: Scores, base: Scores) -> dict[str, float]:
+    """Loss and perplexity, and the rise of this over that of `base`, by paired windows."""
+    sizes = [int(n) for n in own.sizes]
+    loss = ratio(list(own.sums), sizes)
+    rise = ratio(list(own.sums - base.sums), sizes)
+    return {
+        "loss": loss.mean,
+        "perplexity": math.exp(loss.mean),
+        "perplexity_se": math.exp(loss.mean) * loss.se,
+        "rise": math.expm1(rise.mean),
+        "rise_se": math.exp(rise.mean) * rise.se,
+    }
+
+
 def moe_layers(model: Any) -> list[tuple[nn.Module, nn.Module]]:
     """Router and experts of each MoE layer, in order."""
     found = []
@@ -107,9 +124,11 @@ def read_weights(experts: Any) -> dict[str, Array]:
     return {"gate_proj": both[:, :F], "up_proj": both[:, F:], "down_proj": down}
 
 
-def layers_of(model: Any, calibration: Calibration, *, seed: int = 0) -> list[Layer]:
+def layers_of(
+    model: Any, calibration: Calibration, *, seed: int = 0, fisher: bool = True
+) -> list[Layer]:
     """Each MoE layer of the original, with what the text sends it."""
-    fisher = _fisher(model, calibration.sequences)
+    gradients = _fisher(model, calibration.sequences) if fisher else None
     found = []
     for place, (number, (_, experts)) in enumerate(
         zip(calibration.moe_layers, moe_layers(model), strict=True)
@@ -123,7 +142,7 @@ def layers_of(model: Any, calibration: Calibration, *, seed: int = 0) -> list[La
                 x=np.array(given.x),
                 index=given.index,
                 routing=given.weights,
-                fisher=fisher[place],
+                fisher={} if gradients is None else gradients[place],
                 seed=seed,
             )
         )

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.quality.titles import TITLES
 from benchmarks.tables import table
 
-__all__ = ["quality"]
+__all__ = ["quality", "rise_text"]
 
 Result = Mapping[str, Any]
 
@@ -55,9 +55,14 @@ def _rise(row: Mapping[str, Any] | None) -> str:
         return ""
     if "loss" not in row:
         return "–"
-    digits = 2 if abs(row["rise"]) < 0.1 else 1 if abs(row["rise"]) < 1 else 0
-    text = f"{row['rise']:+.{digits}%} ± {row['rise_se']:.{digits}%}"
+    text = rise_text(row)
     return f"**{text}**" if row["behind"] <= row["behind_se"] else text
+
+
+def rise_text(row: Mapping[str, Any]) -> str:
+    """Such as +1.23% ± 0.04%."""
+    digits = 2 if abs(row["rise"]) < 0.1 else 1 if abs(row["rise"]) < 1 else 0
+    return f"{row['rise']:+.{digits}%} ± {row['rise_se']:.{digits}%}"
 
 
 def _errors(result: Result) -> str:
