@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     text.write_text(molae.demo.HELDOUT.read_text("utf-8")[:8000], "utf-8")
     command = [
         "--model-sizes", str(SIZE), "--tokens", "1024", "--test-tokens", "1500", "--length", "64",
-        "--heal-passes", "2", "--heal-rate", "0.003", "--router-steps", "2", "--tune-steps", "2",
+        "--heal-tokens", "1280", "--heal-passes", "2", "--heal-rate", "0.003", "--router-steps", "2", "--tune-steps", "2",
         "--batch", "2", "--threads", "1", "--calibration", str(text),
         "--work", str(folder / "work"), "--json", str(out),
     ]  # fmt: skip
@@ -78,10 +78,10 @@ def test_every_row_is_made_by_its_steps(run):
         assert loss[name] != loss[before], name
     # A text so short is known to the layers by heart already: trained, they may stay as they are.
     healed = [molae.Report.from_file(path) for path in run[1].glob("work/*/layers-*/")]
-    assert sorted(report.settings["anchored"] for report in healed) == [False, True]
+    assert sorted(report.settings["anchored"] for report in healed) == [False, False, True]
     assert all(row.steps > 0 for report in healed for row in report.healed)
-    # 2 passes over 16 sequences of 64, two rows a step.
-    assert run[2]["training"]["more_steps"] == 16
+    # 20 sequences of 64, two rows a step.
+    assert run[2]["training"]["more_steps"] == 10
 
 
 def test_the_shares_are_those_of_the_perplexities(run):

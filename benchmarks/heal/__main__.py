@@ -140,9 +140,8 @@ def _layers(args: argparse.Namespace, given: Inputs) -> Found:
 
 
 def _more(args: argparse.Namespace, given: Inputs) -> int:
-    """Steps of fine-tuning that read as many tokens as the layers' training does."""
-    own = _layers(args, given)
-    return math.ceil(own["passes"] * own["sequences"] / args.batch)
+    """Steps of fine-tuning that read the text of the layers' training once."""
+    return math.ceil(_layers(args, given)["sequences"] / args.batch)
 
 
 def _key(name: str, ways: Sequence[Sequence[Step]]) -> str:
@@ -205,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heal-rate", type=float, default=0.02)
     parser.add_argument("--router-steps", type=int, default=100)
     parser.add_argument("--router-rate", type=float, default=1e-3)
-    parser.add_argument("--tune-steps", type=int, default=300)
+    parser.add_argument("--tune-steps", type=int, default=100)
     parser.add_argument("--tune-rate", type=float, default=2e-4)
     parser.add_argument(
         "--distill", type=float, default=1.0, metavar="SHARE",

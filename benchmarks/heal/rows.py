@@ -45,7 +45,7 @@ STEPS: Mapping[str, str] = {
     "layers-again": "layer by layer, on the conversion's text",
     "routers": "routers",
     "tuned": "fine-tuning",
-    "tuned-more": "fine-tuning, with the layers' tokens",
+    "tuned-more": "fine-tuning, with the layers' text",
 }
 
 #: By name; each after the row that it heals.

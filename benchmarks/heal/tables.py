@@ -72,12 +72,12 @@ def _settings(result: Result) -> str:
         f"Layer by layer: {layers['passes']} passes over "
         f"{layers['sequences'] * made['length']:,} tokens of the text at rate "
         f"{layers['rate']:g}; *on the conversion's text* over the "
-        f"{result['calibration_tokens']:,} that the conversion has read. Routers: {made['router_steps']} steps of {made['batch']} rows of "
-        f"{made['length']} tokens, on the original's distributions (KL), at rate "
+        f"{result['calibration_tokens']:,} that the conversion has read. Routers: "
+        f"{made['router_steps']} steps of {made['batch']} rows of {made['length']} tokens, on the original's distributions (KL), at rate "
         f"{made['router_rate']:g}. Fine-tuning: all weights, {made['tune_steps']} such steps on "
         f"{learned}, at rate {made['tune_rate']:g}; the original's own is on the text. REAP, which "
         f"has no factors to train layer by layer, has {made['more_steps']} steps of fine-tuning "
-        "more, which read as many tokens as the layers do."
+        "more, which read the text of the layers' training once."
     )
 
 
