@@ -34,8 +34,9 @@ def run(tmp_path_factory):
     text.write_text(molae.demo.HELDOUT.read_text("utf-8")[:8000], "utf-8")
     command = [
         "--model-sizes", str(SIZE), "--tokens", "1024", "--test-tokens", "1500", "--length", "64",
-        "--heal-tokens", "1280", "--heal-passes", "2", "--heal-rate", "0.003", "--router-steps", "2", "--tune-steps", "2",
-        "--batch", "2", "--threads", "1", "--calibration", str(text),
+        "--heal-tokens", "1280", "--heal-passes", "2", "--heal-rate", "0.003",
+        "--router-steps", "2", "--tune-steps", "2", "--batch", "2", "--threads", "1",
+        "--calibration", str(text),
         "--work", str(folder / "work"), "--json", str(out),
     ]  # fmt: skip
     import torch
@@ -144,7 +145,7 @@ def result():
         "names": {"model": "small", "test": "held out", "calibration": "text"},
         "model": {"kind": "olmoe", "parameters": 10**6, "experts": 8, "num_experts_per_tok": 2},
         "calibration_tokens": 1000, "test_tokens": 100,
-        "training": {"layers": {"passes": 8, "rate": 0.01}, "router_steps": 3,
+        "training": {"layers": {"passes": 8, "rate": 0.01, "sequences": 9}, "router_steps": 3,
                      "router_rate": 5e-5, "tune_steps": 3, "more_steps": 1, "tune_rate": 1e-4,
                      "distill": 1.0, "batch": 8, "length": 512},
         "rows": [
@@ -247,7 +248,7 @@ def test_half_a_step_is_done_again_and_a_whole_one_is_not(bench):
 
 
 def test_a_step_that_fails_is_named(bench):
-    step = making.Step("layers", "heal", {"passes": 1})
+    step = making.Step("layers", "heal", {"passes": 1, "sequences": 2})
     with pytest.raises(RuntimeError, match="layers: failed with exit code 1"):
         bench.make([step])  # the original has no factors
     assert not list(bench.work.glob("layers-*.json"))
