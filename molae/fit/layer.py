@@ -190,7 +190,7 @@ def fit_layer(
     if heal:
         layer = student["gate_proj"], student["up_proj"], student["down_proj"]
         trained = [kind.removesuffix("_proj") for kind in factors]
-        # The refits make up for what the layers before have lost; to train that too is mostly worse.
+        # The refits make up for what earlier layers have lost; to train that too is mostly worse.
         healed = distill_layer(
             replace(given, lost=None),
             layer,
