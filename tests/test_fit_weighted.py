@@ -198,11 +198,14 @@ def test_narrow_types_lose_their_rounding_alone(dtype, side, form):
     exact = factor_weighted(W.astype(F64), C.astype(F32), 11, side=side, form=form)
     assert {a.dtype for a in (*found.shared, *found.private)} == {np.dtype(dtype)}
     eps = float(ml_dtypes.finfo(dtype).eps)
+    # The factors' roundings, and A adapts to that of B; both are a few units wide here. The fit of
+    # float32 is itself in float32: what the moments weigh a thousandth of the rest it knows less
+    # well, by an amount that depends on the BLAS kernels.
+    units = 1000 if dtype == F32 else 40
     for i in range(3):
-        # The factors' roundings, and A adapts to that of B; both are a few units wide here.
         scale = np.abs(exact.reconstruct(i)).max()
         gap = np.abs(found.reconstruct(i).astype(F64) - exact.reconstruct(i)).max()
-        assert gap < 40 * eps * scale
+        assert gap < units * eps * scale
     total = (found.error**2 * found.energy).sum()
     assert total < (exact.error**2 * exact.energy).sum() + 40 * eps * found.energy.sum()
 

@@ -245,7 +245,8 @@ class Report:
             names = [entry.name for entry in dataclasses.fields(cls) if entry.name not in made]
             values = {name: data[name] for name in names}
             for name, row in made.items():
-                values[name] = tuple(row(**own) for own in data.get(name, ()))
+                given = data[name] if name == "rows" else data.get(name, ())
+                values[name] = tuple(row(**own) for own in given)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{REPORT}: missing or unknown entry: {error}") from error
         return cls(**values)
