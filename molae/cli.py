@@ -104,13 +104,13 @@ def _convert(args: argparse.Namespace) -> None:
     if args.dst is None and not args.dry_run:
         raise _UsageError("convert: DST is missing (only --dry-run goes without)")
     if args.dry_run:
-        with _calibration(args) as calibration:
+        with _calibration(args, args.src) as calibration:
             found = plan(
                 args.src, config, calibration=calibration, stats=args.stats, family=_family(args)
             )
         _show_plan(args, found)
         return
-    with _calibration(args) as calibration, _watcher(args) as watcher:
+    with _calibration(args, args.src) as calibration, _watcher(args) as watcher:
         report = convert(
             args.src,
             args.dst,
@@ -125,17 +125,11 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _calibration(args: argparse.Namespace) -> Iterator[Any]:
-    """The text that was given, ready to be run through the checkpoint; or None."""
+def _calibration(args: argparse.Namespace, src: str) -> Iterator[Any]:
+    """The text that was given, ready to be run through a checkpoint; or None."""
     if args.calibration is None:
         yield None
         return
-    with _text(args, args.src) as calibration:
-        yield calibration
-
-
-@contextlib.contextmanager
-def _text(args: argparse.Namespace, src: str) -> Iterator[Any]:
     from molae.errors import CalibrationWarning
     from molae.hf import hide_progress
     from molae.hf.calibrate import Calibration, read_calibration_text
@@ -190,7 +184,7 @@ def _heal(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     given: dict[str, Any] = {"family": _family(args)}
-    with _text(args, args.teacher) as calibration:
+    with _calibration(args, args.teacher) as calibration:
         given["calibration"] = calibration
         if args.dry_run:
             _show_plan(args, plan_heal(args.src, args.teacher, config, **given))

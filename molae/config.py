@@ -16,7 +16,7 @@ from typing import Any
 
 from molae.errors import ArgumentError
 
-__all__ = ["TYPES", "ConvertConfig", "HealConfig", "field_help"]
+__all__ = ["TYPES", "ConvertConfig", "HealConfig", "field_help", "refuse_nonsense"]
 
 #: The matrices of one expert, in the order in which they are worked on.
 TYPES = ("gate_proj", "up_proj", "down_proj")
@@ -239,6 +239,13 @@ class ConvertConfig:
         return cls(**data)
 
 
+def refuse_nonsense(settings: Any, good: Mapping[str, bool]) -> None:
+    """Raises ArgumentError of the first setting that is not good, with its value."""
+    for name, fine in good.items():
+        if not fine:
+            raise ArgumentError(f"{name}: {getattr(settings, name)!r} makes no sense")
+
+
 @dataclass(frozen=True)
 class HealConfig:
     """How the layers of a converted checkpoint are trained to answer as the original's do.
@@ -294,9 +301,7 @@ class HealConfig:
             "anchored": isinstance(self.anchored, bool),
             "seed": _is_int(self.seed) and self.seed >= 0,
         }
-        for name, fine in good.items():
-            if not fine:
-                raise ArgumentError(f"{name}: {getattr(self, name)!r} makes no sense")
+        refuse_nonsense(self, good)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict, with a version stamp."""

@@ -211,16 +211,10 @@ class Conversion:
         before = storage(model, {}, form, others)
         compressed, light = self.allocation.compressed, self.allocation.light
         after = storage(model, layers, form, others, compressed, light)
-        return Plan(
-            kind=self.kind,
-            source=self.source_name,
-            family=model.family.model_type,
-            layout=model.layout,
-            dtype=model.dtype,
-            letters=dict(model.letters),
-            method=self.method.name,
-            form=form,
-            settings=self.settings,
+        return Plan.of(
+            self,
+            self.method.name,
+            form,
             size_asked=self.config.target_size,
             size_reached=after.expert_numbers / before.expert_numbers,
             before=before,
@@ -229,7 +223,6 @@ class Conversion:
             spread=spread(layers, form, F=model.letters["F"], D=model.letters["D"]),
             candidates=self.allocation.candidates,
             memory_bytes=memory_bytes(self),
-            disk_bytes=sum(shard.nbytes for shard in self.shards),
             seconds=self._seconds() if timed else None,
             passes=1 if self.calibrated is None else self.calibrated.footprint.passes,
             compressed=compressed,

@@ -25,9 +25,9 @@ from molae.convert.pipeline import Data
 from molae.convert.planning import Plan, spread, storage, summarize
 from molae.convert.report import HealRow, Rows
 from molae.convert.shards import Job, finished_layers, heal_shards
-from molae.convert.stored import stored_light, stored_projection
+from molae.convert.stored import projection_tensors, stored_light, stored_projection
 from molae.errors import ArgumentError, CheckpointError, NonFiniteError, NumericalError
-from molae.factored import Factored, group_tensors
+from molae.factored import Factored
 from molae.fit.layer import runnable
 from molae.fit.refitting import in_dtype
 from molae.io import DTYPES, Checkpoint, TensorSpec, map_file, numpy_dtype
@@ -98,7 +98,7 @@ class Healing:
     def resume(
         self, finished: Mapping[str, Path], state: Path, tell: Callable[[str], None]
     ) -> None:
-        self._finished = dict(sorted(finished_layers(self.shards, finished).items()))
+        self._finished = finished_layers(self.shards, finished)
         self._state, self._told = state, training_told(tell)
 
     def source(self, job: Job) -> Sequence[np.ndarray]:
@@ -108,7 +108,8 @@ class Healing:
         """Trained factors of one matrix type; with a layer's first one a row of the report."""
         (kind,) = job.kinds
         rows = [] if self._trained else [dataclasses.asdict(self._train(job.layer))]
-        return self._tensors(job.layer, kind, self._trained.pop(kind)), rows
+        own = projection_tensors(self._trained.pop(kind), self.model, job.layer, kind)
+        return dict(own), rows
 
     def config_text(self) -> str:
         return json_text(dict(self.checkpoint.config))
@@ -126,16 +127,10 @@ class Healing:
         after = storage(model, layers, form, (others, self.checkpoint.nbytes - experts), *light)
         F, D = model.letters["F"], model.letters["D"]
         tokens = math.prod(self.calibration.sequences.shape)
-        return Plan(
-            kind=self.kind,
-            source=self.source_name,
-            family=model.family.model_type,
-            layout=model.layout,
-            dtype=model.dtype,
-            letters=dict(model.letters),
-            method=self.factored.method,
-            form=form,
-            settings=self.settings,
+        return Plan.of(
+            self,
+            self.factored.method,
+            form,
             size_asked=None,
             size_reached=after.expert_numbers / storage(model, {}, form, (0, 0)).expert_numbers,
             before=after,
@@ -144,7 +139,6 @@ class Healing:
             spread=spread(layers, form, F=F, D=D),
             candidates=(),
             memory_bytes=healing_bytes(self.checkpoint, model),
-            disk_bytes=sum(shard.nbytes for shard in self.shards),
             seconds=None,
             compressed=self.factored.compressed,
             light=self.factored.light.title if self.factored.compressed else None,
@@ -198,19 +192,6 @@ class Healing:
             tensors = self.checkpoint.array if file is None else map_file(file).__getitem__
             self.calibration.advance(number, *self._experts(number, tensors))
         self._behind = layer - 1
-
-    def _tensors(self, layer: int, kind: str, p: Projection) -> dict[str, Data]:
-        F, D, prefix = *(self.model.letters[x] for x in "FD"), self.model.experts_prefix(layer)
-        found: dict[str, Data] = {}
-        for g, (group, rank) in enumerate(zip(p.groups, p.ranks, strict=True)):
-            own = {"private": p.private[g], "shared": p.shared[g], "perm": p.perm[g]}
-            own["dense"] = own["private"]
-            parts = group_tensors(prefix, kind, g, len(group), rank, F=F, D=D, form=p.form)
-            for part in parts:
-                array = own[part.role]
-                assert array is not None
-                found[part.name] = array
-        return found
 
     def _specs(self, job: Job) -> Sequence[TensorSpec]:
         (kind,) = job.kinds

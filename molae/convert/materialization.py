@@ -92,16 +92,10 @@ class Materialization:
         before = storage(model, self.factored.layers, form, (others, bytes_of_others))
         after = storage(model, {}, form, (others, bytes_of_others))
         rows, cols = model.shape("gate_proj")
-        return Plan(
-            kind=self.kind,
-            source=self.source_name,
-            family=model.family.model_type,
-            layout=model.layout,
-            dtype=model.dtype,
-            letters=dict(model.letters),
-            method=self.factored.method,
-            form=form,
-            settings=self.settings,
+        return Plan.of(
+            self,
+            self.factored.method,
+            form,
             size_asked=None,
             size_reached=before.expert_numbers / after.expert_numbers,
             before=before,
@@ -110,7 +104,6 @@ class Materialization:
             spread={},
             candidates=(),
             memory_bytes=BASE_BYTES + 6 * 4 * rows * cols + 2 * 4 * cols * cols,
-            disk_bytes=sum(shard.nbytes for shard in self.shards),
             seconds=None,
         )
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from molae.arch import Model, dense_flops, latent_flops
 from molae.config import TYPES
@@ -15,6 +15,9 @@ from molae.convert.allocation import Candidate, split_numbers
 from molae.factored import VECTORS, Form, LightModule, Split, numbers_by_role
 from molae.io import DTYPES
 from molae.io.hub import is_hub_id
+
+if TYPE_CHECKING:
+    from molae.convert.shards import Shard
 
 __all__ = ["Plan", "Spent", "Storage", "TypeSummary"]
 
@@ -158,6 +161,18 @@ def spread(
     return found if len(ranks) > 1 and any(len(own) > 1 for own in each) else {}
 
 
+class Run(Protocol):
+    """What is planned."""
+
+    kind: str
+    source_name: str
+    model: Model
+    shards: tuple[Shard, ...]
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run will do.
@@ -223,6 +238,23 @@ class Plan:
     compressed: Mapping[int, int] = field(default_factory=dict)
     light: str | None = None
     scratch_bytes: int = 0
+
+    @classmethod
+    def of(cls, run: Run, method: str, form: Form, **facts: Any) -> Plan:
+        """With what a run says of itself, and these facts besides."""
+        return cls(
+            kind=run.kind,
+            source=run.source_name,
+            family=run.model.family.model_type,
+            layout=run.model.layout,
+            dtype=run.model.dtype,
+            letters=dict(run.model.letters),
+            method=method,
+            form=form,
+            settings=run.settings,
+            disk_bytes=sum(shard.nbytes for shard in run.shards),
+            **facts,
+        )
 
     @property
     def hub_id(self) -> str | None:

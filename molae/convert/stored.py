@@ -1,4 +1,4 @@
-"""Experts of a converted checkpoint as `molae.ops` runs them."""
+"""Experts of a converted checkpoint as `molae.ops` runs them, and as they are stored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from molae.factored import Form, LightModule, Split, group_tensors
 from molae.fit.layer import runnable
 from molae.ops import Projection
 
-__all__ = ["stored_light", "stored_projection"]
+__all__ = ["projection_tensors", "stored_light", "stored_projection"]
 
 #: A tensor by its name; may be mapped.
 Tensors = Callable[[str], np.ndarray]
@@ -36,6 +36,20 @@ def stored_projection(
             found.append(own.get(role))
     arrays = {role: tuple(found) for role, found in by_role.items()}
     return runnable(Projection(groups=split.groups, ranks=split.ranks, form=form, **arrays))
+
+
+def projection_tensors(p: Projection, model: Model, layer: int, kind: str) -> dict[str, np.ndarray]:
+    """By its name each tensor that `stored_projection` reads."""
+    F, D, prefix = model.letters["F"], model.letters["D"], model.experts_prefix(layer)
+    found: dict[str, np.ndarray] = {}
+    for g, (group, rank) in enumerate(zip(p.groups, p.ranks, strict=True)):
+        own = {"shared": p.shared[g], "perm": p.perm[g]}
+        own["private"] = own["dense"] = p.private[g]
+        for part in group_tensors(prefix, kind, g, len(group), rank, F=F, D=D, form=p.form):
+            array = own[part.role]
+            assert array is not None
+            found[part.name] = array
+    return found
 
 
 def stored_light(

@@ -214,7 +214,6 @@ class _Distilling:
 
     def solve(self, steps: int, **options: Any) -> LayerDistillation:
         every = np.arange(len(self._given.x))
-        scale = self._target if self._target > 0 else 1.0
         start = self._lost(every)
         found = descend(
             self._weights, self._slopes, lambda: self._lost(self._held), self.seen,
@@ -228,11 +227,11 @@ class _Distilling:
             for p, old in zip(self._layer, self._student, strict=True)
         )
         gate, up, down = stored
-        whole = self._target_held or 1.0
+        scale, scale_held = self._target or 1.0, self._target_held or 1.0
         return LayerDistillation(
             (gate, up, down),
             np.sqrt(np.array([start, end]) / scale),
-            [(step, math.sqrt(loss / whole)) for step, loss in found.losses],
+            [(step, math.sqrt(loss / scale_held)) for step, loss in found.losses],
             found.steps,
         )
 

@@ -111,7 +111,8 @@ def finetune(
     tokenizer = open_tokenizer(folder, src)
     if teacher is not None:
         check_same_tokenizer(teacher, tokenizer)
-    length, filler = _row_length(folder, config.length), _filler(tokenizer)
+    source = _text_config(folder)
+    length, filler = _row_length(source, config.length), _filler(tokenizer)
     rows = pack(read_examples(data, tokenizer), length, filler=filler)
     arguments = make_arguments(config, len(rows), work, device)
     of_rows, answers, kept = rows_digest(rows), "", config.teacher_top_k
@@ -154,7 +155,9 @@ def finetune(
             set_parameters(model, sharded)
         if config.lora is not None:
             model = model.merge_and_unload()
-        write(model.to(_stored_dtype(folder, model)), tokenizer, dst, work, found, config)
+        # What was not trained keeps its bytes, and the result its size.
+        model = model.to(getattr(source, "dtype", None) or model.dtype)
+        write(model, tokenizer, dst, work, found, config)
     return found
 
 
@@ -167,19 +170,15 @@ def _open_to_train(src: Any, config: FinetuneConfig, dtype: Any, device: Any) ->
     return model
 
 
-def _stored_dtype(folder: Path, model: Any) -> Any:
-    """That of the source: what was not trained keeps its bytes, and the result its size."""
+def _text_config(folder: Path) -> Any:
+    """What a checkpoint's own configuration says of its language model."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    return getattr(config, "dtype", None) or model.dtype
+    return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
 
 
-def _row_length(folder: Path, length: int) -> int:
+def _row_length(config: Any, length: int) -> int:
     """No more than the model takes."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     return min(length, getattr(config, "max_position_embeddings", None) or length)
 
 

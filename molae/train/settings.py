@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from molae.config import refuse_nonsense
 from molae.errors import ArgumentError
 
 __all__ = ["FinetuneConfig", "Finetuned", "Part"]
@@ -93,9 +94,7 @@ class FinetuneConfig:
             "lora_alpha": self.lora_alpha > 0,
             "save_every": self.save_every >= 1,
         }
-        for name, fine in good.items():
-            if not fine:
-                raise ArgumentError(f"{name}: {getattr(self, name)!r} makes no sense")
+        refuse_nonsense(self, good)
         if self.lora is not None and self.train not in ("all", "experts"):
             raise ArgumentError(
                 f"lora: adapters go on all or experts, not on {self.train}, which is small: train "

@@ -231,7 +231,7 @@ def _write_answers(
 ) -> None:
     vocabulary = Head.of(model).weight.shape[0]
     whole, N = count >= vocabulary, min(count, vocabulary)
-    P = sum(int((rows[i]["labels"][1:] != IGNORED).sum()) for i in range(len(rows)))
+    P = rows.learned
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         TOKENS: ((P, N), np.int32), VALUES: ((P, N), np.float32),
     }  # fmt: skip
