@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from benchmarks.layer_forms import ALIGNMENT, distinct
 from molae.fit.adamw import cosine
 from molae.fit.descent import BATCH, WARMUP
 
@@ -25,9 +26,6 @@ __all__ = ["FORMS", "Batch", "Batched", "Grouped", "Looped", "Stack", "Trained",
 
 Tensor = torch.Tensor
 Array = npt.NDArray[Any]
-
-#: Bytes that the strides of grouped_mm must be multiples of.
-ALIGNMENT = 16
 
 
 class Stack(NamedTuple):
@@ -136,7 +134,7 @@ class Looped:
             u = torch.cat([rows[e] @ self._private[2][e].t() for e in some])
             met = tokens[g]
             if k > 1:
-                met, place = _distinct(met, len(batch.x))
+                met, place = distinct(met, len(batch.x))
                 u = u.new_zeros((len(met), u.shape[1])).index_add(0, place, u)
             lifted = torch.cat([u, u @ M], 1)
             outs.append(_Order.apply(lifted, self._back[2][g], self._perm[2][g]))
@@ -149,7 +147,7 @@ class Looped:
         k, parts = self._k[kind], []
         for g, met in enumerate(batch.token.split(_summed(counts, k))):
             M, some = self._shared[kind][g], range(g * k, (g + 1) * k)
-            ids, place = _distinct(met, len(batch.x))
+            ids, place = distinct(met, len(batch.x))
             placed = batch.x.index_select(0, ids).index_select(1, self._perm[kind][g])
             R = len(M)
             z = torch.addmm(placed[:, :R], placed[:, R:], M.t()).index_select(0, place)
@@ -259,13 +257,6 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 def _summed(counts: list[int], k: int) -> list[int]:
     return [sum(counts[at : at + k]) for at in range(0, len(counts), k)]
-
-
-def _distinct(tokens: Tensor, N: int) -> tuple[Tensor, Tensor]:
-    """The tokens of a group's rows, each once, and the place of each row's."""
-    met = torch.zeros(N, dtype=torch.bool)
-    met[tokens] = True
-    return met.nonzero().squeeze(1), (met.cumsum(0) - 1)[tokens]
 
 
 # -------------------------------------------------------------------------- the loop

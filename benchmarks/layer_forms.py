@@ -18,7 +18,17 @@ from molae.factored import Split, index_groups
 from molae.hf import LatentExperts
 from molae.hf.forward import forward_torch
 
-__all__ = ["COMPILED", "Form", "Pool", "Subject", "dense", "latent", "padded_rank"]
+__all__ = [
+    "ALIGNMENT",
+    "COMPILED",
+    "Form",
+    "Pool",
+    "Subject",
+    "dense",
+    "distinct",
+    "latent",
+    "padded_rank",
+]
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Named = dict[str, torch.Tensor]
@@ -205,6 +215,13 @@ def padded_rank(R: int, dtype: torch.dtype) -> int:
     return -(-R // step) * step
 
 
+def distinct(tokens: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of a group's rows, each once, and the place of each row's."""
+    met = torch.zeros(N, dtype=torch.bool)
+    met[tokens] = True
+    return met.nonzero().squeeze(1), (met.cumsum(0) - 1)[tokens]
+
+
 class _Padded:
     """All experts of a type in one ``grouped_mm``, for which the factors get zeros at their end.
 
@@ -236,7 +253,7 @@ class _Padded:
         counts = torch.bincount(flat, minlength=E)
         ends = counts.cumsum(0).to(torch.int32)
         tokens = (rows // K).split(counts.view(-1, k).sum(1).tolist())
-        met = [self._distinct(part, len(x)) for part in tokens]
+        met = [distinct(part, len(x)) for part in tokens]
         inputs = [x.index_select(0, ids) for ids, _ in met]
 
         def project(kind: str) -> torch.Tensor:
@@ -263,13 +280,6 @@ class _Padded:
             lifted = torch.cat([total[:, :R], total @ M[g]], 1).index_select(1, inverse[g])
             y = y.index_add_(0, ids, lifted.float())
         return y.to(x.dtype)
-
-    @staticmethod
-    def _distinct(tokens: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of a group's rows, each once, and the place of each row's."""
-        met = torch.zeros(N, dtype=torch.bool)
-        met[tokens] = True
-        return met.nonzero().squeeze(1), (met.cumsum(0) - 1)[tokens]
 
     def named(self, grads: tuple[torch.Tensor, ...]) -> Named:
         found, k, pairs = {}, self.shape.k, iter(grads)
