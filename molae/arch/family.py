@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Set
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from molae.config import TYPES
-from molae.errors import CheckpointError, UnknownFamilyError
-from molae.io.header import object_without_repeats
+from molae.errors import CheckpointError, UnknownFamilyError, shorten
+from molae.io import parse_json
 
 __all__ = ["Family", "Layout", "MoeLayers", "Tensor", "families", "find_family", "load_family"]
 
@@ -23,6 +22,9 @@ FUSED = "gate_up_proj"
 
 _KEYS = ("model_type", "letters", "moe_layers", "blocks", "experts", "layouts", "tensors")
 _LETTERS = ("L", "E", "K", "D", "F")
+# Far above any model's; a config may say anything, and layers are counted one by one.
+_MOST = {"L": 1 << 16}
+_MOST_OF_OTHERS = (1 << 31) - 1
 _SHAPES = {
     "gate_proj": ("F", "D"),
     "up_proj": ("F", "D"),
@@ -90,12 +92,13 @@ class MoeLayers:
         excluded = (config.get(self.excluded) if self.excluded else None) or []
         if not isinstance(excluded, list) or not all(_is_int(x) for x in excluded):
             raise CheckpointError(
-                f"config.json: {self.excluded!r} is {excluded!r}, expected a list of layers"
+                f"config.json: {self.excluded!r} is {shorten(excluded)}, expected a list of layers"
             )
+        without = frozenset(excluded)
         return tuple(
             n
             for n in range(first, L)
-            if n % every == 0 and (n + 1) % step == 0 and n not in excluded
+            if n % every == 0 and (n + 1) % step == 0 and n not in without
         )
 
 
@@ -175,7 +178,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
     known = families()
     if not isinstance(model_type, str) or model_type not in known:
         raise UnknownFamilyError(
-            f"config.json: model_type {model_type!r} is unknown; known are {', '.join(known)}"
+            f"config.json: model_type {shorten(model_type)} is unknown; "
+            f"known are {', '.join(known)}"
         )
     return known[model_type]
 
@@ -209,8 +213,8 @@ def load_family(path: str | os.PathLike[str]) -> Family:
 def parse_family(text: str, name: str) -> Family:
     """Read a family's description from JSON text; `name` is used in messages."""
     try:
-        data = json.loads(text, object_pairs_hook=object_without_repeats)
-    except (ValueError, RecursionError) as e:
+        data = parse_json(text, repeats=False)
+    except ValueError as e:
         raise CheckpointError(f"{name}: not valid JSON, or a key is there twice ({e})") from e
     return _Reader(name).family(data)
 
@@ -367,7 +371,7 @@ def _count(config: Mapping[str, Any], key: str | None, default: int, *, least: i
         return default
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise CheckpointError(
-            f"config.json: {key!r} is {value!r}, expected a whole number of at least {least}"
+            f"config.json: {key!r} is {shorten(value)}, expected a whole number of at least {least}"
         )
     return value
 
@@ -384,7 +388,12 @@ def _letter(config: Mapping[str, Any], letter: str, keys: tuple[str, ...]) -> in
         value = value[0]  # some configs repeat a size for each layer
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(
-            f"config.json: {letter} is {value!r} (key {key!r}), "
+            f"config.json: {letter} is {shorten(value)} (key {key!r}), "
             f"expected a whole number of at least 1"
+        )
+    if value > (most := _MOST.get(letter, _MOST_OF_OTHERS)):
+        raise CheckpointError(
+            f"config.json: {letter} is {shorten(value)} (key {key!r}), expected at most {most}; "
+            f"copy or download the file again"
         )
     return value

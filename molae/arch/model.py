@@ -13,12 +13,15 @@ import numpy as np
 from molae.arch.counts import active_numbers
 from molae.arch.family import FUSED, Family, Layout, Tensor, families, find_family
 from molae.config import TYPES
-from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError
+from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError, shorten
 from molae.factored import Factored
 from molae.io import COMPUTABLE, Checkpoint, TensorInfo
 from molae.io.dtypes import FLOATING
 
 __all__ = ["Counts", "Model", "describe"]
+
+#: Experts of a layer that may lie in one tensor, with room: released models have up to 512.
+NAMES_A_TENSOR = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +245,10 @@ def describe(
     ]
     if not candidates:
         raise CheckpointError(
-            f"quantization_config.layout: {quant and quant.get('layout')!r} is unknown for family "
-            f"{family.model_type}; known are {', '.join(x.name for x in family.layouts)}"
+            f"quantization_config.layout: {quant and shorten(quant.get('layout'))} is unknown for "
+            f"family {family.model_type}; known are {', '.join(x.name for x in family.layouts)}"
         )
+    _check_extent(letters, layers, tensors)
     model = _best(candidates)
     _check_blocks(model)
     dtype = _check_experts(model)
@@ -276,13 +280,24 @@ def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:
     method = quant.get("quant_method") if isinstance(quant, dict) else None
     if method != "molae":
         raise CheckpointError(
-            f"config.json: the checkpoint is quantized (quant_method {method!r}); "
+            f"config.json: the checkpoint is quantized (quant_method {shorten(method)}); "
             f"dequantize it to BF16 first, or take the unquantized release"
         )
     if not converted:
         raise CheckpointError(
             "config.json: the checkpoint was already converted by molae; "
             "convert the original, or run 'molae materialize' on this one first"
+        )
+
+
+def _check_extent(
+    letters: Mapping[str, int], layers: tuple[int, ...], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Refuse sizes that no folder with so few tensors has, before names are made for all."""
+    if len(layers) * letters["E"] > NAMES_A_TENSOR * (len(tensors) + 1):
+        raise CheckpointError(
+            f"config.json: E={letters['E']} experts in {len(layers)} layers, and the checkpoint "
+            f"has {len(tensors)} tensors; config and weights do not belong together"
         )
 
 

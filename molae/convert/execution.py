@@ -16,7 +16,7 @@ from molae import __version__
 from molae.arch import Model
 from molae.convert import pipeline
 from molae.convert.companions import companion_names
-from molae.convert.destination import locked, prepare
+from molae.convert.destination import locked, named_troubles, prepare
 from molae.convert.journal import Journal, file_sha256
 from molae.convert.jsontext import json_text
 from molae.convert.layer_state import STATE
@@ -84,7 +84,7 @@ def execute(task: Task, dst: Path, *, overwrite: bool, watcher: Watcher | None) 
     companions = companion_names(task.checkpoint, taken=(CARD, CONFIG, INDEX, PICTURE, REPORT))
     header = _header(task, companions)
     needed = plan.disk_bytes + sum(path.stat().st_size for path in companions.values())
-    with locked(dst):
+    with named_troubles(dst), locked(dst):
         journal = prepare(dst, header, overwrite=overwrite, needed=needed)
         if journal.shards:
             watcher.resumed(len(journal.shards))

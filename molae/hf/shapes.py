@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from molae.errors import CheckpointError, UnknownFamilyError
 from molae.hf.opening import first_line
-from molae.io import DTYPES, TensorInfo
+from molae.io import DTYPES, TensorInfo, parse_json
 
 __all__ = ["read_config", "tensors_of"]
 
@@ -30,7 +29,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         It cannot be read, or is no JSON object.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = parse_json(Path(path).read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from molae.io.checkpoint import Checkpoint, map_file, natural_key, open_checkpoint
 from molae.io.dtypes import COMPUTABLE, DTYPES, DType, dtype_name, numpy_dtype
-from molae.io.header import TensorInfo
+from molae.io.header import TensorInfo, parse_json
 from molae.io.writer import (
     ShardWriter,
     TensorSpec,
@@ -25,6 +25,7 @@ __all__ = [
     "natural_key",
     "numpy_dtype",
     "open_checkpoint",
+    "parse_json",
     "plan_bytes",
     "write_text_atomic",
 ]
