@@ -70,7 +70,7 @@ $(VENV)/lint: pyproject.toml constraints.txt $(VENV)/installed
 	$(PIP) install -c constraints.txt 'ruff' 'mypy' 'clang-format' 'codespell'
 	touch $@
 
-C_FILES := $(wildcard csrc/*.h csrc/*/*.[ch] tests/c/*.[ch])
+C_FILES := $(wildcard csrc/*.h csrc/*/*.[ch] tests/c/*.[ch] tests/soak/*.c)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

@@ -2,11 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import make_checkpoint
+from converting import tree
+from soak.faults import compiler
+
+from molae import ConvertConfig, convert
+from molae.errors import CheckpointError
 
 TESTS = Path(__file__).parent
 
@@ -73,6 +80,43 @@ def test_killed_runs_resume_to_the_same_bytes():
     pytest.importorskip("torch")
     found = soak("kills", "--kills", 10, "--seed", 3, seconds=500)
     assert sum(found["kills"].values()) == 10
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C compiler to build the injector with")
+def test_system_calls_that_fail():
+    found = soak("faults", "--calls", 60, "--seed", 2)
+    assert found["ended"]["exit code 1"] > 40
+
+
+def test_a_source_cut_short_under_a_run_ends_it_and_is_refused_after(tmp_path):
+    """The pages are mapped: the system ends the process, and nothing half-written is left."""
+    source = make_checkpoint(tmp_path / "src", L=3, E=4, D=64, F=64)
+    file, config = source / "model.safetensors", ConvertConfig(size=0.5, group_size=2)
+    whole, times = file.read_bytes(), file.stat()
+    convert(source, tmp_path / "wanted", config)
+    code = (
+        "import os, sys, molae\n"
+        "from molae.convert import journal\n"
+        "real = journal.Journal.add\n"
+        "def add(self, entry):\n"
+        "    real(self, entry)\n"
+        "    os.truncate(sys.argv[1] + '/model.safetensors', 8192)\n"
+        "journal.Journal.add = add\n"
+        "molae.convert(sys.argv[1], sys.argv[2], molae.ConvertConfig(size=0.5, group_size=2))\n"
+    )
+    dst = tmp_path / "dst"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source), str(dst)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGBUS, done.stderr
+    with pytest.raises(CheckpointError, match="truncated"):
+        convert(source, dst, config)
+    file.write_bytes(whole)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    convert(source, dst, config)
+    assert tree(dst) == tree(tmp_path / "wanted")
 
 
 def test_the_table_is_written_from_the_results(tmp_path, monkeypatch):

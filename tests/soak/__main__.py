@@ -31,7 +31,17 @@ def _kills(args: argparse.Namespace) -> Any:
     return kills.run(args.kills, args.seed)
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {"fuzz": _fuzz, "kills": _kills}
+def _faults(args: argparse.Namespace) -> Any:
+    from soak import faults
+
+    return faults.run(args.calls, args.seed)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "fuzz": _fuzz,
+    "kills": _kills,
+    "faults": _faults,
+}
 
 
 def main() -> int:
@@ -40,10 +50,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--calls", type=int, default=10_000, help="system calls that fail")
     parser.add_argument("--write", type=Path, help="the page whose table is to be written anew")
     args = parser.parse_args()
     if unknown := sorted(set(args.parts) - set(PARTS)):
         parser.error(f"no such part: {', '.join(unknown)}")
+    if not args.parts or "faults" in args.parts:
+        from soak.faults import preload
+
+        preload(["-m", "soak", *sys.argv[1:]])
     faults = 0
     for part in args.parts or PARTS:
         found = PARTS[part](args).to_dict()

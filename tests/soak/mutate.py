@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+from copy import deepcopy
 from typing import Any
 
 __all__ = ["mutated"]
@@ -145,7 +146,7 @@ def _change(box: list[Any], rng: random.Random) -> None:
         case 1 if isinstance(owner, dict):
             owner[rng.choice([f"{key}x", "", str(old)[:40], "__metadata__", "0"])] = owner.pop(key)
         case 2 if isinstance(owner, list) and owner is not box:
-            owner.insert(key, old)
+            owner.insert(key, deepcopy(old))
         case 3:
             owner[key] = [old]
         case 4 if isinstance(old, int):
@@ -154,6 +155,6 @@ def _change(box: list[Any], rng: random.Random) -> None:
             at = rng.randrange(len(old) + 1)
             owner[key] = old[:at] + rng.choice(["x", "/", "..", "\0", "0", " "]) + old[at:]
         case 6 if isinstance(owner, dict) and len(owner) > 1:
-            owner[key] = owner[rng.choice(list(owner))]
+            owner[key] = deepcopy(owner[rng.choice(list(owner))])
         case _:
-            owner[key] = rng.choice(_VALUES)
+            owner[key] = deepcopy(rng.choice(_VALUES))
