@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from molae.errors import CheckpointError, UnknownFamilyError
-from molae.hf.opening import first_line
+from molae.hf.opening import check_harmless, first_line
 from molae.io import DTYPES, TensorInfo, parse_json
 
 __all__ = ["read_config", "tensors_of"]
@@ -62,10 +62,11 @@ def tensors_of(config: Mapping[str, Any]) -> dict[str, TensorInfo]:
     if kind not in CONFIG_MAPPING:
         raise UnknownFamilyError(f"config.json: Transformers knows no model_type {kind!r}")
     rest = {key: value for key, value in config.items() if key != "model_type"}
+    check_harmless(config)
     try:
         made = CONFIG_MAPPING[str(kind)].from_dict(rest)
         with torch.device("meta"):
-            net = AutoModelForCausalLM.from_config(made)
+            net = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"config.json: Transformers cannot build this model ({first_line(error)})"

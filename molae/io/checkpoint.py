@@ -33,6 +33,7 @@ __all__ = [
     "map_file",
     "natural_key",
     "open_checkpoint",
+    "read_json",
 ]
 
 CONFIG = "config.json"
@@ -97,7 +98,7 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: not a folder; give the folder that holds {CONFIG}")
     for name in (CONFIG, INDEX, SINGLE):
         check_place(path, path / name)
-    config, config_sha = _read_json(path, CONFIG)
+    config, config_sha = read_json(path, CONFIG)
     if config is None:
         raise CheckpointError(f"{path}: no {CONFIG}; is this the checkpoint's own folder?")
     weight_map, index_sha = _weight_map(path)
@@ -323,7 +324,7 @@ def _is_companion(p: Path) -> bool:
     return not (name == CONFIG or name.startswith((".", "consolidated")) or name.endswith(_WEIGHTS))
 
 
-def _read_json(
+def read_json(
     folder: Path, name: str, *, repeats: bool = True
 ) -> tuple[dict[str, Any] | None, str]:
     """One JSON object and the SHA-256 of its text; None where there is no such file."""
@@ -348,7 +349,7 @@ def _read_json(
 
 def _weight_map(folder: Path) -> tuple[dict[str, list[str]], str | None]:
     """The weight files in natural order with the names the index gives each; the index's hash."""
-    index, sha = _read_json(folder, INDEX, repeats=False)
+    index, sha = read_json(folder, INDEX, repeats=False)
     single = (folder / SINGLE).exists()
     if index is None:
         if single:
