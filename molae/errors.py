@@ -25,7 +25,6 @@ __all__ = [
     "PrecisionWarning",
     "ShapeError",
     "UnknownFamilyError",
-    "shorten",
 ]
 
 

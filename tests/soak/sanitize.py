@@ -18,7 +18,8 @@ __all__ = ["SANITIZERS", "TESTS", "Outcome", "run"]
 
 ROOT = Path(__file__).parents[2]
 TESTS = (
-    "test_ops_forward.py", "test_ops_backward.py", "test_ops_activations.py", "test_ops_refusals.py",
+    "test_ops_forward.py", "test_ops_backward.py", "test_ops_activations.py",
+    "test_ops_refusals.py",
     "test_kernels.py", "test_kern_products.py", "test_narrow.py", "test_compressed.py",
     "test_fit.py", "test_fit_weighted.py", "test_refitting.py", "test_moments.py", "test_adamw.py",
     "test_threads.py",
