@@ -35,7 +35,7 @@ def shorten(value: object, most: int = 200) -> str:
     --------
     >>> from molae.errors import shorten
     >>> shorten([1] * 1000, most=12)
-    '[1, 1, 1, 1, ...'
+    '[1, 1, 1, 1,...'
     """
     text = repr(value)
     return text if len(text) <= most else text[:most] + "..."
