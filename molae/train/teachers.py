@@ -18,7 +18,7 @@ import torch
 from molae.errors import ArgumentError, NonFiniteError
 from molae.hf.opening import find_folder, open_model, open_tokenizer
 from molae.hf.shapes import read_config
-from molae.io import open_checkpoint
+from molae.io import open_checkpoint, parse_json
 from molae.train.examples import IGNORED, Packed
 from molae.train.loss import Head, Target, learned_states, log_probabilities, pieces
 
@@ -224,8 +224,8 @@ def keep_answers(
 
 def _is_of(note: Path, digest: str) -> bool:
     try:
-        return bool(json.loads(note.read_text())["digest"] == digest)
-    except (OSError, ValueError, KeyError):
+        return bool(parse_json(note.read_bytes())["digest"] == digest)
+    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 
