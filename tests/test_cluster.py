@@ -356,6 +356,11 @@ def test_no_scheduler_there(tmp_path, source, capsys):
     assert not (tmp_path / "dst").exists()
 
 
+def test_a_scheduler_that_has_written_no_file(tmp_path):
+    with pytest.raises(ClusterError, match=r"s\.json: no such file for 0\.2 s; start a scheduler"):
+        Workers(str(tmp_path / "s.json"), timeout=0.2)
+
+
 def test_a_scheduler_that_goes_away(tmp_path, source, wanted):
     cluster = Cluster(tmp_path / "cluster")
     dst = tmp_path / "dst"

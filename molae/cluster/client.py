@@ -467,6 +467,14 @@ def _connect(scheduler: str, timeout: float) -> distributed.Client:
     where = {"address": scheduler}
     if "://" not in scheduler and scheduler.endswith(".json"):
         where = {"scheduler_file": scheduler}
+        until = time.monotonic() + timeout
+        while not Path(scheduler).exists():  # Dask would wait for ever
+            if time.monotonic() > until:
+                raise ClusterError(
+                    f"{scheduler}: no such file for {timeout:g} s; start a scheduler that writes "
+                    f"it: dask scheduler --scheduler-file {scheduler}"
+                )
+            time.sleep(0.05)
     try:
         return _dask().Client(**where, timeout=timeout, set_as_default=False, name="molae")
     except (OSError, ValueError, TypeError) as error:  # TypeError: tls:// without certificates
