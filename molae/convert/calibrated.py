@@ -177,6 +177,10 @@ class Calibrated:
         self._layers = layers
         return Allocation("gauge", layers, candidates, compressed, self._light)
 
+    def take(self, allocation: Allocation) -> None:
+        """Groups and ranks that were decided elsewhere."""
+        self._layers, self._counts = allocation.layers, allocation.compressed
+
     def _measured(self, sizes: Mapping[str, int]) -> dict[tuple[int, str], Look]:
         """Of every layer and type in groups of these sizes; what is not known yet is measured."""
         known = self._measurements.looks
