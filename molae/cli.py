@@ -110,7 +110,11 @@ def _convert(args: argparse.Namespace) -> None:
             )
         _show_plan(args, found)
         return
-    with _calibration(args, args.src) as calibration, _watcher(args) as watcher:
+    with (
+        _executor(args) as executor,
+        _calibration(args, args.src) as calibration,
+        _watcher(args) as watcher,
+    ):
         report = convert(
             args.src,
             args.dst,
@@ -120,8 +124,30 @@ def _convert(args: argparse.Namespace) -> None:
             family=_family(args),
             overwrite=args.overwrite,
             watcher=watcher,
+            executor=executor,
         )
     _show_report(args, report)
+
+
+@contextlib.contextmanager
+def _executor(args: argparse.Namespace) -> Iterator[Any]:
+    """The workers that a run is shared among; or None."""
+    if args.scheduler is None:
+        if args.allow_mixed_workers:
+            raise _UsageError("--allow-mixed-workers: only with --scheduler")
+        if args.scheduler_timeout is not None:
+            raise _UsageError("--scheduler-timeout: only with --scheduler")
+        yield None
+        return
+    from molae.cluster import Workers
+    from molae.cluster.client import hide_logs
+
+    hide_logs()
+    timeout = {} if args.scheduler_timeout is None else {"timeout": args.scheduler_timeout}
+    with Workers(
+        args.scheduler, threads=args.threads, allow_mixed=args.allow_mixed_workers, **timeout
+    ) as workers:
+        yield workers
 
 
 @contextlib.contextmanager
@@ -244,9 +270,14 @@ def _materialize(args: argparse.Namespace) -> None:
         return
     if args.dst is None:
         raise _UsageError("materialize: DST is missing (only --dry-run goes without)")
-    with _watcher(args) as watcher:
+    with _executor(args) as executor, _watcher(args) as watcher:
         report = materialize(
-            args.src, args.dst, family=_family(args), overwrite=args.overwrite, watcher=watcher
+            args.src,
+            args.dst,
+            family=_family(args),
+            overwrite=args.overwrite,
+            watcher=watcher,
+            executor=executor,
         )
     _show_report(args, report)
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from molae.convert.allocation import Allocation, complete_fused, split_numbers
 from molae.convert.calibrated import Calibrated, Calibration
 from molae.convert.card import convert_card
 from molae.convert.estimate import calibrated_seconds, fit_seconds, memory_bytes, scratch_bytes
+from molae.convert.executor import Recipe
 from molae.convert.jsontext import json_text
 from molae.convert.layer_state import training_told
 from molae.convert.methods import find_method
@@ -31,13 +33,43 @@ from molae.errors import ArgumentError
 from molae.factored import Factored, group_tensors
 from molae.io import DTYPES, Checkpoint
 
-__all__ = ["Conversion"]
+__all__ = ["Conversion", "ConversionRecipe", "check_divisible"]
+
+
+@dataclass(frozen=True)
+class ConversionRecipe:
+    """How other processes do the work of a `Conversion`."""
+
+    source: str
+    config: ConvertConfig
+    family: Family | None
+    allocation: Allocation
+
+    def work(self, checkpoint: Checkpoint) -> Conversion:
+        return Conversion(
+            self.source, checkpoint, self.config, self.family, allocation=self.allocation
+        )
+
+
+def check_divisible(config: ConvertConfig, calibrated: bool) -> None:
+    """Refuse a conversion whose layers wait for each other.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if calibrated:
+        raise ArgumentError(
+            "scheduler: with a calibration text each layer is fitted to what the converted layers "
+            "before it hand on, so one process does it all; leave the scheduler out, or the text"
+        )
 
 
 class Conversion:
     """The work of `molae.convert`: what each job computes and what the folder says of it.
 
-    Making one opens nothing and writes nothing; it decides groups and ranks.
+    Making one opens nothing and writes nothing; it decides groups and ranks, unless an
+    `allocation` is given.
     """
 
     kind = "convert"
@@ -50,15 +82,19 @@ class Conversion:
         family: Family | None = None,
         calibration: Calibration | None = None,
         stats: Path | None = None,
+        allocation: Allocation | None = None,
     ) -> None:
         self.source_name = source
         self.checkpoint = checkpoint
         self.config = config
+        self.family = family
         self.method = find_method(config.method)
         self.model: Model = describe(checkpoint, family=family)
         self.calibration = calibration
         self.calibrated: Calibrated | None = None
-        if calibration is not None:
+        if allocation is not None:
+            pass  # decided elsewhere
+        elif calibration is not None:
             self.calibrated = Calibrated(checkpoint, self.model, config, calibration, stats)
             allocation = self.calibrated.allocate()
         elif (
@@ -91,6 +127,11 @@ class Conversion:
         E, F, D = (self.model.letters[letter] for letter in "EFD")
         self.stack_bytes = E * F * D * DTYPES["F32"].itemsize
         self.room = int(1.25 * self.stack_bytes)
+
+    def recipe(self) -> Recipe:
+        """For other processes: all that is decided, so that they need not decide it again."""
+        check_divisible(self.config, self.calibration is not None)
+        return ConversionRecipe(self.source_name, self.config, self.family, self.allocation)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -228,6 +269,7 @@ class Conversion:
             compressed=compressed,
             light=light.title if compressed else None,
             scratch_bytes=scratch_bytes(self),
+            parallel=len(self.shards) if self.calibration is None else 1,
         )
 
     def _seconds(self) -> float:

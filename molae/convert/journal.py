@@ -105,13 +105,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    prefix: str = "",
+    words: tuple[str, str] = ("then", "now"),
+) -> list[str]:
     """Where two headers differ, as short texts: 'settings.size: 0.75 then, 0.5 now'."""
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         was, now = old.get(key), new.get(key)
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            found += differences(was, now, f"{prefix}{key}.")
+            found += differences(was, now, f"{prefix}{key}.", words)
         elif was != now:
-            found.append(f"{prefix}{key}: {was!r} then, {now!r} now")
+            found.append(f"{prefix}{key}: {was!r} {words[0]}, {now!r} {words[1]}")
     return found

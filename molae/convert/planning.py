@@ -213,6 +213,9 @@ class Plan:
         What acts in the place of compressed experts, where there are any.
     scratch_bytes : int
         Temporary files meanwhile, where there is a calibration text.
+    parallel : int
+        Files that may be computed at the same time by several processes; 1 where each layer
+        waits for the one before it.
     """
 
     kind: str
@@ -238,6 +241,7 @@ class Plan:
     compressed: Mapping[int, int] = field(default_factory=dict)
     light: str | None = None
     scratch_bytes: int = 0
+    parallel: int = 1
 
     @classmethod
     def of(cls, run: Run, method: str, form: Form, **facts: Any) -> Plan:

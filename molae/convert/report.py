@@ -23,8 +23,10 @@ __all__ = [
     "Report",
     "Rows",
     "TypeRow",
+    "WorkerRow",
     "sorted_rows",
     "total_error",
+    "worker_rows",
 ]
 
 REPORT = "molae-report.json"
@@ -136,6 +138,33 @@ class HealRow:
         return cls(layer, found.error.tolist(), losses, found.steps, seconds)
 
 
+@dataclass(frozen=True)
+class WorkerRow:
+    """One of several processes that computed a result.
+
+    Attributes
+    ----------
+    address, host : str
+        Where it was.
+    threads : int
+        That it computed with.
+    build : dict
+        Its BLAS, BLAS core, instruction set and NumPy.
+    differs : list of str
+        Where that is not what the run was planned with. Its files may then differ in their last
+        bits from what one machine alone would have written.
+    files : list of str
+        That it computed.
+    """
+
+    address: str
+    host: str
+    threads: int
+    build: dict[str, Any]
+    differs: list[str]
+    files: list[str]
+
+
 #: Rows of a shard by the name of what tells them apart.
 ROWS: Mapping[str, tuple[str, type]] = {
     "kind": ("rows", TypeRow),
@@ -143,6 +172,9 @@ ROWS: Mapping[str, tuple[str, type]] = {
     "losses": ("healed", HealRow),
 }
 
+
+#: Of what type the rows in each entry of the report are.
+_ROW_TYPES: Mapping[str, type] = {**dict(ROWS.values()), "workers": WorkerRow}
 
 #: Rows by the entry of the report that they belong to.
 Rows = Mapping[str, tuple[Any, ...]]
@@ -155,6 +187,17 @@ def sorted_rows(found: Sequence[Mapping[str, Any]]) -> Rows:
         name, made = next(own for mark, own in ROWS.items() if mark in row)
         rows[name].append(made(**row))
     return {name: tuple(own) for name, own in rows.items()}
+
+
+def worker_rows(entries: Sequence[Mapping[str, Any]]) -> tuple[WorkerRow, ...]:
+    """From the lines of a journal; empty where one process did it all."""
+    found: dict[str, WorkerRow] = {}
+    for entry in entries:
+        if "worker" in entry:
+            address = entry["worker"]["address"]
+            row = found.setdefault(address, WorkerRow(**entry["worker"], files=[]))
+            row.files.append(entry["file"])
+    return tuple(found[address] for address in sorted(found))
 
 
 def total_error(rows: Sequence[TypeRow]) -> float:
@@ -191,6 +234,9 @@ class Report:
         One for each layer that has compressed experts.
     healed : tuple of HealRow
         One for each layer that was trained: of 'heal', and of 'convert' where it was asked for.
+    workers : tuple of WorkerRow
+        One for each process that computed files, where these were others than the one that planned
+        the run.
     """
 
     kind: str
@@ -203,6 +249,12 @@ class Report:
     seconds: float
     compressed: tuple[CompressedRow, ...] = ()
     healed: tuple[HealRow, ...] = ()
+    workers: tuple[WorkerRow, ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        """Whether machines computed that differ in what the last bits depend on."""
+        return any(row.differs for row in self.workers)
 
     def error(self, kind: str | None = None) -> float:
         """`total_error` of one matrix type, or of all that are in molae's form."""
@@ -222,7 +274,7 @@ class Report:
         out: dict[str, Any] = {"molae_report": REPORT_VERSION}
         for entry in dataclasses.fields(self):
             out[entry.name] = getattr(self, entry.name)
-        for name, _ in ROWS.values():
+        for name in _ROW_TYPES:
             out[name] = [dataclasses.asdict(row) for row in getattr(self, name)]
         return out
 
@@ -241,10 +293,9 @@ class Report:
                 f"molae_report: this molae reads version {REPORT_VERSION}, got {version!r}"
             )
         try:
-            made = dict(ROWS.values())
-            names = [entry.name for entry in dataclasses.fields(cls) if entry.name not in made]
+            names = [f.name for f in dataclasses.fields(cls) if f.name not in _ROW_TYPES]
             values = {name: data[name] for name in names}
-            for name, row in made.items():
+            for name, row in _ROW_TYPES.items():
                 given = data[name] if name == "rows" else data.get(name, ())
                 values[name] = tuple(row(**own) for own in given)
         except (KeyError, TypeError) as error:

@@ -8,6 +8,7 @@ from molae.io.writer import (
     TensorSpec,
     copy_file_atomic,
     plan_bytes,
+    rename_durably,
     write_text_atomic,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "numpy_dtype",
     "open_checkpoint",
     "plan_bytes",
+    "rename_durably",
     "write_text_atomic",
 ]

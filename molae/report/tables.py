@@ -97,6 +97,21 @@ def report_view(report: Report) -> RenderableType:
                 f"{row.seconds:.1f} s",
             )  # fmt: skip
         parts += [Text("Relative error of the layers' answers, trained in the end:"), table]
+    if report.workers:
+        hosts = {row.host for row in report.workers}
+        parts += [Text(f"Computed by {len(report.workers)} workers on {len(hosts)} machines.")]
+    if report.mixed:
+        differing = "; ".join(
+            f"{row.address} ({row.host}) {', '.join(row.differs)}"
+            for row in report.workers
+            if row.differs
+        )
+        parts += [
+            Text(
+                "The workers were of several kinds, as was allowed: another run, or one machine "
+                f"alone, may give other last bits. {differing}."
+            )
+        ]
     size = sum(entry["bytes"] for entry in report.files.values())
     parts += [Text(f"{len(report.files) + 1} files, {size_text(size)}, in {report.seconds:.1f} s.")]
     return Group(*parts)
@@ -230,6 +245,8 @@ def _needs(plan: Plan) -> Table:
         table.add_row(
             "passes", f"{plan.passes} over each layer's tokens, to stay within the memory"
         )
+    if plan.parallel > 1:
+        table.add_row("machines", f"up to {plan.parallel} may share the work (--scheduler)")
     if plan.seconds is not None:
         table.add_row("time", f"about {time_text(plan.seconds)}")
     return table
