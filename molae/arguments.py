@@ -35,7 +35,7 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument(
-        "--family", metavar="FILE", help="JSON description of a family that molae does not know"
+        "--arch", metavar="FILE", help="JSON description of a family that molae does not know"
     )
     running = argparse.ArgumentParser(add_help=False)
     running.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")

@@ -411,11 +411,11 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def _family(args: argparse.Namespace) -> Any:
-    if args.family is None:
+    if args.arch is None:
         return None
     from molae.arch import load_family
 
-    return load_family(args.family)
+    return load_family(args.arch)
 
 
 # ----------------------------------------------------------------------- output
