@@ -119,6 +119,11 @@ class Family:
         What else each such block has, the router above all.
     head : str or None
         The tensor that is not counted when ``tie_word_embeddings`` is true.
+    transformers : str or None
+        The model type under which Transformers builds the same language model, where that is
+        another one.
+    unsupported : str or None
+        Why molae only inspects the family, where it does not convert it.
     """
 
     model_type: str
@@ -129,6 +134,8 @@ class Family:
     layouts: tuple[Layout, ...]
     tensors: tuple[Tensor, ...]
     head: str | None
+    transformers: str | None = None
+    unsupported: str | None = None
 
     def read_letters(self, config: Mapping[str, Any]) -> dict[str, int]:
         """The sizes, from a bare config.
@@ -222,7 +229,9 @@ class _Reader:
         self.name = name
 
     def family(self, data: Any) -> Family:
-        self.keys("the description", data, _KEYS, ("$schema", "head"))
+        self.keys(
+            "the description", data, _KEYS, ("$schema", "head", "transformers", "unsupported")
+        )
         letters = self.letters(data["letters"])
         blocks = self.strings("blocks", data["blocks"])
         self.unique("blocks", blocks)
@@ -230,7 +239,11 @@ class _Reader:
             self.placeholders("blocks", block, {"layer"})
         experts = self.string("experts", data["experts"])
         self.placeholders("experts", experts, {"block"})
-        layouts = tuple(self.layout(x, letters) for x in self.items("layouts", data["layouts"]))
+        unsupported = self.optional("unsupported", data)
+        layouts = tuple(
+            self.layout(x, letters, whole=unsupported is None)
+            for x in self.items("layouts", data["layouts"])
+        )
         self.unique("layouts", [x.name for x in layouts])
         tensors = tuple(
             self.tensor("tensors", x, {"block"}, letters)
@@ -240,7 +253,6 @@ class _Reader:
             both = (*layout.tensors, *tensors)
             self.unique("roles", [t.role for t in both])
             self.unique("names", [t.name.replace("${experts}", experts) for t in both])
-        head = self.string("head", data["head"]) if "head" in data else None
         return Family(
             self.string("model_type", data["model_type"]),
             letters,
@@ -249,7 +261,9 @@ class _Reader:
             experts,
             layouts,
             tensors,
-            head,
+            self.optional("head", data),
+            self.optional("transformers", data),
+            unsupported,
         )
 
     def letters(self, data: Any) -> dict[str, tuple[str, ...]]:
@@ -273,7 +287,7 @@ class _Reader:
             named.get("first"), named.get("every"), named.get("step"), named.get("except")
         )
 
-    def layout(self, data: Any, letters: Mapping[str, Any]) -> Layout:
+    def layout(self, data: Any, letters: Mapping[str, Any], *, whole: bool) -> Layout:
         self.keys("layouts", data, ("name", "tensors"), ())
         name = self.string("layouts.name", data["name"])
         where = f"layout {name!r}"
@@ -289,7 +303,7 @@ class _Reader:
                 )
             tensors.append(t)
         held = sorted(kind for t in tensors for kind in t.types)
-        if held != sorted(TYPES):
+        if held != sorted(TYPES) and (whole or held != ["down_proj", "up_proj"]):
             raise self.error(f"{where}: must hold each of {', '.join(TYPES)} once, holds {held}")
         return Layout(name, tuple(tensors))
 
@@ -337,6 +351,9 @@ class _Reader:
         if not isinstance(value, str) or not value:
             raise self.error(f"{where}: expected a text, got {value!r}")
         return value
+
+    def optional(self, key: str, data: Mapping[str, Any]) -> str | None:
+        return self.string(key, data[key]) if key in data else None
 
     def strings(self, where: str, value: Any) -> tuple[str, ...]:
         return tuple(self.string(where, x) for x in self.items(where, value))

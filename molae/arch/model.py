@@ -61,6 +61,16 @@ class Model:
     _tensors: Mapping[str, TensorInfo] = field(repr=False)
     _tied: bool = field(repr=False)
 
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All that the checkpoint holds, or would hold."""
+        return self._tensors
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The matrix types of an expert; a family that molae only inspects may lack gate."""
+        return tuple(kind for kind in TYPES if any(kind in t.types for t in self._layout.tensors))
+
     def experts_prefix(self, layer: int) -> str:
         """Prefix of the names of a layer's experts, such as ``model.layers.3.mlp.experts``."""
         return _fill(self.family.experts, self._block, layer)
@@ -144,7 +154,7 @@ class Model:
         sizes = {n: t.size for n, t in self._tensors.items() if t.dtype in FLOATING and n != skip}
         total, own, factors = sum(sizes.values()), _expected(self), _factor_prefixes(self)
         experts = sum(size for n, size in sizes.items() if n in own or n.startswith(factors))
-        active = sum(self._active(layer, kind) for layer in self.moe_layers for kind in TYPES)
+        active = sum(self._active(layer, kind) for layer in self.moe_layers for kind in self.kinds)
         active += sum(self._active_light(layer) for layer in self.moe_layers)
         return Counts(total, experts, total - experts + round(active))
 
@@ -223,6 +233,11 @@ def describe(
         tensors = source.tensors
     if family is None:
         family = _find(config, tensors)
+    if family.unsupported and not converted:
+        raise UnknownFamilyError(
+            f"family {family.model_type}: {family.unsupported}; molae inspects it, and does not "
+            "convert it"
+        )
     _check_quantization(config, converted)
     letters = family.read_letters(config)
     layers = family.read_moe_layers(config)

@@ -27,6 +27,7 @@ from molae.threads import get_num_threads
 
 if TYPE_CHECKING:
     from molae.convert.conversion import Conversion
+    from molae.convert.sketch import Sketch
 
 __all__ = ["calibrated_seconds", "fit_seconds", "memory_bytes", "scratch_bytes"]
 
@@ -120,7 +121,7 @@ def _factor_like(kind: str, W: Sequence[np.ndarray], split: Split) -> None:
     )
 
 
-def _splits_by_kind(conversion: Conversion) -> dict[str, list[tuple[int, Split]]]:
+def _splits_by_kind(conversion: Conversion | Sketch) -> dict[str, list[tuple[int, Split]]]:
     found: dict[str, list[tuple[int, Split]]] = {}
     for layer, kinds in conversion.allocation.layers.items():
         for kind, split in kinds.items():
@@ -160,7 +161,7 @@ def scratch_bytes(conversion: Conversion) -> int:
     )
 
 
-def memory_bytes(conversion: Conversion) -> int:
+def memory_bytes(conversion: Conversion | Sketch) -> int:
     """Estimate of the peak of anonymous memory.
 
     The factors of one matrix type, those of another that wait to be written, and the

@@ -213,6 +213,8 @@ class Plan:
         What acts in the place of compressed experts, where there are any.
     scratch_bytes : int
         Temporary files meanwhile, where there is a calibration text.
+    experts_only : bool
+        Nothing but the experts is known: the plan is of a config alone.
     """
 
     kind: str
@@ -238,6 +240,7 @@ class Plan:
     compressed: Mapping[int, int] = field(default_factory=dict)
     light: str | None = None
     scratch_bytes: int = 0
+    experts_only: bool = False
 
     @classmethod
     def of(cls, run: Run, method: str, form: Form, **facts: Any) -> Plan:

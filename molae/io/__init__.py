@@ -1,6 +1,6 @@
 """Checkpoints on disk: read safetensors lazily, write them without ever leaving half a file."""
 
-from molae.io.checkpoint import Checkpoint, map_file, natural_key, open_checkpoint
+from molae.io.checkpoint import Checkpoint, map_file, natural_key, open_checkpoint, read_config
 from molae.io.dtypes import COMPUTABLE, DTYPES, DType, dtype_name, numpy_dtype
 from molae.io.header import TensorInfo
 from molae.io.writer import (
@@ -26,5 +26,6 @@ __all__ = [
     "numpy_dtype",
     "open_checkpoint",
     "plan_bytes",
+    "read_config",
     "write_text_atomic",
 ]

@@ -25,7 +25,8 @@ from molae.io.header import (
 )
 from molae.io.hub import fetch, is_hub_id
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "map_file", "natural_key", "open_checkpoint"]
+__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "map_file", "natural_key", "open_checkpoint",
+    "read_config"]  # fmt: skip
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -94,6 +95,21 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     headers = tuple(read_header(path / f, f) for f in weight_map)
     tensors = _gather(headers, weight_map)
     return Checkpoint(path, config, tensors, headers, config_sha, index_sha)
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A ``config.json`` without its checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        It is not there, cannot be read, or is no JSON object.
+    """
+    path = Path(path)
+    config, _ = _read_json(path.parent, path.name)
+    if config is None:
+        raise CheckpointError(f"{path}: cannot be read: no such file")
+    return config
 
 
 class Checkpoint:
