@@ -64,7 +64,7 @@ def promise(
     tensors = dict(others)
     model = Model(
         family, letters, layers, layout.name, dtype, factored, family.blocks[0], layout, tensors,
-        config.get("tie_word_embeddings") is True,
+        family.is_tied(config),
     )  # fmt: skip
     for spec in _specs(model):
         tensors[spec.name] = TensorInfo(spec.name, spec.dtype, spec.shape, "", 0, spec.nbytes)
