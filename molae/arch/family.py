@@ -39,7 +39,7 @@ _SHAPES = {
     FUSED: ("2F", "D"),
 }
 _EXTENT = re.compile(r"[1-9][0-9]*|(?:[1-9][0-9]*)?([A-Z]{1,2})")
-_RULES = ("first", "last", "every", "step", "except", "only", "types", "enabled")
+_RULES = ("first", "last", "every", "step", "except", "only", "types", "pattern", "enabled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,9 @@ class MoeLayers:
 
     Layer l has experts iff first <= l <= last, l % every == 0, (l + 1) % step == 0, and l is not
     in except. Where the config has the key of `types` (a text for each layer, ``"sparse"`` for
-    those with experts) or of `only` (the layers), this alone decides. `every` may be a list of
-    0 and 1 for each layer. No layer has experts where `enabled` is false.
+    those with experts), of `pattern` (a text with a letter for each layer, E for those with
+    experts) or of `only` (the layers), this alone decides. `every` may be a list of 0 and 1 for
+    each layer. No layer has experts where `enabled` is false.
     """
 
     first: str | None = None
@@ -119,6 +120,7 @@ class MoeLayers:
     excluded: str | None = None
     only: str | None = None
     types: str | None = None
+    pattern: str | None = None
     enabled: str | None = None
 
     def indices(self, config: Mapping[str, Any], L: int) -> tuple[int, ...]:
@@ -134,6 +136,8 @@ class MoeLayers:
         if self.types and config.get(self.types) is not None:
             kinds = _each_layer(config, self.types, L, ("dense", "sparse"))
             return tuple(n for n in range(L) if kinds[n] == "sparse")
+        if self.pattern and config.get(self.pattern) is not None:
+            return _pattern(config, self.pattern, L)
         if self.only and config.get(self.only) is not None:
             return tuple(n for n in range(L) if n in _layers(config, self.only))
         first = _count(config, self.first, 0, least=0)
@@ -541,6 +545,17 @@ def _each_layer(
             f"{', '.join(map(repr, allowed))} for each of the L={L} layers"
         )
     return value
+
+
+def _pattern(config: Mapping[str, Any], key: str, L: int) -> tuple[int, ...]:
+    """The layers for which a text has an E."""
+    value = config[key]
+    if not isinstance(value, str) or len(value) != L:
+        raise CheckpointError(
+            f"config.json: {key!r} is {value!r}, expected a text with a letter for each of the "
+            f"L={L} layers"
+        )
+    return tuple(n for n in range(L) if value[n] == "E")
 
 
 def _letter(config: Mapping[str, Any], letter: str, where: Letter) -> int:

@@ -55,9 +55,9 @@ class Inspection:
         Active parameters if some of a token's experts were compressed, where that was asked.
     bytes : int
         Of all tensors; of a config those unquantized, of what is counted.
-    quantization : str or None
-        How the files of a config are quantized.
-    quantized_bytes : int or None
+    encoding : str or None
+        What the files hold in the place of the numbers that are told, such as 'fp8'.
+    encoded_bytes : int or None
         What they then take, of what is counted; None where it is not known.
     files : int
         0 where there was a config alone.
@@ -83,8 +83,8 @@ class Inspection:
     shared_parameters: int | None
     active_compressed: int | None
     bytes: int
-    quantization: str | None
-    quantized_bytes: int | None
+    encoding: str | None
+    encoded_bytes: int | None
     files: int
     factored: Factored | None
     unsupported: str | None
@@ -252,8 +252,8 @@ def inspect_config(
         active_parameters=facts.active_parameters if others is not None else None,
         active_compressed=facts.active_compressed if others is not None else None,
         shared_parameters=facts.shared_parameters if others is not None else None,
-        quantization=packing.title if packing else None,
-        quantized_bytes=packed,
+        encoding=packing.title if packing else None,
+        encoded_bytes=packed,
         notes=tuple(notes),
     )
 
@@ -280,8 +280,8 @@ def _facts(
         ),
         active_compressed=_active_compressed(model, compressed, light) if compressed else None,
         bytes=nbytes,
-        quantization=None,
-        quantized_bytes=None,
+        encoding=None,
+        encoded_bytes=None,
         files=files,
         factored=model.factored,
         unsupported=model.family.unsupported,
@@ -343,7 +343,7 @@ def _left_out(config: Mapping[str, Any]) -> list[str]:
             break
     parts = [key for key in _OTHERS if config.get(key)]
     if parts:
-        notes.append(f"Counted is the language model; {' and '.join(parts)} are not in it.")
+        notes.append(f"Only the language model is counted, without {' and '.join(parts)}.")
     return notes
 
 

@@ -130,8 +130,8 @@ def inspect_view(found: Inspection) -> RenderableType:
         if name == "active for a token" and found.active_compressed and found.active_parameters:
             change = found.active_compressed / found.active_parameters - 1
             table.add_row("  so compressed", f"{found.active_compressed:,} ({change:+.1%})")
-    if found.quantization:
-        table.add_row("quantized files", f"{found.quantization}: {_packed_text(found)}")
+    if found.encoding:
+        table.add_row("quantized files", f"{found.encoding}: {_packed_text(found)}")
     if found.unsupported:
         table.add_row("not converted", found.unsupported)
     for note in found.notes:
@@ -168,15 +168,15 @@ def _bytes_text(found: Inspection) -> str:
     return (
         text
         + (" of the experts" if found.total_parameters is None else "")
-        + (", unquantized" if found.quantization else "")
+        + (", unquantized" if found.encoding else "")
     )
 
 
 def _packed_text(found: Inspection) -> str:
-    if found.quantized_bytes is None:
+    if found.encoded_bytes is None:
         return "not known"
     of = " of the experts" if found.total_parameters is None else ""
-    return f"about {found.quantized_bytes:,} bytes ({size_text(found.quantized_bytes)}){of}"
+    return f"about {found.encoded_bytes:,} bytes ({size_text(found.encoded_bytes)}){of}"
 
 
 def _heading(plan: Plan) -> Text:
