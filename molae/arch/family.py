@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from molae.config import TYPES
 from molae.errors import CheckpointError, UnknownFamilyError
+from molae.factored import QUANT_METHOD
 from molae.io.header import object_without_repeats
 
 __all__ = [
@@ -185,6 +186,8 @@ class Family:
         another one.
     unsupported : str or None
         Why molae only inspects the family, where it does not convert it.
+    description : dict or None
+        As it was read, where it does not come with molae: a converted checkpoint keeps it.
     """
 
     model_types: tuple[str, ...]
@@ -199,6 +202,7 @@ class Family:
     about: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     transformers: str | None = None
     unsupported: str | None = None
+    description: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def model_type(self) -> str:
@@ -264,20 +268,47 @@ def families() -> Mapping[str, Family]:
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """The family of a config.
+    """The family of a config: the one that a converted checkpoint describes itself, else by
+    ``model_type``.
 
     Raises
     ------
     UnknownFamilyError
-        molae has none for its ``model_type``; the known ones are listed.
+        molae has none for its ``model_type``; those that it converts are listed.
+    CheckpointError
+        A converted checkpoint's description makes no sense.
     """
+    if (own := own_family(config)) is not None:
+        return own
     model_type = config.get("model_type")
     known = families()
     if not isinstance(model_type, str) or model_type not in known:
         raise UnknownFamilyError(
-            f"config.json: model_type {model_type!r} is unknown; known are {', '.join(known)}"
+            f"config.json: model_type {model_type!r} is unknown; known are {known_families()}"
         )
     return known[model_type]
+
+
+def known_families() -> str:
+    """The model types that molae converts, for messages."""
+    return ", ".join(name for name, family in families().items() if family.unsupported is None)
+
+
+def own_family(config: Mapping[str, Any]) -> Family | None:
+    """The family that a converted checkpoint describes itself; None where it does not.
+
+    Raises
+    ------
+    CheckpointError
+        The description makes no sense.
+    """
+    quant = config.get("quantization_config")
+    if not isinstance(quant, Mapping) or quant.get("quant_method") != QUANT_METHOD:
+        return None
+    data = quant.get("arch")
+    if data is None:
+        return None
+    return replace(_Reader("quantization_config.arch").family(data), description=data)
 
 
 def load_family(path: str | os.PathLike[str]) -> Family:
@@ -303,7 +334,9 @@ def load_family(path: str | os.PathLike[str]) -> Family:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{path}: cannot be read: {e}") from e
-    return parse_family(text, path.name)
+    family = parse_family(text, path.name)
+    data = {key: value for key, value in json.loads(text).items() if key != "$schema"}
+    return replace(family, description=data)
 
 
 def parse_family(text: str, name: str) -> Family:

@@ -13,7 +13,15 @@ from typing import Any, Literal
 import numpy as np
 
 from molae.arch.counts import active_numbers
-from molae.arch.family import FUSED, Family, Layout, Tensor, families, find_family
+from molae.arch.family import (
+    FUSED,
+    Family,
+    Layout,
+    Tensor,
+    find_family,
+    known_families,
+    own_family,
+)
 from molae.config import TYPES
 from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError
 from molae.factored import Factored
@@ -241,6 +249,11 @@ def describe(
         tensors = source.tensors
     if family is None:
         family = _find(config, tensors)
+    elif own_family(config) not in (None, family):
+        raise CheckpointError(
+            "config.json: the checkpoint was converted with another description of its family, "
+            "which it holds; leave --arch out"
+        )
     if family.unsupported and not converted:
         raise UnknownFamilyError(
             f"family {family.model_type}: {family.unsupported}; molae inspects it, and does not "
@@ -287,8 +300,8 @@ def _find(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Famil
         else:
             hint = f"no tensor is named like an expert's, the names are like {_some(tensors)}"
         raise UnknownFamilyError(
-            f"{e}; {hint}; a family of a known layout needs only a JSON description, "
-            f"see docs/formats.md"
+            f"{e}; {hint}; describe the family in a JSON file and give it with --arch FILE "
+            f"('molae inspect CHECKPOINT --draft FILE' drafts one, see docs/formats.md)"
         ) from None
 
 
@@ -324,7 +337,7 @@ def _best(candidates: list[Model]) -> Model:
         raise UnknownFamilyError(
             f"family {best.family.model_type}: no tensor has a name it knows, such as "
             f"{_some(wanted)}; the checkpoint has {_some(found)}; known families are "
-            f"{', '.join(families())}"
+            f"{known_families()}"
         )
     return best
 
@@ -380,7 +393,7 @@ def _check_blocks(model: Model) -> None:
             f"family {family.model_type}: {len(strange)} tensors that it does not know, such as "
             f"{_some(strange)}; config.json says E={E} and that layer {where} has "
             f"{'' if where in model.moe_layers else 'no '}experts; known families are "
-            f"{', '.join(families())}"
+            f"{known_families()}"
         )
 
 

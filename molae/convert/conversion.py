@@ -188,6 +188,7 @@ class Conversion:
             molae_version=__version__,
             compressed=self.allocation.compressed,
             light=self.allocation.light,
+            arch=self.model.family.description,
         )
 
     def config_text(self) -> str:
