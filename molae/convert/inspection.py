@@ -35,11 +35,13 @@ class Inspection:
     active_compressed : int or None
         Active parameters if some of a token's experts were compressed, where that was asked.
     bytes : int
-        Of all tensors.
+        Of all tensors as the files hold them.
     files : int
         0 where there was a config alone.
     factored : Factored or None
         Groups and ranks, where molae converted it.
+    encoding : str or None
+        What the files hold in the place of the BF16 numbers that are told, such as 'fp8'.
     """
 
     path: str
@@ -56,6 +58,7 @@ class Inspection:
     bytes: int
     files: int
     factored: Factored | None
+    encoding: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same facts for JSON."""
@@ -106,10 +109,11 @@ def inspect(
     """
     with open_checkpoint(src) as checkpoint:
         model = describe(checkpoint, family=family, converted=True)
-        return _facts(
-            os.fspath(src), model, checkpoint.nbytes, len(checkpoint.files), compressed_experts,
-            light_module,
+        found = _facts(
+            os.fspath(src), model, checkpoint.stored_nbytes, len(checkpoint.files),
+            compressed_experts, light_module,
         )  # fmt: skip
+        return dataclasses.replace(found, encoding=checkpoint.encoding)
 
 
 def inspect_tensors(

@@ -213,6 +213,8 @@ class Plan:
         What acts in the place of compressed experts, where there are any.
     scratch_bytes : int
         Temporary files meanwhile, where there is a calibration text.
+    encoding : str, optional
+        What the source's files hold instead of the BF16 numbers that all sizes here are of.
     """
 
     kind: str
@@ -238,6 +240,7 @@ class Plan:
     compressed: Mapping[int, int] = field(default_factory=dict)
     light: str | None = None
     scratch_bytes: int = 0
+    encoding: str | None = None
 
     @classmethod
     def of(cls, run: Run, method: str, form: Form, **facts: Any) -> Plan:
@@ -276,6 +279,14 @@ class Plan:
         return (
             f"the last {some[0]} to {some[-1]} of a token's {self.letters['K']} experts do not "
             f"run, by layer {', '.join(map(str, counts))}"
+        )
+
+    @property
+    def encoding_text(self) -> str:
+        """What becomes of encoded tensors."""
+        return (
+            f"The source holds tensors in {str(self.encoding).upper()}. All of them are decoded to "
+            f"{self.dtype}: sizes here are of that, and the result has no encoded tensor left."
         )
 
     @property

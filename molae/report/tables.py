@@ -108,13 +108,17 @@ def _mean_output_error(report: Report, kind: str) -> float:
     return math.sqrt(sum(error**2 for error in found) / len(found))
 
 
+def _stored_as(found: Inspection) -> str:
+    return found.dtype if found.encoding is None else f"{found.encoding.upper()}, read as BF16"
+
+
 def inspect_view(found: Inspection) -> RenderableType:
     """What a checkpoint is; its ranks where it is a converted one."""
     table = Table.grid(padding=(0, 2))
     letters = ", ".join(f"{letter}={size}" for letter, size in found.letters.items())
     shapes = ", ".join(f"{kind} {rows}x{cols}" for kind, (rows, cols) in found.shapes.items())
     for name, value in (
-        ("family", f"{found.family}, layout {found.layout}, experts in {found.dtype}"),
+        ("family", f"{found.family}, layout {found.layout}, experts in {_stored_as(found)}"),
         ("letters", letters),
         ("matrices", shapes),
         ("layers with experts", _spans(found.moe_layers)),
@@ -236,6 +240,8 @@ def _needs(plan: Plan) -> Table:
 
 
 def _remarks(plan: Plan) -> Iterable[Text]:
+    if plan.encoding is not None:
+        yield Text(plan.encoding_text)
     if plan.kind == "materialize":
         yield Text("The result has the original's full size; what was saved on the disk is lost.")
     elif plan.kind == "heal":
@@ -244,7 +250,7 @@ def _remarks(plan: Plan) -> Iterable[Text]:
         yield Text(
             "The experts that run stay as they are; what acts in the others' place is added."
         )
-    elif not plan.types:
+    elif not plan.types and plan.encoding is None:
         yield Text("Nothing would be saved: every tensor stays as it is.")
     elif plan.flops_ratio > 1:
         yield Text(
