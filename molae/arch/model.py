@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -161,7 +163,13 @@ class Model:
     def roles(self, layer: int) -> dict[str, str]:
         """Names of a layer's other MoE tensors by role, such as ``router``."""
         self._check_layer(layer)
-        return {t.role: _fill(t.name, self._block, layer) for t in self.family.tensors}
+        found = {t.role: self._present(t, layer) for t in self.family.tensors}
+        return {role: name for role, name in found.items() if name is not None}
+
+    def _present(self, tensor: Tensor, layer: int) -> str | None:
+        """The name under which the checkpoint has one of the family's other tensors, if it does."""
+        names = (_fill(name, self._block, layer) for name in (tensor.name, *tensor.others))
+        return next((name for name in names if name in self._tensors), None)
 
     def counts(self) -> Counts:
         """Count the model's numbers.
@@ -270,7 +278,7 @@ def describe(
     quant = config.get("quantization_config")
     method = quant.get("quant_method") if quant else None
     factored = Factored.from_dict(quant, letters) if quant and method not in ENCODINGS else None
-    tied = config.get("tie_word_embeddings") is True
+    tied = family.is_tied(config)
     candidates = [
         Model(family, letters, layers, layout.name, "", factored, block, layout, tensors, tied)
         for block in family.blocks
@@ -379,14 +387,16 @@ def _check_blocks(model: Model) -> None:
     known = set(_expected(model))
     for layer in model.moe_layers:
         for tensor in family.tensors:
-            name = _fill(tensor.name, model._block, layer)
-            known.add(name)
-            if name not in tensors:
+            name = model._present(tensor, layer)
+            if name is not None:
+                known.add(name)
+                _check_shape(model, tensor, tensors[name])
+            elif not tensor.optional and all(_extent(x, model.letters) for x in tensor.shape):
+                name = _fill(tensor.name, model._block, layer)
                 raise CheckpointError(
                     f"{name}: absent from the checkpoint ({tensor.role} of layer {layer}); "
                     f"download it again"
                 )
-            _check_shape(model, tensor, tensors[name])
     strange = [n for n in tensors if n not in known and _is_strange(model, n)]
     if strange:
         where = model.layer_of(strange[0])
@@ -461,9 +471,8 @@ def _check_shape(model: Model, tensor: Tensor, info: TensorInfo) -> None:
 
 
 def _extent(text: str, letters: Mapping[str, int]) -> int:
-    if text[-1].isalpha():
-        return int(text[:-1] or 1) * letters[text[-1]]
-    return int(text)
+    number = text.rstrip(string.ascii_uppercase)
+    return math.prod((letters[x] for x in text[len(number) :]), start=int(number or 1))
 
 
 def _fill(template: str, block: str, layer: int, experts: str = "") -> str:
