@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
@@ -39,6 +39,7 @@ _SHAPES = {
     "down_proj": ("D", "F"),
     FUSED: ("2F", "D"),
 }
+_FLAGS = ("optional", "transposed", "interleaved")
 _EXTENT = re.compile(r"[1-9][0-9]*|(?:[1-9][0-9]*)?([A-Z]{1,2})")
 _RULES = ("first", "last", "every", "step", "except", "only", "types", "pattern", "enabled")
 
@@ -48,6 +49,8 @@ class Tensor:
     """One tensor: its role, a template of its name, its shape in letters.
 
     Some files call it by one of `others`; where it is `optional`, some have it not.
+    `transposed`: each expert's matrix lies with its two axes exchanged, (D, F) for gate and up.
+    `interleaved`: gate and up take turns, row by row, gate first.
     """
 
     role: str
@@ -55,6 +58,8 @@ class Tensor:
     shape: tuple[str, ...]
     others: tuple[str, ...] = ()
     optional: bool = False
+    transposed: bool = False
+    interleaved: bool = False
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -65,6 +70,30 @@ class Tensor:
     def per_expert(self) -> bool:
         """Whether each expert has one of its own."""
         return "${expert}" in self.name
+
+    @property
+    def as_matrices(self) -> bool:
+        """Whether the matrices (rows, cols) lie in it as they are, in C order."""
+        return not self.transposed and not self.interleaved
+
+    def view(self, stored: Any, kind: str) -> Any:
+        """Of one expert's part of it the view that is the matrix (rows, cols) of a type.
+
+        `stored` is anything with the indexing of NumPy and two axes, an array or a tensor.
+        """
+        W = stored.T if self.transposed else stored
+        if self.role != FUSED:
+            return W
+        gate = kind == "gate_proj"
+        if self.interleaved:
+            return W[0 if gate else 1 :: 2]
+        half = len(W) // 2
+        return W[:half] if gate else W[half:]
+
+    def joined(self, matrices: Sequence[Any], out: Any) -> None:
+        """Put the matrices of its types, in the order of `types`, into one expert's part of it."""
+        for kind, matrix in zip(self.types, matrices, strict=True):
+            self.view(out, kind)[...] = matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,12 +475,15 @@ class _Reader:
         where = f"layout {name!r}"
         tensors = []
         for x in self.items(where, data["tensors"]):
-            t = self.tensor(where, x, {"experts"}, letters, optional={"expert"})
+            t = self.tensor(where, x, {"experts"}, letters, optional={"expert"}, flags=_FLAGS)
             if t.optional or t.others:
                 raise self.error(f"{where}: {t.role} has one name, and is always there")
             if t.role not in _SHAPES:
                 raise self.error(f"{where}: role {t.role!r}, expected one of {', '.join(_SHAPES)}")
-            wanted = _SHAPES[t.role] if t.per_expert else ("E", *_SHAPES[t.role])
+            if t.interleaved and t.role != FUSED:
+                raise self.error(f"{where}: {t.role} is interleaved, only {FUSED} can be")
+            one = _SHAPES[t.role][::-1] if t.transposed else _SHAPES[t.role]
+            wanted = one if t.per_expert else ("E", *one)
             if t.shape != wanted:
                 raise self.error(
                     f"{where}: {t.role} has shape {list(t.shape)}, molae reads {list(wanted)} only"
@@ -469,8 +501,9 @@ class _Reader:
         needed: Set[str],
         letters: Mapping[str, Any],
         optional: Set[str] = frozenset(),
+        flags: tuple[str, ...] = _FLAGS[:1],
     ) -> Tensor:
-        self.keys(where, data, ("role", "name", "shape"), ("optional",))
+        self.keys(where, data, ("role", "name", "shape"), flags)
         names = self.one_or_more(f"{where}.name", data["name"])
         for name in names:
             # Some layouts name the experts' tensors beneath the block itself.
@@ -481,11 +514,15 @@ class _Reader:
             match = _EXTENT.fullmatch(extent)
             if not match or not all(x in letters for x in match[1] or ""):
                 raise self.error(f"{where}: {extent!r} in a shape, expected such as 'F' or '2F'")
-        is_optional = data.get("optional", False)
-        if not isinstance(is_optional, bool):
-            raise self.error(f"{where}.optional: expected true or false, got {is_optional!r}")
         role = self.string(f"{where}.role", data["role"])
-        return Tensor(role, names[0], shape, names[1:], is_optional)
+        is_optional, transposed, interleaved = (self.flag(where, data, x) for x in _FLAGS)
+        return Tensor(role, names[0], shape, names[1:], is_optional, transposed, interleaved)
+
+    def flag(self, where: str, data: Any, name: str) -> bool:
+        value = data.get(name, False)
+        if not isinstance(value, bool):
+            raise self.error(f"{where}.{name}: expected true or false, got {value!r}")
+        return value
 
     def placeholders(
         self, where: str, text: str, needed: Set[str], optional: Set[str] = frozenset()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -14,7 +14,6 @@ import numpy as np
 
 from molae.arch.counts import active_numbers
 from molae.arch.family import (
-    FUSED,
     Family,
     Layout,
     Tensor,
@@ -25,7 +24,7 @@ from molae.arch.family import (
 from molae.config import TYPES
 from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError
 from molae.factored import Factored
-from molae.io import COMPUTABLE, Checkpoint, TensorInfo
+from molae.io import COMPUTABLE, ENCODINGS, Checkpoint, LazyArrays, TensorInfo
 from molae.io.dtypes import FLOATING
 
 __all__ = ["Counts", "Model", "describe"]
@@ -98,7 +97,7 @@ class Model:
         """The matrix types that lie in the same tensors as `kind`, itself included."""
         return self._tensor(kind).types
 
-    def matrices(self, checkpoint: Checkpoint, layer: int, kind: str) -> list[np.ndarray]:
+    def matrices(self, checkpoint: Checkpoint, layer: int, kind: str) -> Sequence[np.ndarray]:
         """The experts' matrices of one type.
 
         Parameters
@@ -110,18 +109,54 @@ class Model:
 
         Returns
         -------
-        list of E ndarrays, each of `shape(kind)`
-            Read-only views of the mapped files, C-contiguous, no copies.
+        sequence of E ndarrays, each of `shape(kind)`
+            C-contiguous. Read-only views of the mapped files where `is_mapped`; else each is
+            made when it is asked for, by decoding or as a copy in the order that kernels read.
         """
+        stored, tensor = self._stored(checkpoint, layer, kind), self._tensor(kind)
+        if self.is_mapped(checkpoint):
+            return [tensor.view(own, kind) for own in stored]
+        return LazyArrays(len(stored), lambda e: np.ascontiguousarray(tensor.view(stored[e], kind)))
+
+    def is_mapped(self, checkpoint: Checkpoint) -> bool:
+        """Whether `matrices` are views of the files, which take no memory of the process."""
+        return checkpoint.encoding is None and all(t.as_matrices for t in self._layout.tensors)
+
+    def sources(
+        self, checkpoint: Checkpoint, layer: int, kind: str
+    ) -> Sequence[np.ndarray | memoryview]:
+        """What the files hold of `matrices`, views without copies: bytes where it is encoded."""
+        names, tensor = self.expert_tensors(layer, kind), self._tensor(kind)
+        if any(checkpoint.is_encoded(name) for name in names):
+            return [piece for name in names for piece in checkpoint.stored(name)]
+        return [tensor.view(own, kind) for own in self._stored(checkpoint, layer, kind)]
+
+    def _stored(self, checkpoint: Checkpoint, layer: int, kind: str) -> Sequence[np.ndarray]:
+        """Each expert's part of the tensors that hold a type."""
         names = self.expert_tensors(layer, kind)
-        arrays = [checkpoint.array(n) for n in names]
+        if not self._tensor(kind).per_expert:
+            return checkpoint.slices(names[0])
+        if any(checkpoint.is_encoded(name) for name in names):
+            return LazyArrays(len(names), lambda e: checkpoint.array(names[e]))
+        return [checkpoint.array(name) for name in names]
+
+    def put(self, kind: str, matrices: Sequence[np.ndarray]) -> np.ndarray:
+        """One expert's part of the tensors that hold a type, from the matrices of all types that
+        are stored together with it; the way back from `matrices`."""
         tensor = self._tensor(kind)
-        if not tensor.per_expert:
-            arrays = list(arrays[0])
-        if tensor.role == FUSED:
-            F = self.letters["F"]
-            arrays = [a[:F] if kind == "gate_proj" else a[F:] for a in arrays]
-        return arrays
+        if len(matrices) == 1 and tensor.as_matrices:
+            return matrices[0]
+        shape = self.part_shape(kind)
+        part = np.empty(shape, matrices[0].dtype)
+        tensor.joined(matrices, part)
+        return part
+
+    def part_shape(self, kind: str) -> tuple[int, int]:
+        """Shape of one expert's part of the tensors that hold a type."""
+        rows, cols = self.shape(kind)
+        tensor = self._tensor(kind)
+        rows *= len(tensor.types)
+        return (cols, rows) if tensor.transposed else (rows, cols)
 
     def shape(self, kind: str) -> tuple[int, int]:
         """(rows, cols) of a type's matrices: (F, D) for gate and up, (D, F) for down."""
@@ -268,7 +303,8 @@ def describe(
             f"molae converts mixture-of-experts models only"
         )
     quant = config.get("quantization_config")
-    factored = Factored.from_dict(quant, letters) if quant else None
+    method = quant.get("quant_method") if quant else None
+    factored = Factored.from_dict(quant, letters) if quant and method not in ENCODINGS else None
     tied = family.is_tied(config)
     candidates = [
         Model(family, letters, layers, layout.name, "", factored, block, layout, tensors, tied)
@@ -310,9 +346,12 @@ def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:
     if not quant:
         return
     method = quant.get("quant_method") if isinstance(quant, dict) else None
+    if method in ENCODINGS:
+        return
     if method != "molae":
         raise CheckpointError(
             f"config.json: the checkpoint is quantized (quant_method {method!r}); "
+            f"{' and '.join(ENCODINGS)} are read; "
             f"dequantize it to BF16 first, or take the unquantized release"
         )
     if not converted:

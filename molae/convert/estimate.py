@@ -21,6 +21,7 @@ from molae.fit.arguments import renumbered
 from molae.fit.compressed import PASSES as VECTOR_PASSES
 from molae.fit.layer import REFITS
 from molae.fit.narrow import PASSES as NARROW_PASSES
+from molae.io import DTYPES
 from molae.ops import Projection, latent_experts_forward
 from molae.ops.projection import latent_width
 from molae.threads import get_num_threads
@@ -172,7 +173,7 @@ def memory_bytes(conversion: Conversion | Sketch) -> int:
     largest = max((sum(s.nbytes for s in job.specs) for shard in conversion.shards
                    for job in shard.jobs), default=0)  # fmt: skip
     results = max(largest, min(2 * largest, conversion.room))
-    workspace = 0
+    workspace = most = 0
     for splits in _splits_by_kind(conversion).values():
         for _, split in splits:
             each = [
@@ -180,7 +181,10 @@ def memory_bytes(conversion: Conversion | Sketch) -> int:
                 + (4 * len(group) * F * D if len(group) * F < D else 0)
                 for _, group, rank in split.latent_groups()
             ]
+            most = max([most, *(len(group) for group in split.groups)])
             workspace = max(workspace, sum(sorted(each)[-get_num_threads() :]))
     if conversion.calibrated is not None:
         return results + conversion.calibrated.footprint.nbytes
+    if not conversion.is_mapped:  # the groups at work, and one that is written
+        workspace += (get_num_threads() * most + 1) * F * D * DTYPES[model.dtype].itemsize
     return BASE_BYTES + results + workspace

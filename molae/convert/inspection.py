@@ -14,7 +14,7 @@ from molae.arch import Family, Model, describe, find_family, promise
 from molae.convert.quantized import find_packing
 from molae.errors import ArgumentError, CheckpointError
 from molae.factored import Factored, LightModule
-from molae.io import DTYPES, TensorInfo, open_checkpoint
+from molae.io import DTYPES, ENCODINGS, TensorInfo, open_checkpoint
 from molae.io.dtypes import FLOATING
 
 __all__ = ["Inspection", "Promised", "inspect", "inspect_config", "read_promise"]
@@ -46,19 +46,20 @@ class Inspection:
     expert_parameters : int
         Of the routed experts.
     active_experts : int
-        Those of them that a token meets.
+        Those of them that a token meets; in a converted checkpoint as `molae.arch.Model.counts`
+        expects.
     active_parameters : int or None
-        All that a token meets; None as above.
+        All that a token of a text meets; None as above.
     shared_parameters : int or None
         Of experts that run for each token; None as above.
     active_compressed : int or None
         Active parameters if some of a token's experts were compressed, where that was asked.
-    bytes : int
-        Of all tensors; of a config those unquantized, of what is counted.
+    bytes : int or None
+        As the files hold them; of a config of what is counted. None where it is not known.
+    decoded_bytes : int
+        The same as the numbers that are told.
     encoding : str or None
         What the files hold in the place of the numbers that are told, such as 'fp8'.
-    encoded_bytes : int or None
-        What they then take, of what is counted; None where it is not known.
     files : int
         0 where there was a config alone.
     factored : Factored or None
@@ -82,9 +83,9 @@ class Inspection:
     active_parameters: int | None
     shared_parameters: int | None
     active_compressed: int | None
-    bytes: int
+    bytes: int | None
+    decoded_bytes: int
     encoding: str | None
-    encoded_bytes: int | None
     files: int
     factored: Factored | None
     unsupported: str | None
@@ -139,10 +140,19 @@ def inspect(
     """
     with open_checkpoint(src) as checkpoint:
         model = describe(checkpoint, family=family, converted=True)
-        return _facts(
-            os.fspath(src), model, checkpoint.nbytes, len(checkpoint.files), compressed_experts,
-            light_module,
-        )  # fmt: skip
+        found = _facts(os.fspath(src), model, checkpoint.nbytes, compressed_experts, light_module)
+        aside, notes = _aside(model)
+        assert found.active_parameters is not None
+        compressed = found.active_compressed
+        return dataclasses.replace(
+            found,
+            active_parameters=found.active_parameters - aside,
+            active_compressed=None if compressed is None else compressed - aside,
+            bytes=checkpoint.stored_nbytes,
+            encoding=checkpoint.encoding,
+            files=len(checkpoint.files),
+            notes=notes,
+        )
 
 
 @dataclass(frozen=True)
@@ -184,8 +194,9 @@ def read_promise(
     notes = []
     dtype = _dtype(config)
     if dtype is None:
-        dtype = "BF16"
-        notes.append("config.json names no type; bfloat16 is taken for it.")
+        dtype = "BF16"  # as which molae reads encoded files
+        if "quantization_config" not in config:
+            notes.append("config.json names no type; bfloat16 is taken for it.")
     others = None
     if tensors is None:
         notes.append(f"Only the experts are counted: {unknown}.")
@@ -234,17 +245,23 @@ def inspect_config(
     """
     found = read_promise(config, tensors, family=family, unknown=unknown)
     model, others = found.model, found.others
-    nbytes = sum(info.nbytes for info in model.tensors.values())
-    facts = _facts(name, model, nbytes, 0, compressed_experts, light_module)
-    packing, packed, notes = None, None, list(found.notes)
+    decoded = sum(info.nbytes for info in model.tensors.values())
+    facts = _facts(name, model, decoded, compressed_experts, light_module)
+    nbytes: int | None = decoded
+    packing, notes = None, list(found.notes)
     try:
         packing = find_packing(config)
     except CheckpointError as error:
-        notes.append(str(error) + ".")
+        nbytes = None
+        notes.append(f"{error}.")
     if packing is not None:
         each = sum(packing.matrix_bytes(*model.shape(kind)) for kind in facts.shapes)
-        packed = len(model.moe_layers) * model.letters["E"] * each
-        packed += packing.other_bytes(others or {})
+        nbytes = len(model.moe_layers) * model.letters["E"] * each
+        nbytes += packing.other_bytes(others or {})
+        if packing.encoding not in ENCODINGS and facts.unsupported is None:
+            notes.append(
+                f"molae does not read files of {packing.encoding}; dequantize them to BF16 first."
+            )
     return dataclasses.replace(
         facts,
         layout=None,
@@ -252,15 +269,13 @@ def inspect_config(
         active_parameters=facts.active_parameters if others is not None else None,
         active_compressed=facts.active_compressed if others is not None else None,
         shared_parameters=facts.shared_parameters if others is not None else None,
-        encoding=packing.title if packing else None,
-        encoded_bytes=packed,
+        bytes=nbytes,
+        encoding=packing.encoding if packing else None,
         notes=tuple(notes),
     )
 
 
-def _facts(
-    path: str, model: Model, nbytes: int, files: int, compressed: int, light: str
-) -> Inspection:
+def _facts(path: str, model: Model, decoded: int, compressed: int, light: str) -> Inspection:
     counts = model.counts()
     return Inspection(
         path=path,
@@ -279,14 +294,40 @@ def _facts(
             info for name, info in model.tensors.items() if _SHARED & set(name.split("."))
         ),
         active_compressed=_active_compressed(model, compressed, light) if compressed else None,
-        bytes=nbytes,
+        bytes=decoded,
+        decoded_bytes=decoded,
         encoding=None,
-        encoded_bytes=None,
-        files=files,
+        files=0,
         factored=model.factored,
         unsupported=model.family.unsupported,
         notes=(),
     )
+
+
+def _aside(model: Model) -> tuple[int, tuple[str, ...]]:
+    """Numbers of a checkpoint that no token of a text meets, and what they are."""
+    language = _language(model.tensors)
+    L = model.letters["L"]
+    heads = _numbers(
+        info
+        for name, info in model.tensors.items()
+        if "mtp" in name.split(".") or (model.layer_of(name) or 0) >= L
+    )
+    others = _numbers(
+        info
+        for name, info in model.tensors.items()
+        if name not in language and "mtp" not in name.split(".")
+    )
+    told = (
+        (heads, "next-token layers"),
+        (others, "parts beside the language model"),
+    )
+    notes = tuple(
+        f"{count:,} numbers of {what} are in the total, and not among the active."
+        for count, what in told
+        if count
+    )
+    return heads + others, notes
 
 
 def _numbers(tensors: Iterable[TensorInfo]) -> int:

@@ -42,8 +42,8 @@ class Work(Protocol):
         """Called before any work: shards that an earlier run has left, by name; where the state
         of what takes long within a job may be kept, and how to say what is under way."""
 
-    def source(self, job: Job) -> Sequence[np.ndarray]:
-        """The arrays that a job reads, views of mapped files."""
+    def source(self, job: Job) -> Sequence[np.ndarray | memoryview]:
+        """What a job reads, views of mapped files."""
 
     def compute(self, job: Job) -> tuple[dict[str, Data], list[dict[str, Any]]]:
         """The job's tensors by name, and rows for the report."""
@@ -101,7 +101,7 @@ class _Pipeline:
             job for shard in work.shards if shard.file not in journal.shards for job in shard.jobs
         ]
         self._hashes: dict[int, Future[str]] = {}
-        self._total = sum(info.nbytes for info in work.checkpoint.tensors.values())
+        self._total = work.checkpoint.stored_nbytes
         self._done = self._total - sum(
             self._source_bytes(shard) for shard in work.shards if shard.file not in journal.shards
         )
@@ -110,7 +110,8 @@ class _Pipeline:
         out = ShardWriter(self._dst / shard.file, shard.specs)
         self._open.append(out)
         self._progress(self._done, self._total, shard.file)
-        copied = [self._work.checkpoint.raw(spec.name) for spec in shard.copied]
+        checkpoint = self._work.checkpoint
+        copied = [piece for spec in shard.copied for piece in checkpoint.stored(spec.name)]
         inputs = {"copied": self._reader.submit(_sha256, copied)}
         self._put(0, self._copy, out, shard)
         rows: list[dict[str, Any]] = []
@@ -119,7 +120,7 @@ class _Pipeline:
             inputs[job.title] = self._hash_ahead(job)
             rows += self._compute(out, job)
             self._done += self._job_bytes(job)
-        self._done += sum(spec.nbytes for spec in shard.copied)
+        self._done += self._copied_bytes(shard)
         self._put(0, self._finish, out, shard, rows, inputs)
         self._progress(self._done, self._total, shard.file)
 
@@ -172,8 +173,14 @@ class _Pipeline:
         self._pending.popleft()
 
     def _copy(self, out: ShardWriter, shard: Shard) -> None:
+        checkpoint = self._work.checkpoint
         for spec in shard.copied:
-            out.write(spec.name, self._work.checkpoint.raw(spec.name))
+            if not checkpoint.is_encoded(spec.name):
+                out.write(spec.name, checkpoint.raw(spec.name))
+            elif len(spec.shape) == 2:
+                out.write(spec.name, checkpoint.array(spec.name))
+            else:  # one expert at a time
+                out.write_stack(spec.name, checkpoint.slices(spec.name))
 
     def _write(self, out: ShardWriter, tensors: dict[str, Data]) -> None:
         while tensors:  # each is let go as soon as it is written
@@ -202,17 +209,19 @@ class _Pipeline:
         self._open.remove(out)
 
     def _job_bytes(self, job: Job) -> int:
-        return sum(array.nbytes for array in self._work.source(job))
+        return sum(piece.nbytes for piece in self._work.source(job))
+
+    def _copied_bytes(self, shard: Shard) -> int:
+        return sum(self._work.checkpoint.stored_size(spec.name) for spec in shard.copied)
 
     def _source_bytes(self, shard: Shard) -> int:
-        copied = sum(spec.nbytes for spec in shard.copied)
-        return copied + sum(self._job_bytes(job) for job in shard.jobs)
+        return self._copied_bytes(shard) + sum(self._job_bytes(job) for job in shard.jobs)
 
 
 def _sha256(pieces: Sequence[np.ndarray | memoryview]) -> str:
     sha256 = hashlib.sha256()
     for piece in pieces:
         if isinstance(piece, np.ndarray):
-            piece = piece.reshape(-1).view(np.uint8).data
+            piece = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
         sha256.update(piece)
     return sha256.hexdigest()

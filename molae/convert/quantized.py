@@ -23,13 +23,13 @@ class Packing:
 
     Attributes
     ----------
-    title : str
-        Such as 'fp8, blocks of 128 x 128'.
+    encoding : str
+        'fp8', 'mxfp4' or 'int4'.
     experts_only : bool
         Whether all but the experts keeps its type.
     """
 
-    title: str
+    encoding: str
     experts_only: bool
     _matrix: Callable[[int, int], int]
     _skipped: Callable[[str], bool]
@@ -73,7 +73,7 @@ def find_packing(config: Mapping[str, Any]) -> Packing | None:
     if method == "fp8":
         return _fp8(config, quant)
     if method == "mxfp4":
-        return Packing("mxfp4, groups of 32", True, _groups(32, 1), lambda name: True)
+        return Packing("mxfp4", True, _groups(32, 1), lambda name: True)
     if method == "compressed-tensors" and (found := _compressed(quant)):
         return found
     raise CheckpointError(
@@ -101,7 +101,7 @@ def _fp8(config: Mapping[str, Any], quant: Mapping[str, Any]) -> Packing:
     def matrix(rows: int, cols: int) -> int:
         return rows * cols + scale * -(-rows // high) * -(-cols // wide)
 
-    return Packing(f"fp8, blocks of {high} x {wide}", False, matrix, _skips(quant))
+    return Packing("fp8", False, matrix, _skips(quant))
 
 
 def _groups(size: int, scale: int) -> Callable[[int, int], int]:
@@ -122,9 +122,9 @@ def _compressed(quant: Mapping[str, Any]) -> Packing | None:
     if bits != 4 or not isinstance(size, int) or size < 1 or weights.get("strategy") != "group":
         return None
     if kind == "int":
-        return Packing(f"int4, groups of {size}", False, _groups(size, 2), _skips(quant))
+        return Packing("int4", False, _groups(size, 2), _skips(quant))
     if kind == "float" and size == 32 and weights.get("scale_dtype") == "torch.uint8":
-        return Packing("mxfp4, groups of 32", False, _groups(32, 1), _skips(quant))
+        return Packing("mxfp4", False, _groups(32, 1), _skips(quant))
     return None
 
 

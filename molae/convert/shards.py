@@ -119,8 +119,7 @@ def materialize_shards(checkpoint: Checkpoint, model: Model) -> tuple[Shard, ...
             together = model.stored_together(kind)
             if kind != together[0]:
                 continue
-            rows, cols = model.shape(kind)
-            one = (len(together) * rows, cols)
+            one = model.part_shape(kind)
             names = model.expert_tensors(layer, kind)
             shape = one if len(names) == E else (E, *one)
             made = tuple(TensorSpec(name, model.dtype, shape) for name in names)

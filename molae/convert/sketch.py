@@ -15,10 +15,11 @@ from molae.convert.inspection import read_promise
 from molae.convert.methods import find_method
 from molae.convert.planning import Plan, spread, storage, summarize
 from molae.convert.probe import GROUP_SIZES
+from molae.convert.quantized import find_packing
 from molae.convert.shards import convert_shards
-from molae.errors import UnknownFamilyError
+from molae.errors import CheckpointError, UnknownFamilyError
 from molae.factored import index_groups
-from molae.io import DTYPES, TensorInfo
+from molae.io import DTYPES, ENCODINGS, TensorInfo
 
 __all__ = ["plan_config"]
 
@@ -66,7 +67,17 @@ def plan_config(
             f"family {model.family.model_type}: {model.family.unsupported}; molae inspects it, "
             "and does not convert it"
         )
-    return Sketch(name, model, settings).plan(whole=found.others is not None)
+    try:
+        packing = find_packing(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; molae does not convert it") from None
+    if packing is not None and packing.encoding not in ENCODINGS:
+        raise CheckpointError(
+            f"config.json: the files hold {packing.encoding}, which molae does not read; plan for "
+            "a dequantized release, whose config has no quantization_config"
+        )
+    encoding = packing.encoding if packing else None
+    return Sketch(name, model, settings, encoding).plan(whole=found.others is not None)
 
 
 @dataclass(frozen=True)
@@ -92,8 +103,11 @@ class Sketch:
     kind = "convert"
     calibrated: Calibrated | None = None
 
-    def __init__(self, source: str, model: Model, config: ConvertConfig) -> None:
+    def __init__(
+        self, source: str, model: Model, config: ConvertConfig, encoding: str | None
+    ) -> None:
         self.source_name, self.model, self.config = source, model, config
+        self.encoding, self.is_mapped = encoding, encoding is None
         self.tensors = model.tensors
         self.method = find_method(config.method)
         self.allocation: Allocation = complete_fused(
@@ -128,4 +142,5 @@ class Sketch:
             memory_bytes=memory_bytes(self),
             seconds=None,
             experts_only=not whole,
+            encoding=self.encoding,
         )

@@ -2,7 +2,9 @@
 
 from molae.io.checkpoint import Checkpoint, map_file, natural_key, open_checkpoint, read_config
 from molae.io.dtypes import COMPUTABLE, DTYPES, DType, dtype_name, numpy_dtype
+from molae.io.encoded import ENCODINGS
 from molae.io.header import TensorInfo
+from molae.io.lazy import LazyArrays
 from molae.io.writer import (
     ShardWriter,
     TensorSpec,
@@ -14,8 +16,10 @@ from molae.io.writer import (
 __all__ = [
     "COMPUTABLE",
     "DTYPES",
+    "ENCODINGS",
     "Checkpoint",
     "DType",
+    "LazyArrays",
     "ShardWriter",
     "TensorInfo",
     "TensorSpec",

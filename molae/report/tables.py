@@ -108,6 +108,10 @@ def _mean_output_error(report: Report, kind: str) -> float:
     return math.sqrt(sum(error**2 for error in found) / len(found))
 
 
+def _stored_as(found: Inspection) -> str:
+    return found.dtype if found.encoding is None else f"{found.encoding.upper()}, read as BF16"
+
+
 def inspect_view(found: Inspection) -> RenderableType:
     """What a checkpoint is; its ranks where it is a converted one."""
     table = Table.grid(padding=(0, 2))
@@ -115,7 +119,7 @@ def inspect_view(found: Inspection) -> RenderableType:
     layout = f", layout {found.layout}" if found.layout else ""
     shapes = ", ".join(f"{kind} {rows}x{cols}" for kind, (rows, cols) in found.shapes.items())
     for name, value in (
-        ("family", f"{found.family}{layout}, experts in {found.dtype}"),
+        ("family", f"{found.family}{layout}, experts in {_stored_as(found)}"),
         ("letters", letters),
         ("matrices", shapes),
         ("layers with experts", _spans(found.moe_layers)),
@@ -130,8 +134,6 @@ def inspect_view(found: Inspection) -> RenderableType:
         if name == "active for a token" and found.active_compressed and found.active_parameters:
             change = found.active_compressed / found.active_parameters - 1
             table.add_row("  so compressed", f"{found.active_compressed:,} ({change:+.1%})")
-    if found.encoding:
-        table.add_row("quantized files", f"{found.encoding}: {_packed_text(found)}")
     if found.unsupported:
         table.add_row("not converted", found.unsupported)
     for note in found.notes:
@@ -162,21 +164,16 @@ def _known(count: int | None) -> str:
 
 
 def _bytes_text(found: Inspection) -> str:
-    text = f"{found.bytes:,} bytes ({size_text(found.bytes)})"
+    text = "not known"
+    if found.bytes is not None:
+        text = f"{found.bytes:,} bytes ({size_text(found.bytes)})"
     if found.files:
-        return f"{text} in {found.files} files"
-    return (
-        text
-        + (" of the experts" if found.total_parameters is None else "")
-        + (", unquantized" if found.encoding else "")
-    )
-
-
-def _packed_text(found: Inspection) -> str:
-    if found.encoded_bytes is None:
-        return "not known"
-    of = " of the experts" if found.total_parameters is None else ""
-    return f"about {found.encoded_bytes:,} bytes ({size_text(found.encoded_bytes)}){of}"
+        text += f" in {found.files} files"
+    elif found.total_parameters is None:
+        text += ", the experts"
+    if found.bytes != found.decoded_bytes:
+        text += f"; {found.decoded_bytes:,} ({size_text(found.decoded_bytes)}) in {found.dtype}"
+    return text
 
 
 def _heading(plan: Plan) -> Text:
@@ -279,6 +276,8 @@ def _remarks(plan: Plan) -> Iterable[Text]:
             "By the config alone: the group size is measured on the weights, the one taken here "
             "is not (--group-size)."
         )
+    if plan.encoding is not None:
+        yield Text(plan.encoding_text)
     if plan.kind == "materialize":
         yield Text("The result has the original's full size; what was saved on the disk is lost.")
     elif plan.kind == "heal":
@@ -287,7 +286,7 @@ def _remarks(plan: Plan) -> Iterable[Text]:
         yield Text(
             "The experts that run stay as they are; what acts in the others' place is added."
         )
-    elif not plan.types:
+    elif not plan.types and plan.encoding is None:
         yield Text("Nothing would be saved: every tensor stays as it is.")
     elif plan.flops_ratio > 1:
         yield Text(
