@@ -308,7 +308,8 @@ class Calibrated:
 
     def _stacks(self, layer: int) -> dict[str, list[np.ndarray]]:
         """A layer's matrices by type, as stored."""
-        return {kind: self._model.matrices(self._checkpoint, layer, kind) for kind in TYPES}
+        # Those that are no views are made once, not each time that one is looked at.
+        return {kind: list(self._model.matrices(self._checkpoint, layer, kind)) for kind in TYPES}
 
     def _grouped(self, energies: Energies, k: int) -> tuple[Groups, int]:
         """Groups of k, and how many at their end are to have no rank."""
