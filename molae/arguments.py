@@ -109,6 +109,20 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
     materialize.add_argument("dst", metavar="DST", nargs="?", help="folder of the result")
     materialize.set_defaults(run=run["materialize"])
 
+    report = commands.add_parser(
+        "report",
+        parents=[every],
+        help="show what a run reported, and make its page again",
+        description="Show the tables of the report in DST, and write it as one HTML page that "
+        "needs no network: charts of sizes, ranks, errors, spectra, routing and time.",
+    )
+    report.add_argument("dst", metavar="DST", help="folder of a result, or its molae-report.json")
+    report.add_argument(
+        "--out", metavar="FILE", help="the page; by default molae-report.html in the folder"
+    )
+    report.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    report.set_defaults(run=run["report"])
+
     _add_heal(commands, [every, source, running], run)
     _add_model_commands(commands, every, run)
 

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "convert": _convert,
             "heal": _heal,
             "materialize": _materialize,
+            "report": _report,
             "eval": _eval,
             "generate": _generate,
             "finetune": _finetune,
@@ -178,7 +179,7 @@ def _convert(args: argparse.Namespace) -> None:
             watcher=watcher,
             executor=executor,
         )
-    _show_report(args, report)
+    _show_result(args, report)
 
 
 @contextlib.contextmanager
@@ -277,7 +278,7 @@ def _heal(args: argparse.Namespace) -> None:
                 watcher=watcher,
                 **given,
             )
-    _show_report(args, report)
+    _show_result(args, report)
 
 
 def _heal_routers(args: argparse.Namespace) -> None:
@@ -331,7 +332,16 @@ def _materialize(args: argparse.Namespace) -> None:
             watcher=watcher,
             executor=executor,
         )
-    _show_report(args, report)
+    _show_result(args, report)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from molae.convert import Report
+
+    path = Path(args.dst)
+    report = Report.from_file(path)
+    page = Path(args.out) if args.out else path if path.is_dir() else path.parent
+    _show_report(args, report, _page(report, page))
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -524,7 +534,18 @@ def _show_plan(args: argparse.Namespace, plan: Any) -> None:
         _console(sys.stdout).print(plan_view(plan))
 
 
-def _show_report(args: argparse.Namespace, report: Any) -> None:
+def _page(report: Any, path: Path) -> Path:
+    from molae.report.page import write_page
+
+    return write_page(report, path)
+
+
+def _show_result(args: argparse.Namespace, report: Any) -> None:
+    """Of a run that has written to DST: its page there, and its tables."""
+    _show_report(args, report, _page(report, Path(args.dst)), f"Written to {args.dst}")
+
+
+def _show_report(args: argparse.Namespace, report: Any, page: Path, *said: str) -> None:
     if args.json:
         _print_json(report.to_dict())
     elif not args.quiet:
@@ -532,7 +553,8 @@ def _show_report(args: argparse.Namespace, report: Any) -> None:
 
         console = _console(sys.stdout)
         console.print(report_view(report))
-        console.print(f"Written to {args.dst}", soft_wrap=True, highlight=False)
+        for line in (*said, f"To look at: {page}"):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _console(stream: Any) -> Console:

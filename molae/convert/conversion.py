@@ -186,6 +186,7 @@ class Conversion:
                     tensors[part.name] = LazyArrays(len(group), partial(_member, matrices, group))
                 else:
                     tensors[part.name] = fitted.factors[g, part.role]
+        facts: dict[str, Any] = {**fitted.diagnostics, **self._trials(job.layer, kind)}
         row = TypeRow(
             layer=job.layer,
             kind=kind,
@@ -200,9 +201,14 @@ class Conversion:
             output_error=fitted.output_error,
             layer_error=fitted.layer_error,
             tokens=fitted.tokens,
-            **fitted.diagnostics,
+            energy_curve=fitted.energy_curve,
+            **facts,
         )
         return tensors, [dataclasses.asdict(row), *self._healed(job.layer, seconds)]
+
+    def _trials(self, layer: int, kind: str) -> dict[str, Any]:
+        """Of a calibration: effects, and what was foreseen."""
+        return {} if self.calibrated is None else self.calibrated.trials_of(layer, kind)
 
     def _healed(self, layer: int, seconds: float) -> list[dict[str, Any]]:
         found = None if self.calibrated is None else self.calibrated.healed()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from molae.convert.journal import JOURNAL, Journal, differences
-from molae.convert.report import REPORT
+from molae.convert.report import PAGE, REPORT
 from molae.errors import DestinationError
 from molae.io.writer import PART
 
@@ -207,7 +207,7 @@ def _own_names(dst: Path, journal: Journal) -> set[str]:
 def _reported_names(path: Path) -> set[str]:
     try:
         report = json.loads(path.read_bytes())
-        return {REPORT, *report["files"]} if report["molae_report"] else set()
+        return {REPORT, PAGE, *report["files"]} if report["molae_report"] else set()
     except (OSError, ValueError, TypeError, KeyError):
         return set()
 

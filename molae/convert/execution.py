@@ -22,7 +22,7 @@ from molae.convert.jsontext import json_text
 from molae.convert.layer_state import STATE
 from molae.convert.loss_plot import PICTURE, plot_losses
 from molae.convert.planning import Plan
-from molae.convert.report import REPORT, Report, Rows, sorted_rows, worker_rows
+from molae.convert.report import PAGE, REPORT, Report, Rows, sorted_rows, worker_rows
 from molae.convert.shards import INDEX, index_text
 from molae.info import show_config
 from molae.io import copy_file_atomic, write_text_atomic
@@ -92,7 +92,8 @@ def execute(
     plan = task.plan(timed=watcher is not None)
     watcher = watcher or Watcher()
     watcher.planned(plan)
-    companions = companion_names(task.checkpoint, taken=(CARD, CONFIG, INDEX, PICTURE, REPORT))
+    taken = (CARD, CONFIG, INDEX, PICTURE, REPORT, PAGE)
+    companions = companion_names(task.checkpoint, taken=taken)
     header = _header(task, companions)
     needed = plan.disk_bytes + sum(path.stat().st_size for path in companions.values())
     with locked(dst):
@@ -126,6 +127,7 @@ def _header(task: Task, companions: Mapping[str, Path]) -> dict[str, Any]:
             CONFIG,
             PICTURE,
             REPORT,
+            PAGE,
         ],
     }
 

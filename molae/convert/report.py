@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from molae.convert.journal import JOURNAL
 from molae.errors import CheckpointError
 
 if TYPE_CHECKING:
     from molae.fit import LayerDistillation
 
 __all__ = [
+    "PAGE",
     "REPORT",
     "CompressedRow",
     "HealRow",
@@ -30,6 +32,10 @@ __all__ = [
 ]
 
 REPORT = "molae-report.json"
+
+#: The same facts as a page to look at, made of the report alone.
+PAGE = "molae-report.html"
+
 REPORT_VERSION = 1
 
 
@@ -67,6 +73,14 @@ class TypeRow:
         after each; None where it had none.
     tokens : list of int or None
         Of the calibration text, by expert.
+    energy_curve : list of float or None
+        Share of the squared singular values of all groups together beyond i/32 of the largest
+        rank, i = 0 to 32, to four digits; None where no group is latent.
+    effects : list of [float, float] or None
+        How far the model's answers moved, in nats a token, while this type alone was this small:
+        pairs of size and effect. None where that was not tried.
+    foreseen : float or None
+        The same at the ranks that were taken, read off between these; no refit is in it.
     """
 
     layer: int
@@ -86,6 +100,9 @@ class TypeRow:
     output_error: float | None = None
     layer_error: list[float] | None = None
     tokens: list[int] | None = None
+    energy_curve: list[float] | None = None
+    effects: list[list[float]] | None = None
+    foreseen: float | None = None
 
 
 @dataclass(frozen=True)
@@ -227,7 +244,7 @@ class Report:
     rows : tuple of TypeRow
         One for each layer and type in molae's form; empty for 'materialize'.
     files : dict
-        Everything the run wrote but this report: bytes and SHA-256.
+        Everything the run wrote but this report and its page: bytes and SHA-256.
     seconds : float
         Wall time of this run; where it was resumed, of its last part.
     compressed : tuple of CompressedRow
@@ -310,7 +327,17 @@ class Report:
         try:
             data = json.loads(path.read_bytes())
         except FileNotFoundError:
+            if (path.parent / JOURNAL).exists():
+                raise CheckpointError(
+                    f"{path}: not there yet: the run is not finished; the command that began it "
+                    "goes on where it stopped"
+                ) from None
             raise CheckpointError(f"{path}: no such report; is this a result of molae?") from None
         except ValueError as error:
-            raise CheckpointError(f"{path}: not JSON: {error}") from error
+            raise CheckpointError(
+                f"{path}: not JSON: {error}; was it cut short on its way? Copy it again, or run "
+                "again what wrote it"
+            ) from error
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path}: not a report of molae's: no JSON object")
         return cls.from_dict(data)

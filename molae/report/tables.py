@@ -14,16 +14,9 @@ from rich.text import Text
 from molae.config import TYPES
 from molae.convert import Inspection, Plan, Report
 from molae.convert.planning import Storage
+from molae.report.units import size_text, time_text
 
-__all__ = ["inspect_view", "plan_view", "report_view", "size_text"]
-
-
-def size_text(count: float, unit: str = "B") -> str:
-    """Decimal units, as disks are sold: 12.9 GB."""
-    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {prefix}{unit}"
-    return f"{count:.0f} {unit}".rstrip()
+__all__ = ["inspect_view", "plan_view", "report_view"]
 
 
 def plan_view(plan: Plan) -> RenderableType:
@@ -310,13 +303,6 @@ def _remarks(plan: Plan) -> Iterable[Text]:
             f"A token needs more operations than before ({plan.flops_ratio:.3f} times): "
             "this saves memory, not work."
         )
-
-
-def time_text(seconds: float) -> str:
-    """'40 s', '12 min', '3.2 h'."""
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _table(*columns: str) -> Table:
