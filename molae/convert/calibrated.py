@@ -130,7 +130,9 @@ class Calibrated:
             **_lasting(calibration.facts),
         }
         self._measurements = (
-            Measurements(facts) if stats is None else Measurements.load(stats, facts)
+            Measurements(facts)
+            if stats is None
+            else Measurements.load(stats, facts, model.letters["E"])
         )
         self._layers: Mapping[int, Mapping[str, Split]] = {}
         self._looks: Mapping[tuple[int, str], Look] = {}

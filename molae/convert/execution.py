@@ -15,7 +15,7 @@ import numpy as np
 from molae import __version__
 from molae.arch import Model
 from molae.convert.companions import companion_names
-from molae.convert.destination import locked, prepare
+from molae.convert.destination import locked, named_troubles, prepare
 from molae.convert.executor import Divisible, Executor, Here, build_facts
 from molae.convert.journal import Journal, file_sha256
 from molae.convert.jsontext import json_text
@@ -96,7 +96,7 @@ def execute(
     companions = companion_names(task.checkpoint, taken=taken)
     header = _header(task, companions)
     needed = plan.disk_bytes + sum(path.stat().st_size for path in companions.values())
-    with locked(dst):
+    with named_troubles(dst), locked(dst):
         journal = prepare(dst, header, overwrite=overwrite, needed=needed)
         if journal.shards:
             watcher.resumed(len(journal.shards))

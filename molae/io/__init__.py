@@ -3,7 +3,7 @@
 from molae.io.checkpoint import Checkpoint, map_file, natural_key, open_checkpoint, read_config
 from molae.io.dtypes import COMPUTABLE, DTYPES, DType, dtype_name, numpy_dtype
 from molae.io.encoded import ENCODINGS
-from molae.io.header import TensorInfo
+from molae.io.header import TensorInfo, parse_json
 from molae.io.lazy import LazyArrays
 from molae.io.writer import (
     ShardWriter,
@@ -30,6 +30,7 @@ __all__ = [
     "natural_key",
     "numpy_dtype",
     "open_checkpoint",
+    "parse_json",
     "plan_bytes",
     "read_config",
     "rename_durably",
