@@ -171,7 +171,8 @@ class MoeLayers:
         if self.pattern and config.get(self.pattern) is not None:
             return _pattern(config, self.pattern, L)
         if self.only and config.get(self.only) is not None:
-            return tuple(n for n in range(L) if n in _layers(config, self.only))
+            named = frozenset(_layers(config, self.only))
+            return tuple(n for n in range(L) if n in named)
         first = _count(config, self.first, 0, least=0)
         last = _count(config, self.last, -1, least=-1)
         step = _count(config, self.step, 1, least=1)
@@ -599,7 +600,7 @@ def _count(config: Mapping[str, Any], key: str | None, default: int, *, least: i
 def _layers(config: Mapping[str, Any], key: str) -> list[int]:
     """A list of layers, or a text of their numbers with commas between."""
     value = config.get(key)
-    if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)*", value):
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", value):
         value = [int(x) for x in value.split(",")]
     value = [] if value is None else value
     if not isinstance(value, list) or not all(_is_int(x) for x in value):
@@ -627,8 +628,8 @@ def _pattern(config: Mapping[str, Any], key: str, L: int) -> tuple[int, ...]:
     value = config[key]
     if not isinstance(value, str) or len(value) != L:
         raise CheckpointError(
-            f"config.json: {key!r} is {shorten(value)}, expected a text with a letter for each of the "
-            f"L={L} layers"
+            f"config.json: {key!r} is {shorten(value)}, expected a text with a letter for each "
+            f"of the L={L} layers"
         )
     return tuple(n for n in range(L) if value[n] == "E")
 

@@ -353,9 +353,9 @@ class Report:
             values = {name: data[name] for name in entries if name not in _ROW_TYPES}
             for name, made in _ROW_TYPES.items():
                 given = data[name] if name == "rows" else data.get(name, ())
+                values[name] = tuple(made(**own) for own in given)
                 if not all(_is_made(made, own) for own in given):
                     raise TypeError(f"{name} has a row that cannot be")
-                values[name] = tuple(made(**own) for own in given)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{REPORT}: missing or unknown entry: {error}") from error
         for name, value in values.items():
