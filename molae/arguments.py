@@ -35,7 +35,7 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument(
-        "--family", metavar="FILE", help="JSON description of a family that molae does not know"
+        "--arch", metavar="FILE", help="JSON description of a family that molae does not know"
     )
     running = argparse.ArgumentParser(add_help=False)
     running.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
@@ -74,8 +74,10 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
     inspect.add_argument(
         "path",
         metavar="PATH",
-        help="folder of a checkpoint, or hub id; or a config.json alone (with the extra [hf])",
+        help="folder of a checkpoint, or hub id; or a config.json alone, or its folder (with the "
+        "extra [hf] all is counted, else the experts)",
     )
+    _add_inspect_plan(inspect)
     inspect.add_argument(
         "--compressed-experts", type=_count, default=0, metavar="N",
         help="count also what would be active if so many of a token's experts did not run",
@@ -107,6 +109,20 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
     materialize.add_argument("dst", metavar="DST", nargs="?", help="folder of the result")
     materialize.set_defaults(run=run["materialize"])
 
+    report = commands.add_parser(
+        "report",
+        parents=[every],
+        help="show what a run reported, and make its page again",
+        description="Show the tables of the report in DST, and write it as one HTML page that "
+        "needs no network: charts of sizes, ranks, errors, spectra, routing and time.",
+    )
+    report.add_argument("dst", metavar="DST", help="folder of a result, or its molae-report.json")
+    report.add_argument(
+        "--out", metavar="FILE", help="the page; by default molae-report.html in the folder"
+    )
+    report.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    report.set_defaults(run=run["report"])
+
     _add_heal(commands, [every, source, running], run)
     _add_model_commands(commands, every, run)
 
@@ -117,6 +133,24 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
     demo.add_argument("--quiet", action="store_true", help="print only the result")
     demo.set_defaults(run=run["demo"])
     return parser
+
+
+def _add_inspect_plan(inspect: argparse.ArgumentParser) -> None:
+    """Which conversion to plan beside the facts."""
+    from molae.config import ConvertConfig
+
+    inspect.add_argument(
+        "--size", type=float, metavar="SHARE",
+        help="show also the plan of a conversion to this share of the experts' numbers",
+    )  # fmt: skip
+    inspect.add_argument(
+        "--method", default="latent", metavar="NAME",
+        help="with --size: " + _setting(ConvertConfig, "method"),
+    )  # fmt: skip
+    inspect.add_argument(
+        "--group-size", type=_group_size, default="auto", metavar="K",
+        help="with --size: 'auto', a number, or gate=8,up=8,down=4",
+    )  # fmt: skip
 
 
 def _add_model_commands(

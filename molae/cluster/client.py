@@ -387,7 +387,7 @@ class _Run:
             number for number, shard in enumerate(work.shards) if shard.file not in journal.shards
         )
         self._bytes = {number: shard_bytes(work, work.shards[number]) for number in self.pending}
-        self._total = sum(info.nbytes for info in work.checkpoint.tensors.values())
+        self._total = work.checkpoint.stored_nbytes
         self._done = self._total - sum(self._bytes.values())
         self._left = len(self.pending)
         self.tell(f"{self._left} files")

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +34,7 @@ from molae.convert.shards import COMPRESSED, Job, convert_shards, finished_layer
 from molae.convert.staging import StagedText, write_reading
 from molae.errors import ArgumentError
 from molae.factored import Factored, group_tensors
-from molae.io import DTYPES, Checkpoint
+from molae.io import DTYPES, Checkpoint, LazyArrays
 
 __all__ = ["Conversion", "ConversionRecipe", "check_divisible"]
 
@@ -163,6 +164,11 @@ class Conversion:
         return True
 
     @property
+    def is_mapped(self) -> bool:
+        """Whether the experts' matrices are views of the files."""
+        return self.model.is_mapped(self.checkpoint)
+
+    @property
     def settings(self) -> dict[str, Any]:
         facts = {} if self.calibration is None else {"calibration": dict(self.calibration.facts)}
         return self.config.to_dict() | facts
@@ -172,10 +178,10 @@ class Conversion:
         """What must not change for a run to go on."""
         return self.allocation.digest()
 
-    def source(self, job: Job) -> Sequence[np.ndarray]:
+    def source(self, job: Job) -> Sequence[np.ndarray | memoryview]:
         if job.kinds == (COMPRESSED,):
             return []
-        return self.model.matrices(self.checkpoint, job.layer, job.kinds[0])
+        return self.model.sources(self.checkpoint, job.layer, job.kinds[0])
 
     def resume(
         self, finished: Mapping[str, Path], state: Path, tell: Callable[[str], None]
@@ -206,9 +212,10 @@ class Conversion:
         for g, (group, rank) in enumerate(zip(split.groups, split.ranks, strict=True)):
             for part in group_tensors(prefix, kind, g, len(group), rank, F=F, D=D, form=form):
                 if part.role == "dense":
-                    tensors[part.name] = [matrices[i] for i in group]
+                    tensors[part.name] = LazyArrays(len(group), partial(_member, matrices, group))
                 else:
                     tensors[part.name] = fitted.factors[g, part.role]
+        facts: dict[str, Any] = {**fitted.diagnostics, **self._trials(job.layer, kind)}
         row = TypeRow(
             layer=job.layer,
             kind=kind,
@@ -223,9 +230,14 @@ class Conversion:
             output_error=fitted.output_error,
             layer_error=fitted.layer_error,
             tokens=fitted.tokens,
-            **fitted.diagnostics,
+            energy_curve=fitted.energy_curve,
+            **facts,
         )
         return tensors, [dataclasses.asdict(row), *self._healed(job.layer, seconds)]
+
+    def _trials(self, layer: int, kind: str) -> dict[str, Any]:
+        """Of a calibration: effects, and what was foreseen."""
+        return {} if self.calibrated is None else self.calibrated.trials_of(layer, kind)
 
     def _healed(self, layer: int, seconds: float) -> list[dict[str, Any]]:
         found = None if self.calibrated is None else self.calibrated.healed()
@@ -258,11 +270,14 @@ class Conversion:
             molae_version=__version__,
             compressed=self.allocation.compressed,
             light=self.allocation.light,
+            arch=self.model.family.description,
         )
 
     def config_text(self) -> str:
         """The result's ``config.json``: the source's, and what molae adds at its end."""
         config = dict(self.checkpoint.config)
+        if self.checkpoint.encoding is not None:  # nothing is encoded any more
+            del config["quantization_config"]
         if (factored := self.factored()) is not None:
             config["quantization_config"] = factored.to_dict()
         return json_text(config)
@@ -299,6 +314,7 @@ class Conversion:
             light=light.title if compressed else None,
             scratch_bytes=scratch_bytes(self),
             parallel=len(self.shards) if self._is_divisible else 1,
+            encoding=self.checkpoint.encoding,
         )
 
     @property
@@ -313,3 +329,7 @@ class Conversion:
         if self.calibrated is None or self.calibration is None:
             return fit_seconds(self)
         return calibrated_seconds(self, math.prod(self.calibration.sequences.shape))
+
+
+def _member(matrices: Sequence[np.ndarray], group: Sequence[int], at: int) -> np.ndarray:
+    return matrices[group[at]]

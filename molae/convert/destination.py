@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from molae.convert.journal import JOURNAL, Journal, differences
-from molae.convert.report import REPORT
-from molae.errors import DestinationError
-from molae.io.writer import PART
+from molae.convert.report import PAGE, REPORT
+from molae.errors import DestinationError, MolaeError
+from molae.io import parse_json
+from molae.io.writer import PART, destination_error
 
 __all__ = [
     "LOCK",
@@ -24,6 +24,7 @@ __all__ = [
     "check_apart",
     "check_usable",
     "locked",
+    "named_troubles",
     "prepare",
     "sweep_apart",
 ]
@@ -92,7 +93,7 @@ def locked(dst: Path) -> Iterator[None]:
         if isinstance(error, DestinationError):
             raise
         raise DestinationError(
-            f"{dst}: cannot be written to ({error.strerror}); "
+            f"{dst}: cannot be written to ({error.strerror or error}); "
             "choose a folder in which you may create files"
         ) from error
     try:
@@ -103,9 +104,21 @@ def locked(dst: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def named_troubles(dst: Path) -> Iterator[None]:
+    """What the system refuses is told as an error of molae's that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, MolaeError):
+            raise
+        raise destination_error(error, Path(error.filename or dst)) from error
+
+
 def _take_lock(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -200,16 +213,19 @@ def _own_names(dst: Path, journal: Journal) -> set[str]:
     """Names that a run of molae wrote or may have been writing."""
     names = {LOCK, JOURNAL, WORKERS} | _reported_names(dst / REPORT)
     if journal.header is not None:
-        names |= set(journal.header.get("files", ()))
-    return names
+        names |= set(journal.header.get("files", ()))  # a list of texts, `Journal` saw to it
+    return names | {name + PART for name in names}
 
 
 def _reported_names(path: Path) -> set[str]:
     try:
-        report = json.loads(path.read_bytes())
-        return {REPORT, *report["files"]} if report["molae_report"] else set()
-    except (OSError, ValueError, TypeError, KeyError):
+        report = parse_json(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError):
         return set()
+    if not isinstance(report, dict) or not report.get("molae_report"):
+        return set()
+    files = report.get("files")
+    return {REPORT, PAGE, *files} if isinstance(files, dict) else set()
 
 
 def _check_room(dst: Path, needed: int, own: int) -> None:

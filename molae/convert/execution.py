@@ -15,14 +15,14 @@ import numpy as np
 from molae import __version__
 from molae.arch import Model
 from molae.convert.companions import companion_names
-from molae.convert.destination import locked, prepare
+from molae.convert.destination import locked, named_troubles, prepare
 from molae.convert.executor import Divisible, Executor, Here, build_facts
 from molae.convert.journal import Journal, file_sha256
 from molae.convert.jsontext import json_text
 from molae.convert.layer_state import STATE
 from molae.convert.loss_plot import PICTURE, plot_losses
 from molae.convert.planning import Plan
-from molae.convert.report import REPORT, Report, Rows, sorted_rows, worker_rows
+from molae.convert.report import PAGE, REPORT, Report, Rows, sorted_rows, worker_rows
 from molae.convert.shards import INDEX, index_text
 from molae.info import show_config
 from molae.io import copy_file_atomic, write_text_atomic
@@ -92,10 +92,11 @@ def execute(
     plan = task.plan(timed=watcher is not None)
     watcher = watcher or Watcher()
     watcher.planned(plan)
-    companions = companion_names(task.checkpoint, taken=(CARD, CONFIG, INDEX, PICTURE, REPORT))
+    taken = (CARD, CONFIG, INDEX, PICTURE, REPORT, PAGE)
+    companions = companion_names(task.checkpoint, taken=taken)
     header = _header(task, companions)
     needed = plan.disk_bytes + sum(path.stat().st_size for path in companions.values())
-    with locked(dst):
+    with named_troubles(dst), locked(dst):
         journal = prepare(dst, header, overwrite=overwrite, needed=needed)
         if journal.shards:
             watcher.resumed(len(journal.shards))
@@ -126,6 +127,7 @@ def _header(task: Task, companions: Mapping[str, Path]) -> dict[str, Any]:
             CONFIG,
             PICTURE,
             REPORT,
+            PAGE,
         ],
     }
 

@@ -42,8 +42,8 @@ class Work(Protocol):
         """Called before any work: shards that an earlier run has left, by name; where the state
         of what takes long within a job may be kept, and how to say what is under way."""
 
-    def source(self, job: Job) -> Sequence[np.ndarray]:
-        """The arrays that a job reads, views of mapped files."""
+    def source(self, job: Job) -> Sequence[np.ndarray | memoryview]:
+        """What a job reads, views of mapped files."""
 
     def compute(self, job: Job) -> tuple[dict[str, Data], list[dict[str, Any]]]:
         """The job's tensors by name, and rows for the report."""
@@ -106,12 +106,15 @@ def write_one(work: Work, shard: Shard, path: Path, wanted: Callable[[], None]) 
 
 def shard_bytes(work: Work, shard: Shard) -> int:
     """Bytes of the source that go into a shard."""
-    copied = sum(spec.nbytes for spec in shard.copied)
-    return copied + sum(_job_bytes(work, job) for job in shard.jobs)
+    return _copied_bytes(work, shard) + sum(_job_bytes(work, job) for job in shard.jobs)
 
 
 def _job_bytes(work: Work, job: Job) -> int:
-    return sum(array.nbytes for array in work.source(job))
+    return sum(piece.nbytes for piece in work.source(job))
+
+
+def _copied_bytes(work: Work, shard: Shard) -> int:
+    return sum(work.checkpoint.stored_size(spec.name) for spec in shard.copied)
 
 
 class _Pipeline:
@@ -129,7 +132,7 @@ class _Pipeline:
         self._open: list[ShardWriter] = []
         self._jobs = [job for shard in shards for job in shard.jobs]
         self._hashes: dict[int, Future[str]] = {}
-        self._total = sum(info.nbytes for info in work.checkpoint.tensors.values())
+        self._total = work.checkpoint.stored_nbytes
         self._done = self._total - sum(shard_bytes(work, shard) for shard in shards)
 
     def write(self, paths: Mapping[str, Path]) -> None:
@@ -145,7 +148,8 @@ class _Pipeline:
         out = ShardWriter(path, shard.specs)
         self._open.append(out)
         self._progress(self._done, self._total, shard.file)
-        copied = [self._work.checkpoint.raw(spec.name) for spec in shard.copied]
+        checkpoint = self._work.checkpoint
+        copied = [piece for spec in shard.copied for piece in checkpoint.stored(spec.name)]
         inputs = {"copied": self._reader.submit(_sha256, copied)}
         self._put(0, self._copy, out, shard)
         rows: list[dict[str, Any]] = []
@@ -154,7 +158,7 @@ class _Pipeline:
             inputs[job.title] = self._hash_ahead(job)
             rows += self._compute(out, job)
             self._done += _job_bytes(self._work, job)
-        self._done += sum(spec.nbytes for spec in shard.copied)
+        self._done += _copied_bytes(self._work, shard)
         self._put(0, self._finish, out, shard, rows, inputs)
         self._progress(self._done, self._total, shard.file)
 
@@ -207,8 +211,14 @@ class _Pipeline:
         self._pending.popleft()
 
     def _copy(self, out: ShardWriter, shard: Shard) -> None:
+        checkpoint = self._work.checkpoint
         for spec in shard.copied:
-            out.write(spec.name, self._work.checkpoint.raw(spec.name))
+            if not checkpoint.is_encoded(spec.name):
+                out.write(spec.name, checkpoint.raw(spec.name))
+            elif len(spec.shape) == 2:
+                out.write(spec.name, checkpoint.array(spec.name))
+            else:  # one expert at a time
+                out.write_stack(spec.name, checkpoint.slices(spec.name))
 
     def _write(self, out: ShardWriter, tensors: dict[str, Data]) -> None:
         while tensors:  # each is let go as soon as it is written
@@ -241,6 +251,6 @@ def _sha256(pieces: Sequence[np.ndarray | memoryview]) -> str:
     sha256 = hashlib.sha256()
     for piece in pieces:
         if isinstance(piece, np.ndarray):
-            piece = piece.reshape(-1).view(np.uint8).data
+            piece = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
         sha256.update(piece)
     return sha256.hexdigest()
