@@ -1,5 +1,7 @@
 """Conversions shared among processes: the same bytes, whatever becomes of the workers."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,6 +17,7 @@ import pytest
 from checkpoints import add_companions, make_checkpoint
 from clusters import Cluster, wait_for
 from converting import REPORT, tree
+from encoded import fp8_pair
 
 import molae
 from molae import ConvertConfig, convert, materialize
@@ -142,6 +145,17 @@ def test_materialize(tmp_path, source, pair):
     with Workers(pair.address) as workers:
         materialize(small, tmp_path / "shared", executor=workers)
     assert tree(tmp_path / "shared") == tree(tmp_path / "alone")
+
+
+def test_fp8_is_decoded_by_the_workers(tmp_path, pair):
+    src, _ = fp8_pair(tmp_path, L=3, E=4)
+    convert(src, tmp_path / "alone", CONFIG)
+    teller = Teller()
+    with Workers(pair.address) as workers:
+        convert(src, tmp_path / "shared", CONFIG, executor=workers, watcher=teller)
+    assert tree(tmp_path / "shared") == tree(tmp_path / "alone")
+    done, total, _ = teller.told[-1]
+    assert done == total
 
 
 def test_the_groups_are_not_chosen_again(tmp_path, source, pair):
@@ -383,7 +397,7 @@ def test_mixed_workers_are_allowed_on_request_and_the_report_says_so(
     assert row.threads == 3
 
 
-def test_one_that_comes_late_is_left_out(tmp_path, source, wanted, slow, monkeypatch):
+def test_one_that_comes_late_is_left_out(tmp_path, source, wanted, pair, monkeypatch):
     """A worker that does not fit, and comes when the others are at work, gets none."""
     dst = tmp_path / "dst"
     real = client._why_unfit
@@ -398,7 +412,7 @@ def test_one_that_comes_late_is_left_out(tmp_path, source, wanted, slow, monkeyp
 
     monkeypatch.setattr(client, "_why_unfit", why_unfit)
     teller = Teller()
-    with Workers(slow.address) as workers:
+    with Workers(pair.address) as workers:
         report = convert(source, dst, CONFIG, executor=workers, watcher=teller)
     assert tree(dst) == wanted
     assert [what for _, _, what in teller.told if "gets no work: is not to our taste" in what]
@@ -587,9 +601,30 @@ def test_a_text_is_refused_before_anything_is_done(tmp_path, source, settings, m
     assert not (tmp_path / "dst").exists()
 
 
-def test_a_report_without_workers_is_still_read(tmp_path, source):
-    import json
+@pytest.mark.parametrize("harm", [None, "address", "build"])
+def test_a_line_of_a_journal_that_cannot_be_is_not_believed(tmp_path, harm):
+    (tmp_path / "x.safetensors").write_bytes(b"abc")
+    worker = {
+        "address": "tcp://a",
+        "host": "h",
+        "threads": 1,
+        "build": {"isa": "z80"},
+        "differs": [],
+    }
+    if harm is not None:
+        worker[harm] = 5
+    sha256 = hashlib.sha256(b"abc").hexdigest()
+    entry = {
+        "file": "x.safetensors", "bytes": 3, "sha256": sha256, "inputs": {}, "rows": [],
+        "worker": worker,
+    }  # fmt: skip
+    journal = Journal(tmp_path)
+    journal.start({"files": ["x.safetensors"]})
+    journal.add(entry)
+    assert dict(Journal(tmp_path).verify()) == {"x.safetensors": harm is None}
 
+
+def test_a_report_without_workers_is_still_read(tmp_path, source):
     convert(source, tmp_path / "dst", CONFIG)
     path = tmp_path / "dst" / REPORT
     data = json.loads(path.read_text())

@@ -18,7 +18,7 @@ from molae import __version__
 from molae.arch import Family, Model, describe, light_specs
 from molae.config import ConvertConfig
 from molae.convert.allocation import Allocation, complete_fused, split_numbers
-from molae.convert.calibrated import Calibrated, Calibration
+from molae.convert.calibrated import Calibrated, Calibration, Trials
 from molae.convert.card import convert_card
 from molae.convert.estimate import calibrated_seconds, fit_seconds, memory_bytes, scratch_bytes
 from molae.convert.executor import Recipe
@@ -41,13 +41,15 @@ __all__ = ["Conversion", "ConversionRecipe", "check_divisible"]
 
 @dataclass(frozen=True)
 class ConversionRecipe:
-    """How other processes do the work of a `Conversion`; `facts` are of its text."""
+    """How other processes do the work of a `Conversion`; `facts` are of its text, and `trials` what
+    it was tried with."""
 
     source: str
     config: ConvertConfig
     family: Family | None
     allocation: Allocation
     facts: Mapping[str, Any] | None
+    trials: Trials
 
     @contextlib.contextmanager
     def work(self, checkpoint: Checkpoint, staged: Path | None) -> Iterator[Conversion]:
@@ -58,7 +60,7 @@ class ConversionRecipe:
         with StagedText(self.facts, staged) as text:
             # Nothing else of a text is asked for by a fit of one layer, at once.
             calibration = cast("Calibration", text)
-            yield Conversion(*given, calibration, allocation=self.allocation)
+            yield Conversion(*given, calibration, allocation=self.allocation, trials=self.trials)
 
 
 def check_divisible(config: ConvertConfig, calibrated: bool) -> None:
@@ -101,6 +103,7 @@ class Conversion:
         calibration: Calibration | None = None,
         stats: Path | None = None,
         allocation: Allocation | None = None,
+        trials: Trials | None = None,
     ) -> None:
         self.source_name = source
         self.checkpoint = checkpoint
@@ -115,7 +118,7 @@ class Conversion:
             if allocation is None:
                 allocation = self.calibrated.allocate()
             else:
-                self.calibrated.take(allocation)
+                self.calibrated.take(allocation, trials or {})
         elif allocation is not None:
             pass  # decided elsewhere
         elif (
@@ -153,7 +156,10 @@ class Conversion:
         """For other processes: all that is decided, so that they need not decide it again."""
         check_divisible(self.config, self.calibration is not None)
         facts = None if self.calibration is None else self.calibration.facts
-        return ConversionRecipe(self.source_name, self.config, self.family, self.allocation, facts)
+        trials = {} if self.calibrated is None else self.calibrated.trials
+        return ConversionRecipe(
+            self.source_name, self.config, self.family, self.allocation, facts, trials
+        )
 
     def stage(self, number: int, path: Path) -> bool:
         """What the experts of the shard's layer read in the text, if there is one."""
@@ -215,7 +221,8 @@ class Conversion:
                     tensors[part.name] = LazyArrays(len(group), partial(_member, matrices, group))
                 else:
                     tensors[part.name] = fitted.factors[g, part.role]
-        facts: dict[str, Any] = {**fitted.diagnostics, **self._trials(job.layer, kind)}
+        trials = {} if self.calibrated is None else self.calibrated.trials[job.layer, kind]
+        facts: dict[str, Any] = {**fitted.diagnostics, **trials}
         row = TypeRow(
             layer=job.layer,
             kind=kind,
@@ -234,10 +241,6 @@ class Conversion:
             **facts,
         )
         return tensors, [dataclasses.asdict(row), *self._healed(job.layer, seconds)]
-
-    def _trials(self, layer: int, kind: str) -> dict[str, Any]:
-        """Of a calibration: effects, and what was foreseen."""
-        return {} if self.calibrated is None else self.calibrated.trials_of(layer, kind)
 
     def _healed(self, layer: int, seconds: float) -> list[dict[str, Any]]:
         found = None if self.calibrated is None else self.calibrated.healed()

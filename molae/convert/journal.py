@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from molae.convert.report import JOURNAL, is_row
+from molae.convert.report import JOURNAL, is_row, is_worker
 from molae.errors import DestinationError
 from molae.io import parse_json, write_text_atomic
 from molae.io.writer import destination_error, write_all
@@ -133,8 +133,10 @@ def _is_shard(entry: Mapping[str, Any]) -> bool:
 def _is_complete(entry: Mapping[str, Any]) -> bool:
     """Whether a line says all that a finished shard's does."""
     kinds = {"bytes": int, "sha256": str, "inputs": dict, "rows": list}
-    return all(isinstance(entry.get(name), kind) for name, kind in kinds.items()) and all(
-        is_row(row) for row in entry["rows"]
+    return (
+        all(isinstance(entry.get(name), kind) for name, kind in kinds.items())
+        and all(is_row(row) for row in entry["rows"])
+        and ("worker" not in entry or is_worker(entry["worker"]))
     )
 
 
