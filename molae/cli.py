@@ -79,6 +79,9 @@ def _inspect(args: argparse.Namespace) -> None:
     from molae.convert.sketch import plan_config
     from molae.io import read_config
 
+    if args.draft is not None:
+        _draft(args)
+        return
     settings = _inspect_settings(args)
     family = _family(args)
     asked: dict[str, Any] = {
@@ -104,6 +107,39 @@ def _inspect(args: argparse.Namespace) -> None:
         _console(sys.stdout).print(inspect_view(found))
         if planned is not None:
             _console(sys.stdout).print(plan_view(planned))
+
+
+def _draft(args: argparse.Namespace) -> None:
+    """Write a description of a family that molae does not know."""
+    from molae.arch import describe, draft_family, load_family
+    from molae.errors import CheckpointError, UnknownFamilyError
+    from molae.io import open_checkpoint
+
+    for name in ("arch", "size", "compressed_experts"):
+        if getattr(args, name):
+            raise _UsageError(f"--{name.replace('_', '-')}: not with --draft")
+    path = Path(args.draft)
+    if path.exists():
+        raise _UsageError(f"--draft: {path} is there already; name another file or remove it")
+    with open_checkpoint(args.path) as checkpoint:
+        draft = draft_family(checkpoint.config, checkpoint.tensors)
+        text = json.dumps(draft.description, indent=2) + "\n"
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+        fault = None
+        try:
+            describe(checkpoint, family=load_family(path), converted=True)
+        except (CheckpointError, UnknownFamilyError) as error:
+            fault = str(error)
+    if args.json:
+        facts = {"draft": draft.description, "found": draft.found, "missing": draft.missing}
+        _print_json({**facts, "written": str(path), "fault": fault})
+        return
+    from molae.report.tables import draft_view
+
+    _console(sys.stdout).print(draft_view(draft, str(path), fault))
 
 
 def _inspect_settings(args: argparse.Namespace) -> Any:
