@@ -77,7 +77,7 @@ class Footprint:
         ArgumentError
             There is no room for the groups asked for, or none for the refit.
         """
-        vocab = int(checkpoint.config.get("vocab_size", 0))
+        vocab = int(model.family.settings(checkpoint.config).get("vocab_size", 0))
         plan = cls.of_sizes(model.letters, model.dtype, config, vocab)
         if config.max_memory is None:
             return plan
@@ -153,7 +153,7 @@ def healing_bytes(checkpoint: Checkpoint, model: Model) -> int:
     trained, one at a time."""
     assert model.factored is not None
     D = model.letters["D"]
-    vocab = int(checkpoint.config.get("vocab_size", 0))
+    vocab = int(model.family.settings(checkpoint.config).get("vocab_size", 0))
     largest = max(
         sum(split_numbers(split, F=model.letters["F"], D=D, form=model.factored.form)
             for split in kinds.values())
