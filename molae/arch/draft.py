@@ -476,7 +476,7 @@ def _split_module(experts: _Experts) -> tuple[str, str]:
     path, _, last = experts.module.rpartition(".")
     if "expert" not in last:
         module = f".{experts.module}" if experts.module else ""
-        return f"{experts.prefix}.${{layer}}{module}", "${block}"
+        return f"{experts.prefix}.${{layer}}{module}", "${block}.experts"
     module = f".{path}" if path else ""
     return f"{experts.prefix}.${{layer}}{module}", f"${{block}}.{last}"
 
@@ -485,7 +485,8 @@ def _role(experts: _Experts, leaf: str, role: str, *, transposed: bool = False) 
     shape = ["D", "F"] if role == "down_proj" else ["2F" if role == "gate_up_proj" else "F", "D"]
     if transposed:
         shape = shape[::-1]
-    name = "${experts}." + ("${expert}." if experts.per_expert else "") + leaf
+    root = "${experts}." if "expert" in experts.module.rpartition(".")[2] else "${block}."
+    name = root + ("${expert}." if experts.per_expert else "") + leaf
     out: dict[str, Any] = {"role": role, "name": name}
     out["shape"] = shape if experts.per_expert else ["E", *shape]
     return out | ({"transposed": True} if transposed else {})
