@@ -170,6 +170,8 @@ def _tensors(config: dict[str, Any], family: Any) -> tuple[Any, str]:
     from molae.errors import CheckpointError, UnknownFamilyError
 
     family = family or find_family(config)
+    family.read_letters(config)  # whose complaints say more than those of Transformers
+    family.read_moe_layers(config)
     try:
         from molae.hf.shapes import tensors_of
     except ModuleNotFoundError as error:
