@@ -77,7 +77,7 @@ def _inspect(args: argparse.Namespace) -> None:
     from molae.convert import inspect, plan
     from molae.convert.inspection import inspect_config
     from molae.convert.sketch import plan_config
-    from molae.io import read_config
+    from molae.io import lone_config, read_config
 
     if args.draft is not None:
         _draft(args)
@@ -88,7 +88,7 @@ def _inspect(args: argparse.Namespace) -> None:
         "compressed_experts": args.compressed_experts, "light_module": args.light_module,
     }  # fmt: skip
     planned = None
-    if (path := _config_alone(args.path)) is not None:
+    if (path := lone_config(args.path)) is not None:
         config = read_config(path)
         given: dict[str, Any] = {"family": family}
         tensors, given["unknown"] = _tensors(config, family)
@@ -151,17 +151,6 @@ def _inspect_settings(args: argparse.Namespace) -> Any:
             raise _UsageError("--method, --group-size: only with --size")
         return None
     return _checked(ConvertConfig, method=args.method, size=args.size, group_size=args.group_size)
-
-
-def _config_alone(given: str) -> Path | None:
-    """The config, where there is nothing but a config."""
-    from molae.io.checkpoint import CONFIG
-
-    path = Path(given)
-    if path.suffix == ".json" and not path.is_dir():
-        return path
-    lone = path.is_dir() and (path / CONFIG).is_file() and not any(path.glob("*.safetensors*"))
-    return path / CONFIG if lone else None
 
 
 def _tensors(config: dict[str, Any], family: Any) -> tuple[Any, str]:

@@ -27,8 +27,17 @@ from molae.io.header import (
 from molae.io.hub import fetch, is_hub_id
 from molae.io.lazy import LazyArrays
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "map_file", "natural_key", "open_checkpoint",
-    "read_config"]  # fmt: skip
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "lone_config",
+    "map_file",
+    "natural_key",
+    "open_checkpoint",
+    "read_config",
+]
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -99,6 +108,17 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     tensors = _gather(headers, weight_map)
     encoded = encoded_tensors(config, tensors)
     return Checkpoint(path, config, tensors, headers, config_sha, index_sha, encoded)
+
+
+def lone_config(path: str | os.PathLike[str]) -> Path | None:
+    """The ``config.json`` that was named, or that of a folder without weights; else None."""
+    path = Path(path)
+    if path.suffix == ".json" and not path.is_dir():
+        return path
+    if not (path / CONFIG).is_file():
+        return None
+    weights = any(own.name.lower().endswith(_WEIGHTS) for own in path.iterdir())
+    return None if weights else path / CONFIG
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -136,9 +136,9 @@ def inspect_view(found: Inspection) -> RenderableType:
             change = found.active_compressed / found.active_parameters - 1
             table.add_row("  so compressed", f"{found.active_compressed:,} ({change:+.1%})")
     if found.unsupported:
-        table.add_row("not converted", found.unsupported)
+        table.add_row("not converted", Text(found.unsupported))
     for note in found.notes:
-        table.add_row("note", note)
+        table.add_row("note", Text(note))
     factored = found.factored
     if factored is None:
         return table
@@ -165,7 +165,7 @@ def draft_view(draft: Draft, path: str, fault: str | None) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for title, lines in (("found", draft.found), ("to fill in", draft.missing)):
         for line in lines:
-            table.add_row(title, line)
+            table.add_row(title, Text(line))
     end = (
         f"Written to {path}. molae reads the checkpoint with --arch {path}: read it over first."
         if fault is None
