@@ -309,13 +309,12 @@ class LatentExperts(nn.Module):
             # The argument is what wrappers of a module insist on.
             return tuple(group(None) for group in held)
         fused = held is None
-        whole: torch.Tensor = self.gate_up_proj if fused else held
+        whole: Any = self.gate_up_proj if fused else held
         if self.transposed:
             whole = whole.transpose(1, 2)
         if fused:
             whole = self._halves(whole)[kind == "up_proj"]
-        held = whole
-        return (Factors(tuple(range(self.num_experts)), None, dense=held),)
+        return (Factors(tuple(range(self.num_experts)), None, dense=whole),)
 
     def reset_parameters(self, std: float = DEFAULT_STD) -> None:
         """Draw new values, for training from scratch.

@@ -76,8 +76,9 @@ def encoded_tensors(
         a kind that is not read; the message names the tensor or the entry.
     """
     quant = config.get("quantization_config")
-    method = quant.get("quant_method") if isinstance(quant, Mapping) else None
-    read = ENCODINGS.get(str(method))
+    if not isinstance(quant, Mapping):
+        return {}
+    read = ENCODINGS.get(str(quant.get("quant_method")))
     return {} if read is None else read(quant, tensors)
 
 
