@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -78,7 +78,7 @@ class MolaeQuantizer(HfQuantizer):
         together, and on the way back to the disk their patterns would take factors for experts.
         """
         kept = [
-            entry
+            _of_the_whole_name(entry)
             for entry in weight_conversions
             if not isinstance(entry, WeightConverter)
             or not any("experts." in name for name in entry.target_patterns)
@@ -217,6 +217,15 @@ def _converters(layout: Layout) -> list[WeightConverter]:
         for tensor in layout.tensors
         if tensor.per_expert
     ]
+
+
+def _of_the_whole_name(entry: Any) -> Any:
+    """A renaming to an experts' tensor, which on the way back leaves ``down_proj.0.shared``."""
+    target = entry.target_patterns[0]
+    if type(entry) is not WeightRenaming or not target.endswith((FUSED, "experts.down_proj")):
+        return entry
+    copied: Any = entry.copy(list(entry.source_patterns), [target + r"(?!\.)"])
+    return copied
 
 
 def _suffix(template: str) -> str:
