@@ -21,6 +21,7 @@ from molae.arch import Family, check_factors, describe, find_family
 from molae.arch.family import FUSED, Layout
 from molae.errors import ArgumentError, CheckpointError
 from molae.factored import QUANT_METHOD, Factored, Split
+from molae.hf.activation import activation_of
 from molae.hf.experts import LatentExperts
 from molae.io import TensorInfo
 from molae.io.header import read_header
@@ -160,7 +161,8 @@ def _replace(
 ) -> None:
     old: Any = model.get_submodule(path)
     first = next(old.parameters())
-    fused = layout.of_type("gate_proj").role == FUSED and "gate_proj" not in kinds
+    stored = layout.of_type("gate_proj")
+    fused = stored.role == FUSED and "gate_proj" not in kinds
     new = LatentExperts(
         letters["E"],
         letters["D"],
@@ -169,8 +171,11 @@ def _replace(
         up=kinds.get("up_proj"),
         down=kinds.get("down_proj"),
         form=factored.form,
-        activation=old.act_fn,
+        activation=activation_of(old),
         fused=fused,
+        transposed=stored.transposed,
+        interleaved=stored.interleaved,
+        bias=isinstance(getattr(old, "down_proj_bias", None), nn.Parameter),
         num_compressed=num_compressed,
         light=factored.light,
         device="meta",

@@ -17,8 +17,8 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from molae import ops
 from molae.arch import Model
 from molae.config import TYPES
-from molae.errors import CheckpointError, NonFiniteError
-from molae.hf.native import NAMES_BY_TYPE
+from molae.errors import ArgumentError, CheckpointError, NonFiniteError
+from molae.hf.activation import NAMES_BY_TYPE
 from molae.hf.opening import first_line
 from molae.io import Checkpoint
 
@@ -117,6 +117,8 @@ class LayerStream:
     ------
     CheckpointError
         Transformers does not know the model, or builds it of other parts than are in the files.
+    ArgumentError
+        Its experts have biases.
 
     Notes
     -----
@@ -323,6 +325,11 @@ class LayerStream:
                 old: Any = self._net.get_submodule(path)
             except AttributeError:
                 continue
+            if isinstance(getattr(old, "down_proj_bias", None), nn.Parameter):
+                raise ArgumentError(
+                    f"{type(self._net).__name__}: its experts have biases, which fits to what "
+                    "experts read do not know; convert it without a calibration text"
+                )
             act_fn = getattr(old, "act_fn", None)
             if act_fn is None or type(act_fn) not in NAMES_BY_TYPE:
                 break

@@ -50,7 +50,8 @@ def mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
             for b in range(16):
                 byte = int(blocks[i, g, b])
                 for half, bits in enumerate((byte % 16, byte // 16)):
-                    out[i, g, 2 * b + half] = float(e2m1(bits) * power)
+                    value = float(abs(e2m1(bits)) * power)
+                    out[i, g, 2 * b + half] = -value if bits >= 8 else value  # and negative zero
     return out.reshape(rows, 32 * groups)
 
 
