@@ -19,7 +19,10 @@ PAGE = ROOT / "docs" / "families.md"
 FIRST = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 #: Tried in tests of their own, and how far.
-OWN = {"gpt_oss": "**runs**, but for a calibration text and compressed experts"}
+OWN = {
+    "gpt_oss": "**runs**, but for a calibration text and compressed experts",
+    "qwen3_vl_moe": "**files**",
+}
 
 HEAD = """# Families
 
@@ -31,7 +34,8 @@ their biases, next-token heads and models for pictures are copied as they are.
 made by Transformers, converted at full rank with the original's logits, converted to 0.7, loaded,
 run layer by layer (as for a calibration text), generated from, made ordinary again and loaded so,
 saved, and given compressed experts. **files**: converted and made ordinary again, with equal
-weights; the installed Transformers does not build the model.
+weights; the installed Transformers does not build the model. **inspected**: counted by the released
+config, and by a checkpoint's files, but not converted.
 
 | `model_type` | releases | layouts | layers with experts | router | shared experts | tried |
 |---|---|---|---|---|---|---|
@@ -81,6 +85,8 @@ def layers(rule: MoeLayers) -> str:
     if rule.enabled:
         said.append(f"where `{rule.enabled}`")
     text = ", ".join(said) or "all"
+    if rule.pattern:
+        return f"by `{rule.pattern}`"
     for key in (rule.types, rule.only):
         if key:
             text += f"; or by `{key}`"
@@ -89,6 +95,8 @@ def layers(rule: MoeLayers) -> str:
 
 def tried(family: Family) -> str:
     """What the tests do with it."""
+    if family.unsupported:
+        return f"**inspected** only: {family.unsupported}"
     if family.model_type in OWN:
         return OWN[family.model_type]
     cases = str(ROOT / "tests")

@@ -150,6 +150,7 @@ def test_no_plan(name, error, said):
         plan_config(name, config_of(name), None, ConvertConfig(size=0.6), unknown="no torch")
 
 
+NEMOTRON = {"model_type": "nemotron_h", "n_routed_experts": 4}
 SMALL = {
     "model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 2, "num_experts": 4,
     "num_experts_per_tok": 2, "moe_intermediate_size": 8, "torch_dtype": "bfloat16",
@@ -169,6 +170,9 @@ SMALL = {
         ({"mlp_only_layers": "all"}, "'mlp_only_layers' is 'all'"),
         ({"torch_dtype": "float7"}, "type 'float7' is unknown"),
         ({"model_type": "llama"}, "model_type 'llama' is unknown"),
+        (NEMOTRON, "'hybrid_override_pattern' is None, expected a text with a letter for each"),
+        (NEMOTRON | {"hybrid_override_pattern": "ME*"}, "is 'ME*', expected a text"),
+        (NEMOTRON | {"hybrid_override_pattern": "M*"}, "none of the L=2 layers has experts"),
         ({"model_type": None}, "model_type None is unknown"),
     ],
 )
