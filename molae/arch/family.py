@@ -136,11 +136,12 @@ class Letter:
 class MoeLayers:
     """Which layers have experts, by config keys; a key the config lacks changes nothing.
 
-    Where there is a `pattern`, the config must have its key: a text with a letter for each layer,
-    E for those with experts. Else layer l has experts iff first <= l <= last, l % every == 0, (l + 1) % step == 0, and l is not
+    Layer l has experts iff first <= l <= last, l % every == 0, (l + 1) % step == 0, and l is not
     in except. Where the config has the key of `types` (a text for each layer, ``"sparse"`` for
     those with experts) or of `only` (the layers), this alone decides. `every` may be a list of
-    0 and 1 for each layer. No layer has experts where `enabled` is false.
+    0 and 1 for each layer. No layer has experts where `enabled` is false. Where there is a
+    `pattern`, the config must have its key, a text with a letter for each layer, E for those with
+    experts, and this alone decides.
     """
 
     first: str | None = None
