@@ -32,6 +32,7 @@ bench: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/python -P docs/make_api.py
+	$(BIN)/python -P docs/make_families.py
 
 # ------------------------------------------------------------------ the environment
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from importlib import resources
 from pathlib import Path
@@ -517,6 +518,15 @@ def test_shipped_families_follow_the_schema():
         assert name in family.model_types
         assert family.about["router"]
         assert family.about["released"]
+
+
+def test_the_page_of_families_is_what_its_script_writes():
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("make_families", root / "docs/make_families.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text("utf-8") == script.page(), "run: make docs"
+    assert all(script.tried(family) for family in families().values())
 
 
 def spoiled():

@@ -199,18 +199,25 @@ class Model:
         Counts
             ``total_parameters``: the numbers of a floating type in the checkpoint, tied
             embeddings once. ``expert_parameters``: those of the routed experts in
-            `moe_layers`. ``active_parameters``: all others plus K/E of the experts; in a
-            converted checkpoint the shared factors count by the chance that a token needs
-            them (see `molae.arch.counts.active_numbers`), rounded; of a token's compressed
-            experts what acts in their place alone.
+            `moe_layers`, their matrices. ``active_parameters``: all others, of the experts'
+            biases K/E, and `active_experts`.
         """
         skip = self.family.head if self._tied else None
         sizes = {n: t.size for n, t in self._tensors.items() if t.dtype in FLOATING and n != skip}
         total, own, factors = sum(sizes.values()), _expected(self), _factor_prefixes(self)
         experts = sum(size for n, size in sizes.items() if n in own or n.startswith(factors))
-        active = sum(self._active(layer, kind) for layer in self.moe_layers for kind in self.kinds)
-        active += sum(self._active_light(layer) for layer in self.moe_layers)
-        return Counts(total, experts, total - experts + round(active))
+        idle = sum(self._idle_vectors(layer) for layer in self.moe_layers)
+        return Counts(total, experts, total - experts - round(idle) + self.active_experts())
+
+    def active_experts(self) -> int:
+        """Numbers of the experts that a token meets: K/E of them.
+
+        In a converted checkpoint the shared factors count by the chance that a token needs them
+        (see `molae.arch.counts.active_numbers`), rounded; of a token's compressed experts what
+        acts in their place alone.
+        """
+        met = sum(self._active(layer, kind) for layer in self.moe_layers for kind in self.kinds)
+        return round(met) + sum(self._active_light(layer) for layer in self.moe_layers)
 
     def _active(self, layer: int, kind: str) -> float:
         K, F, D = (self.letters[x] for x in "KFD")
@@ -220,6 +227,20 @@ class Model:
             return K * F * D
         groups = [len(g) for g in split.groups]
         return active_numbers(groups, split.ranks, form=self.factored.form, K=K, F=F, D=D)
+
+    def _idle_vectors(self, layer: int) -> float:
+        """Numbers of what each expert has besides its matrices, of those a token does not meet."""
+        E, K = self.letters["E"], self.letters["K"] - self.num_compressed(layer)
+        prefix = self.experts_prefix(layer) + "."
+        names = [
+            _fill(tensor.name, self._block, layer)
+            for tensor in self.family.tensors
+            if tensor.shape[0] == "E"
+        ]
+        sizes = [
+            self._tensors[n].size for n in names if n.startswith(prefix) and n in self._tensors
+        ]
+        return sum(sizes) * (E - K) / E
 
     def _active_light(self, layer: int) -> int:
         if self.factored is None:

@@ -59,9 +59,9 @@ def tensors_of(config: Mapping[str, Any], *, known_as: str | None = None) -> dic
                 f"config.json: Transformers {_version()} knows no model_type "
                 f"{config.get('model_type')!r}"
             )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, UnknownFamilyError):
-            raise
+    except UnknownFamilyError:
+        raise
+    except Exception as error:  # each model's own code may fail in its own way
         raise CheckpointError(
             f"config.json: Transformers cannot build this model ({first_line(error)})"
         ) from error

@@ -32,6 +32,7 @@ __all__ = [
     "SINGLE",
     "Checkpoint",
     "check_place",
+    "lone_config",
     "map_file",
     "natural_key",
     "open_checkpoint",
@@ -111,6 +112,17 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     tensors = _gather(headers, weight_map)
     encoded = encoded_tensors(config, tensors)
     return Checkpoint(path, config, tensors, headers, config_sha, index_sha, encoded)
+
+
+def lone_config(path: str | os.PathLike[str]) -> Path | None:
+    """The ``config.json`` that was named, or that of a folder without weights; else None."""
+    path = Path(path)
+    if path.suffix == ".json" and not path.is_dir():
+        return path
+    if not (path / CONFIG).is_file():
+        return None
+    weights = any(own.name.lower().endswith(_WEIGHTS) for own in path.iterdir())
+    return None if weights else path / CONFIG
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

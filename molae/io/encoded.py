@@ -76,9 +76,10 @@ def encoded_tensors(
         a kind that is not read; the message names the tensor or the entry.
     """
     quant = config.get("quantization_config")
-    method = quant.get("quant_method") if isinstance(quant, Mapping) else None
-    read = ENCODINGS.get(str(method))
-    return read(quant, tensors) if read and isinstance(quant, Mapping) else {}
+    if not isinstance(quant, Mapping):
+        return {}
+    read = ENCODINGS.get(str(quant.get("quant_method")))
+    return {} if read is None else read(quant, tensors)
 
 
 # ----------------------------------------------------------------------- FP8
