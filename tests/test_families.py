@@ -27,6 +27,7 @@ from molae.errors import CheckpointError
 from molae.factored import Split
 from molae.hf import LatentExperts, hide_progress, latent_model
 from molae.hf.calibrate import Calibration
+from molae.hf.native import NAMES_BY_TYPE
 from molae.hf.streaming import LayerStream
 from molae.io import open_checkpoint
 
@@ -111,7 +112,9 @@ def test_smaller(made, tmp_path):
     dst = tmp_path / "dst"
     convert(made / "original", dst, ConvertConfig(size=0.7))
     model = load(dst)
-    assert any(isinstance(module, LatentExperts) for module in model.modules())
+    own = [module for module in model.modules() if isinstance(module, LatentExperts)]
+    assert own
+    assert all(type(module.act_fn) in NAMES_BY_TYPE for module in own)  # the kernels compute them
     out = model.generate(tokens(), max_new_tokens=3, do_sample=False)
     assert out.shape == (2, 19)
     materialize(dst, tmp_path / "ordinary")

@@ -25,7 +25,7 @@ from molae.threads import get_num_threads
 if TYPE_CHECKING:
     from molae.hf.experts import Factors, LatentExperts
 
-__all__ = ["NAMES_BY_TYPE", "forward_native"]
+__all__ = ["NAMES_BY_TYPE", "activation_module", "forward_native"]
 
 #: Transformers' names of the activations that csrc/ops has.
 NAMES = {
@@ -39,7 +39,16 @@ NAMES = {
 }
 NAMES_BY_TYPE = {type(ACT2FN[theirs]): ours for theirs, ours in NAMES.items()}
 
+#: Functions that some families have in the place of a module.
+FUNCTIONS = {torch.nn.functional.silu: "silu", torch.nn.functional.gelu: "gelu"}
+
 Split = Sequence["Factors"]
+
+
+def activation_module(activation: Any) -> Any:
+    """An activation by its name in Transformers, as a function or as a module: the module."""
+    name = activation if isinstance(activation, str) else FUNCTIONS.get(activation)
+    return activation if name is None else ACT2FN[name]
 
 
 # Sizes depend on the routing and the kernels are not torch's: torch.compile calls it as it is.

@@ -18,7 +18,7 @@ from molae import ops
 from molae.arch import Model
 from molae.config import TYPES
 from molae.errors import CheckpointError, NonFiniteError
-from molae.hf.native import NAMES_BY_TYPE
+from molae.hf.native import NAMES_BY_TYPE, activation_module
 from molae.hf.opening import first_line
 from molae.io import Checkpoint
 
@@ -323,7 +323,7 @@ class LayerStream:
                 old: Any = self._net.get_submodule(path)
             except AttributeError:
                 continue
-            act_fn = getattr(old, "act_fn", None)
+            act_fn = activation_module(getattr(old, "act_fn", None))
             if act_fn is None or type(act_fn) not in NAMES_BY_TYPE:
                 break
             new = StreamedExperts(self._model.letters["E"], act_fn)
