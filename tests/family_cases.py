@@ -39,6 +39,12 @@ _PLAIN: dict[str, Any] = {
 
 #: By model type, what its config class is given.
 CASES: dict[str, dict[str, Any]] = {
+    "afmoe": {
+        **_COMMON, "intermediate_size": 24, "moe_intermediate_size": F, "num_key_value_heads": 2,
+        "head_dim": 8, "num_experts": E, "num_experts_per_tok": K, "num_shared_experts": 1,
+        "num_dense_layers": 1, "global_attn_every_n_layers": 2, "sliding_window": 8,
+        "route_scale": 2.448, "mup_enabled": True,
+    },
     "deepseek_v2": {
         **_DEEPSEEK, **_MLA, "q_lora_rank": None, "n_shared_experts": 2, "scoring_func": "softmax",
         "topk_method": "group_limited_greedy", "norm_topk_prob": False,
@@ -94,6 +100,16 @@ CASES: dict[str, dict[str, Any]] = {
         **_PLAIN, "shared_intermediate_size": 20, "layer_types": ["mamba", "attention"],
         "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_expand": 2,
         "mamba_chunk_size": 8, "position_embedding_type": "nope",
+    },
+    "hy_v3": {
+        **_COMMON, "intermediate_size": 24, "moe_intermediate_size": F, "num_key_value_heads": 2,
+        "head_dim": 8, "num_experts": E, "num_experts_per_tok": K, "num_shared_experts": 1,
+        "first_k_dense_replace": 1, "router_scaling_factor": 2.826,
+    },
+    "jamba": {
+        **_PLAIN, "num_experts": E, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
+        "mamba_d_state": 4, "mamba_dt_rank": 4,
     },
     "lfm2_moe": {
         **_COMMON, "intermediate_size": 24, "moe_intermediate_size": F, "num_key_value_heads": 2,

@@ -252,7 +252,9 @@ def test_kimi_k2_runs_as_what_it_is(tmp_path):
     make_model("deepseek_v3").save_pretrained(tmp_path / "src")
     config = tmp_path / "src" / "config.json"
     shutil.copy(config, tmp_path / "kept.json")
-    config.write_text(config.read_text().replace('"deepseek_v3"', '"kimi_k2"'))
+    auto_map = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    changed = json.loads(config.read_text()) | {"model_type": "kimi_k2", "auto_map": auto_map}
+    config.write_text(json.dumps(changed))
     convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(size=0.7))
     with pytest.raises(CheckpointError, match="Transformers cannot build this model"):
         Calibration(tmp_path / "src", np.arange(80) % 40, length=40)
