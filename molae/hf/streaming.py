@@ -18,7 +18,7 @@ from molae import ops
 from molae.arch import Model
 from molae.config import TYPES
 from molae.errors import ArgumentError, CheckpointError, NonFiniteError
-from molae.hf.activation import NAMES_BY_TYPE
+from molae.hf.activation import NAMES_BY_TYPE, activation_module
 from molae.hf.opening import first_line
 from molae.io import Checkpoint
 
@@ -330,7 +330,7 @@ class LayerStream:
                     f"{type(self._net).__name__}: its experts have biases, which fits to what "
                     "experts read do not know; convert it without a calibration text"
                 )
-            act_fn = getattr(old, "act_fn", None)
+            act_fn = activation_module(getattr(old, "act_fn", None))
             if act_fn is None or type(act_fn) not in NAMES_BY_TYPE:
                 break
             new = StreamedExperts(self._model.letters["E"], act_fn)
