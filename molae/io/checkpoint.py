@@ -37,6 +37,7 @@ __all__ = [
     "natural_key",
     "open_checkpoint",
     "read_config",
+    "read_json",
 ]
 
 CONFIG = "config.json"
@@ -102,7 +103,7 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: not a folder; give the folder that holds {CONFIG}")
     for name in (CONFIG, INDEX, SINGLE):
         check_place(path, path / name)
-    config, config_sha = _read_json(path, CONFIG)
+    config, config_sha = read_json(path, CONFIG)
     if config is None:
         raise CheckpointError(f"{path}: no {CONFIG}; is this the checkpoint's own folder?")
     weight_map, index_sha = _weight_map(path)
@@ -134,7 +135,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         It is not there, cannot be read, or is no JSON object.
     """
     path = Path(path)
-    config, _ = _read_json(path.parent, path.name)
+    config, _ = read_json(path.parent, path.name)
     if config is None:
         raise CheckpointError(f"{path}: cannot be read: no such file")
     return config
@@ -439,7 +440,7 @@ def _is_companion(p: Path) -> bool:
     return not (name == CONFIG or name.startswith((".", "consolidated")) or name.endswith(_WEIGHTS))
 
 
-def _read_json(
+def read_json(
     folder: Path, name: str, *, repeats: bool = True
 ) -> tuple[dict[str, Any] | None, str]:
     """One JSON object and the SHA-256 of its text; None where there is no such file."""
@@ -464,7 +465,7 @@ def _read_json(
 
 def _weight_map(folder: Path) -> tuple[dict[str, list[str]], str | None]:
     """The weight files in natural order with the names the index gives each; the index's hash."""
-    index, sha = _read_json(folder, INDEX, repeats=False)
+    index, sha = read_json(folder, INDEX, repeats=False)
     single = (folder / SINGLE).exists()
     if index is None:
         if single:
