@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from importlib import resources
 from pathlib import Path
@@ -519,6 +520,15 @@ def test_shipped_families_follow_the_schema():
         assert family.about["released"]
 
 
+def test_the_page_of_families_is_what_its_script_writes():
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("make_families", root / "docs/make_families.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text("utf-8") == script.page(), "run: make docs"
+    assert all(script.tried(family) for family in families().values())
+
+
 def spoiled():
     """Descriptions with one fault each: (what, the text of the message, seen by the schema)."""
 
@@ -663,6 +673,8 @@ def test_a_family_whose_first_layers_are_dense(tmp_path):
         ({"last": "b"}, {"b": None}, (0, 1, 2, 3, 4, 5)),
         ({"every": "a"}, {"a": [0, 1, 0, 0, 1, 1]}, (1, 4, 5)),
         ({"every": "a", "first": "b"}, {"a": [1] * 7, "b": 4}, (4, 5)),
+        ({"every": "a", "offset": "b"}, {"a": 2, "b": 1}, (1, 3, 5)),
+        ({"every": "a", "offset": "b"}, {"a": 3}, (0, 3)),
         ({"only": "a", "first": "b"}, {"a": "0,2,5,9", "b": 4}, (0, 2, 5)),
         ({"only": "a"}, {"a": [3]}, (3,)),
         ({"only": "a", "first": "b"}, {"b": 4}, (4, 5)),

@@ -43,7 +43,9 @@ _SHAPES = {
 }
 _FLAGS = ("optional", "transposed", "interleaved")
 _EXTENT = re.compile(r"[1-9][0-9]*|(?:[1-9][0-9]*)?([A-Z]{1,2})")
-_RULES = ("first", "last", "every", "step", "except", "only", "types", "pattern", "enabled")
+_RULES = (
+    "first", "last", "every", "offset", "step", "except", "only", "types", "pattern", "enabled",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +140,18 @@ class Letter:
 class MoeLayers:
     """Which layers have experts, by config keys; a key the config lacks changes nothing.
 
-    Layer l has experts iff first <= l <= last, l % every == 0, (l + 1) % step == 0, and l is not
-    in except. Where the config has the key of `types` (a text for each layer, ``"sparse"`` for
-    those with experts), of `pattern` (a text with a letter for each layer, E for those with
-    experts) or of `only` (the layers), this alone decides. `every` may be a list of 0 and 1 for
-    each layer. No layer has experts where `enabled` is false.
+    Layer l has experts iff first <= l <= last, l % every == offset (0 where there is none),
+    (l + 1) % step == 0, and l is not in except. `every` may be a list of 0 and 1 for each layer.
+    Where the config has the key of `types` (a text for each layer, ``"sparse"`` for those with
+    experts) or of `only` (the layers), this alone decides. No layer has experts where `enabled` is
+    false. Where there is a `pattern`, the config must have its key, a text with a letter for each
+    layer, E for those with experts, and this alone decides.
     """
 
     first: str | None = None
     last: str | None = None
     every: str | None = None
+    offset: str | None = None
     step: str | None = None
     excluded: str | None = None
     only: str | None = None
@@ -168,7 +172,7 @@ class MoeLayers:
         if self.types and config.get(self.types) is not None:
             kinds = _each_layer(config, self.types, L, ("dense", "sparse"))
             return tuple(n for n in range(L) if kinds[n] == "sparse")
-        if self.pattern and config.get(self.pattern) is not None:
+        if self.pattern:
             return _pattern(config, self.pattern, L)
         if self.only and config.get(self.only) is not None:
             named = frozenset(_layers(config, self.only))
@@ -181,7 +185,8 @@ class MoeLayers:
             flags = _each_layer(config, self.every, L, (0, 1))
         else:
             every = _count(config, self.every, 1, least=1)
-            flags = [n % every == 0 for n in range(L)]
+            offset = _count(config, self.offset, 0, least=0)
+            flags = [n % every == offset for n in range(L)]
         return tuple(
             n
             for n in range(first, L if last < 0 else min(last + 1, L))
@@ -625,7 +630,7 @@ def _each_layer(
 
 def _pattern(config: Mapping[str, Any], key: str, L: int) -> tuple[int, ...]:
     """The layers for which a text has an E."""
-    value = config[key]
+    value = config.get(key)
     if not isinstance(value, str) or len(value) != L:
         raise CheckpointError(
             f"config.json: {key!r} is {shorten(value)}, expected a text with a letter for each "

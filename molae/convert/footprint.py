@@ -77,7 +77,7 @@ class Footprint:
         ArgumentError
             There is no room for the groups asked for, or none for the refit.
         """
-        vocab = int(checkpoint.config.get("vocab_size", 0))
+        vocab = int(model.family.settings(checkpoint.config).get("vocab_size", 0))
         copied = not model.is_mapped(checkpoint)
         plan = cls.of_sizes(model.letters, model.dtype, config, vocab, copied=copied)
         if config.max_memory is None:
@@ -160,7 +160,7 @@ def healing_bytes(checkpoint: Checkpoint, model: Model) -> int:
     trained, one at a time."""
     assert model.factored is not None
     D = model.letters["D"]
-    vocab = int(checkpoint.config.get("vocab_size", 0))
+    vocab = int(model.family.settings(checkpoint.config).get("vocab_size", 0))
     largest = max(
         sum(split_numbers(split, F=model.letters["F"], D=D, form=model.factored.form)
             for split in kinds.values())
