@@ -378,6 +378,23 @@ def test_a_worker_that_cannot_take_part_is_refused(tmp_path, source, moody, mood
         assert not dst.exists()
 
 
+def test_a_worker_with_a_molae_that_knows_nothing_of_this_is_refused(
+    tmp_path, source, wanted, moody
+):
+    """It stays alive, and the others go on once it is gone."""
+    older = moody.worker(preload="import sys; sys.modules['molae.cluster.worker'] = None")
+    wait_for_workers(moody, 2)
+    with Workers(moody.address) as workers:
+        with pytest.raises(ClusterError, match=r"1 of 2 .*\n.* cannot run this molae \(ModuleNot"):
+            convert(source, tmp_path / "dst", CONFIG, executor=workers)
+        assert older.poll() is None
+        older.kill()
+        older.wait()
+        wait_for(lambda: len(workers._present()) == 1)
+        convert(source, tmp_path / "dst", CONFIG, executor=workers)
+    assert tree(tmp_path / "dst") == wanted
+
+
 def test_mixed_workers_are_allowed_on_request_and_the_report_says_so(
     tmp_path, source, moody, capsys
 ):

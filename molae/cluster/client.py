@@ -33,6 +33,10 @@ TIMEOUT = 60.0
 #: Seconds between looks at who is there.
 LOOK_EVERY = 0.5
 
+#: Calls `describe_worker` by its name. A function itself is unpickled before it is called, and a
+#: worker that lacks its module ends of that: it would never say what is wrong with it.
+LOOK = "__import__('molae.cluster.worker', fromlist=['*']).describe_worker(source, folder)"
+
 #: A file that so many workers were lost with is given up.
 MOST_LOSSES = 3
 
@@ -223,7 +227,8 @@ class Workers:
             worker = self._workers.setdefault(address, _Worker(address, threads))
             if not worker.facts and not worker.refused and worker.busy is None:
                 place = None if folder is None else str(folder)
-                worker.busy = self._submit(worker, describe_worker, source, place)
+                given = {"source": source, "folder": place}
+                worker.busy = self._submit(worker, eval, LOOK, given)
                 worker.asked = time.monotonic()
             elif self._is_silent(worker):
                 worker.busy, worker.refused = None, f"says nothing for {self._timeout:g} s"
@@ -256,7 +261,7 @@ class Workers:
     ) -> distributed.Future[Any]:
         with self._connection():
             return self._client.submit(
-                answer, function, *args, key=f"molae-{uuid.uuid4().hex}", workers=[worker.address],
+                function, *args, key=f"molae-{uuid.uuid4().hex}", workers=[worker.address],
                 allow_other_workers=False, pure=False, retries=0,
             )  # fmt: skip
 
@@ -325,7 +330,7 @@ class Workers:
                 number = run.pending.popleft()
                 order = run.order(number, worker, self._threads or worker.threads)
                 worker.order = number, Path(order.path)
-                worker.busy = self._submit(worker, write_shard, order)
+                worker.busy = self._submit(worker, answer, write_shard, order)
 
     def _take(self, run: _Run, worker: _Worker) -> None:
         """What a worker has computed."""
@@ -518,8 +523,8 @@ def _answer(future: distributed.Future[Any]) -> Answer:
     if future.status == "error":
         error = future.exception()
         return Answer(error=error if isinstance(error, Exception) else RuntimeError(str(error)))
-    found: Answer = future.result()
-    return found
+    found = future.result()
+    return found if isinstance(found, Answer) else Answer(found)
 
 
 def _is_loss(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from molae import __version__
 from molae.convert.destination import WORKERS
 from molae.convert.executor import Recipe, build_facts, code_sha256
 from molae.convert.pipeline import write_one
-from molae.errors import CheckpointError, MolaeError
+from molae.errors import MolaeError
 from molae.io import Checkpoint, open_checkpoint
 from molae.threads import num_threads
 
@@ -110,7 +110,7 @@ def describe_worker(source: str, folder: str | None) -> dict[str, Any]:
     try:
         with open_checkpoint(Path(source)) as checkpoint:
             fingerprint = checkpoint.fingerprint()
-    except CheckpointError as error:
+    except (MolaeError, OSError) as error:
         fingerprint = str(error)
     return {
         "molae": __version__,
