@@ -450,6 +450,11 @@ def test_no_scheduler_there(tmp_path, source, capsys):
     assert not (tmp_path / "dst").exists()
 
 
+def test_tls_without_certificates():
+    with pytest.raises(ClusterError, match="needs certificates; name .*TLS__CLIENT__CERT"):
+        Workers("tls://127.0.0.1:1")
+
+
 def test_a_scheduler_that_has_written_no_file(tmp_path):
     with pytest.raises(ClusterError, match=r"s\.json: no such file for 0\.2 s; start a scheduler"):
         Workers(str(tmp_path / "s.json"), timeout=0.2)

@@ -497,6 +497,14 @@ def _dask() -> ModuleType:
 
 
 def _connect(scheduler: str, timeout: float) -> distributed.Client:
+    if scheduler.startswith("tls://"):
+        security = _dask().Security()
+        if not (security.tls_ca_file and security.tls_client_cert):
+            raise ClusterError(
+                f"{scheduler}: needs certificates; name their files in "
+                "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT "
+                "and DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY"
+            )
     where = {"address": scheduler}
     if "://" not in scheduler and scheduler.endswith(".json"):
         where = {"scheduler_file": scheduler}
@@ -510,7 +518,7 @@ def _connect(scheduler: str, timeout: float) -> distributed.Client:
             time.sleep(0.05)
     try:
         return _dask().Client(**where, timeout=timeout, set_as_default=False, name="molae")
-    except (OSError, ValueError, TypeError) as error:  # TypeError: tls:// without certificates
+    except (OSError, ValueError) as error:
         raise ClusterError(
             f"{scheduler}: no scheduler answers within {timeout:g} s "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); start one "
