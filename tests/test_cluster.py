@@ -132,7 +132,7 @@ def test_the_command_takes_the_file_of_a_scheduler(tmp_path, source, wanted, pai
     given = ("--scheduler", str(pair.file), "--threads", "2")
     assert main(["convert", str(source), str(dst), *OPTIONS, *given]) == 0
     out = capsys.readouterr().out
-    assert "Computed by 2 workers on 1 machines" in out
+    assert "Computed by 2 workers on one machine." in out
     assert f"up to {LAYERS} may share the work" in out
     assert tree(dst) == wanted
     assert {row.threads for row in Report.from_file(dst).workers} == {2}
@@ -403,7 +403,9 @@ def test_mixed_workers_are_allowed_on_request_and_the_report_says_so(
     given = ("--scheduler", moody.address, "--allow-mixed-workers")
     assert main(["convert", str(source), str(dst), *OPTIONS, *given]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "The workers were of several kinds, as was allowed" in out
+    assert "workers that computed the layers were of several kinds, as was allowed" in out
+    assert "1 of 1 differ from where the run was planned: isa: " in out
+    assert "were of several kinds" in (dst / "molae-report.html").read_text()
     report = Report.from_file(dst)
     assert report.mixed
     (row,) = report.workers

@@ -91,8 +91,9 @@ class Workers:
     threads : int, optional
         That each worker computes with; by default as many as Dask gives it (``--nthreads``).
     allow_mixed : bool
-        Let workers compute whose BLAS, BLAS core, instruction set or NumPy is not this process's;
-        the last bits may then differ from those that one machine gives. The report says so.
+        Let workers compute whose BLAS, BLAS core, instruction set, NumPy or compiled extension is
+        not this process's; the last bits may then differ from those that one machine gives. The
+        report says so.
     timeout : float
         Seconds to wait for the scheduler, and for a worker while there is none.
 

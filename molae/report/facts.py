@@ -21,6 +21,7 @@ __all__ = [
     "kinds_of",
     "layer_errors",
     "mean_square",
+    "mixed",
     "notes",
     "refit_ends",
     "source_title",
@@ -110,7 +111,21 @@ def notes(report: Report) -> list[str]:
     found += _of_tokens(report)
     found += _of_groups(report)
     found += _of_layers(report)
+    found += mixed(report)
     return found
+
+
+def mixed(report: Report) -> list[str]:
+    """That machines of several kinds have computed, where that was allowed and is so."""
+    differing = [row for row in report.workers if row.differs]
+    if not differing:
+        return []
+    kinds = "; ".join(sorted({", ".join(row.differs) for row in differing}))
+    return [
+        "The workers that computed the layers were of several kinds, as was allowed: another run, "
+        f"or one machine alone, may give other last bits. {len(differing)} of "
+        f"{len(report.workers)} differ from where the run was planned: {kinds}."
+    ]
 
 
 def _of_tokens(report: Report) -> list[str]:
