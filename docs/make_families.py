@@ -19,10 +19,9 @@ PAGE = ROOT / "docs" / "families.md"
 FIRST = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 #: Tried in tests of their own, and how far.
-OWN = {
-    "gpt_oss": "**runs**, but for a calibration text and compressed experts",
-    "qwen3_vl_moe": "**files**",
-}
+OWN = dict.fromkeys(
+    ("gpt_oss", "qwen3_vl_moe"), "**runs**, but for a calibration text and compressed experts"
+)
 
 HEAD = """# Families
 

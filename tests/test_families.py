@@ -239,7 +239,7 @@ def fuse(own):
 
 def test_every_family_is_tried():
     """Here or, of old, in the other tests."""
-    elsewhere = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
+    elsewhere = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "qwen3_vl_moe"}
     tried = {families()[name].model_type for name in (*CASES, *NAMED, *elsewhere)}
     assert tried == {family.model_type for family in families().values()}
 

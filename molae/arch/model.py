@@ -383,15 +383,19 @@ def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:
 
 
 def _best(candidates: list[Model]) -> Model:
-    """The block and layout that most names speak for."""
-    best, most = candidates[0], 0
+    """The block and layout that most names speak for; of equals, the one of which shapes do."""
+    best, most = candidates[0], (0, 0)
     for model in candidates:
-        score = sum(n in model._tensors for n in _expected(model))
+        expected = {n: own for n, own in _expected(model).items() if n in model._tensors}
         factors = _factor_prefixes(model)
-        score += sum(n.startswith(factors) for n in model._tensors)
-        if score > most:
-            best, most = model, score
-    if most == 0:
+        score = len(expected) + sum(n.startswith(factors) for n in model._tensors)
+        fitting = sum(
+            model._tensors[n].shape == _wanted_shape(model, tensor)
+            for n, (tensor, _, _) in expected.items()
+        )
+        if (score, fitting) > most:
+            best, most = model, (score, fitting)
+    if most[0] == 0:
         wanted = [next(iter(_expected(m)), m.experts_prefix(m.moe_layers[0])) for m in candidates]
         found = [n for n in best._tensors if "expert" in n] or list(best._tensors)
         raise UnknownFamilyError(
@@ -505,8 +509,12 @@ def _factor_dtype(model: Model) -> str:
     )
 
 
+def _wanted_shape(model: Model, tensor: Tensor) -> tuple[int, ...]:
+    return tuple(_extent(x, model.letters) for x in tensor.shape)
+
+
 def _check_shape(model: Model, tensor: Tensor, info: TensorInfo) -> None:
-    wanted = tuple(_extent(x, model.letters) for x in tensor.shape)
+    wanted = _wanted_shape(model, tensor)
     if info.shape != wanted:
         pairs = zip(tensor.shape, wanted, strict=True)
         text = ", ".join(x if x == str(n) else f"{x}={n}" for x, n in pairs)

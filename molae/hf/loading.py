@@ -144,7 +144,7 @@ def place_experts(
             )
     for layer in moe_layers:
         kinds, n = factored.layers.get(layer, {}), factored.compressed.get(layer, 0)
-        if kinds or n or any(tensor.per_expert for tensor in layout.tensors):
+        if kinds or n or any(t.per_expert or not t.as_matrices for t in layout.tensors):
             path = _experts_path(model, family, layer)
             _replace(model, path, kinds, n, layout, factored, letters)
     return layout

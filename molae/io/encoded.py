@@ -24,7 +24,7 @@ SCALE = "_scale_inv"
 BLOCKS, SCALES = "_blocks", "_scales"
 
 #: What scales of FP8 may be stored as; all of them are float32 numbers.
-SCALE_TYPES = ("F32", "BF16", "F16")
+SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 _AGAIN = "download the checkpoint again, or take the unquantized release"
 
