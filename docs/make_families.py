@@ -76,7 +76,7 @@ def layers(rule: MoeLayers) -> str:
     if rule.last:
         said.append(f"l ≤ `{rule.last}`")
     if rule.every:
-        said.append(f"l % `{rule.every}` = 0")
+        said.append(f"l % `{rule.every}` = {f'`{rule.offset}`' if rule.offset else 0}")
     if rule.step:
         said.append(f"(l + 1) % `{rule.step}` = 0")
     if rule.excluded:

@@ -47,6 +47,27 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
     running.add_argument("--threads", type=_count, metavar="N", help="threads to compute with")
     running.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
+    sharing = argparse.ArgumentParser(add_help=False)
+    others = sharing.add_argument_group(
+        "several machines", "Needs the extra [distributed] and a file system that all share."
+    )
+    others.add_argument(
+        "--scheduler", metavar="ADDRESS",
+        help="a Dask scheduler, such as tcp://HOST:8786, or the file that it writes with "
+        "--scheduler-file: its workers compute, a layer each at a time, with --threads threads "
+        "each (as many as Dask gives them)",
+    )  # fmt: skip
+    others.add_argument(
+        "--allow-mixed-workers",
+        action="store_true",
+        help="take workers whose BLAS, instruction set or NumPy differ: the result may then differ "
+        "in its last bits, and the report says so",
+    )
+    others.add_argument(
+        "--scheduler-timeout", type=float, metavar="SECONDS",
+        help="wait so long for the scheduler, and for a worker while there is none (60)",
+    )  # fmt: skip
+
     inspect = commands.add_parser(
         "inspect", parents=[every, source], help="say what a checkpoint is"
     )
@@ -74,7 +95,7 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        parents=[every, source, running],
+        parents=[every, source, running, sharing],
         help="make a smaller checkpoint",
         description="Make a smaller checkpoint from SRC in DST. Interrupted, the same command "
         "goes on where it stopped.",
@@ -84,7 +105,7 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
 
     materialize = commands.add_parser(
         "materialize",
-        parents=[every, source, running],
+        parents=[every, source, running, sharing],
         help="make an ordinary checkpoint from a converted one, of the original's full size",
         description="Multiply the factors of SRC out to an ordinary checkpoint in DST. It has "
         "the original's full size.",
@@ -92,6 +113,20 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
     materialize.add_argument("src", metavar="SRC", help="folder of a converted checkpoint")
     materialize.add_argument("dst", metavar="DST", nargs="?", help="folder of the result")
     materialize.set_defaults(run=run["materialize"])
+
+    report = commands.add_parser(
+        "report",
+        parents=[every],
+        help="show what a run reported, and make its page again",
+        description="Show the tables of the report in DST, and write it as one HTML page that "
+        "needs no network: charts of sizes, ranks, errors, spectra, routing and time.",
+    )
+    report.add_argument("dst", metavar="DST", help="folder of a result, or its molae-report.json")
+    report.add_argument(
+        "--out", metavar="FILE", help="the page; by default molae-report.html in the folder"
+    )
+    report.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    report.set_defaults(run=run["report"])
 
     _add_heal(commands, [every, source, running], run)
     _add_model_commands(commands, every, run)

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "convert": _convert,
             "heal": _heal,
             "materialize": _materialize,
+            "report": _report,
             "eval": _eval,
             "generate": _generate,
             "finetune": _finetune,
@@ -189,7 +190,11 @@ def _convert(args: argparse.Namespace) -> None:
             )
         _show_plan(args, found)
         return
-    with _calibration(args, args.src) as calibration, _watcher(args) as watcher:
+    with (
+        _executor(args) as executor,
+        _calibration(args, args.src) as calibration,
+        _watcher(args) as watcher,
+    ):
         report = convert(
             args.src,
             args.dst,
@@ -199,8 +204,30 @@ def _convert(args: argparse.Namespace) -> None:
             family=_family(args),
             overwrite=args.overwrite,
             watcher=watcher,
+            executor=executor,
         )
-    _show_report(args, report)
+    _show_result(args, report)
+
+
+@contextlib.contextmanager
+def _executor(args: argparse.Namespace) -> Iterator[Any]:
+    """The workers that a run is shared among; or None."""
+    if args.scheduler is None:
+        if args.allow_mixed_workers:
+            raise _UsageError("--allow-mixed-workers: only with --scheduler")
+        if args.scheduler_timeout is not None:
+            raise _UsageError("--scheduler-timeout: only with --scheduler")
+        yield None
+        return
+    from molae.cluster import Workers
+    from molae.cluster.client import hide_logs
+
+    hide_logs()
+    timeout = {} if args.scheduler_timeout is None else {"timeout": args.scheduler_timeout}
+    with Workers(
+        args.scheduler, threads=args.threads, allow_mixed=args.allow_mixed_workers, **timeout
+    ) as workers:
+        yield workers
 
 
 @contextlib.contextmanager
@@ -278,7 +305,7 @@ def _heal(args: argparse.Namespace) -> None:
                 watcher=watcher,
                 **given,
             )
-    _show_report(args, report)
+    _show_result(args, report)
 
 
 def _heal_routers(args: argparse.Namespace) -> None:
@@ -323,11 +350,25 @@ def _materialize(args: argparse.Namespace) -> None:
         return
     if args.dst is None:
         raise _UsageError("materialize: DST is missing (only --dry-run goes without)")
-    with _watcher(args) as watcher:
+    with _executor(args) as executor, _watcher(args) as watcher:
         report = materialize(
-            args.src, args.dst, family=_family(args), overwrite=args.overwrite, watcher=watcher
+            args.src,
+            args.dst,
+            family=_family(args),
+            overwrite=args.overwrite,
+            watcher=watcher,
+            executor=executor,
         )
-    _show_report(args, report)
+    _show_result(args, report)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from molae.convert import Report
+
+    path = Path(args.dst)
+    report = Report.from_file(path)
+    page = Path(args.out) if args.out else path if path.is_dir() else path.parent
+    _show_report(args, report, _page(report, page))
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -520,7 +561,18 @@ def _show_plan(args: argparse.Namespace, plan: Any) -> None:
         _console(sys.stdout).print(plan_view(plan))
 
 
-def _show_report(args: argparse.Namespace, report: Any) -> None:
+def _page(report: Any, path: Path) -> Path:
+    from molae.report.page import write_page
+
+    return write_page(report, path)
+
+
+def _show_result(args: argparse.Namespace, report: Any) -> None:
+    """Of a run that has written to DST: its page there, and its tables."""
+    _show_report(args, report, _page(report, Path(args.dst)), f"Written to {args.dst}")
+
+
+def _show_report(args: argparse.Namespace, report: Any, page: Path, *said: str) -> None:
     if args.json:
         _print_json(report.to_dict())
     elif not args.quiet:
@@ -528,7 +580,8 @@ def _show_report(args: argparse.Namespace, report: Any) -> None:
 
         console = _console(sys.stdout)
         console.print(report_view(report))
-        console.print(f"Written to {args.dst}", soft_wrap=True, highlight=False)
+        for line in (*said, f"To look at: {page}"):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _console(stream: Any) -> Console:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence, Set
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from molae.config import TYPES
-from molae.errors import CheckpointError, UnknownFamilyError
+from molae.errors import CheckpointError, UnknownFamilyError, shorten
 from molae.factored import QUANT_METHOD
-from molae.io.header import object_without_repeats
+from molae.io import parse_json
 
 __all__ = [
     "Family",
@@ -33,6 +32,9 @@ FUSED = "gate_up_proj"
 
 _KEYS = ("model_type", "letters", "moe_layers", "blocks", "experts", "layouts", "tensors")
 _LETTERS = ("L", "E", "K", "D", "F")
+# Far above any model's; a config may say anything, and layers are counted one by one.
+_MOST = {"L": 1 << 16}
+_MOST_OF_OTHERS = (1 << 31) - 1
 _SHAPES = {
     "gate_proj": ("F", "D"),
     "up_proj": ("F", "D"),
@@ -41,7 +43,9 @@ _SHAPES = {
 }
 _FLAGS = ("optional", "transposed", "interleaved")
 _EXTENT = re.compile(r"[1-9][0-9]*|(?:[1-9][0-9]*)?([A-Z]{1,2})")
-_RULES = ("first", "last", "every", "step", "except", "only", "types", "pattern", "enabled")
+_RULES = (
+    "first", "last", "every", "offset", "step", "except", "only", "types", "pattern", "enabled",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +140,18 @@ class Letter:
 class MoeLayers:
     """Which layers have experts, by config keys; a key the config lacks changes nothing.
 
-    Layer l has experts iff first <= l <= last, l % every == 0, (l + 1) % step == 0, and l is not
-    in except. Where the config has the key of `types` (a text for each layer, ``"sparse"`` for
-    those with experts) or of `only` (the layers), this alone decides. `every` may be a list of
-    0 and 1 for each layer. No layer has experts where `enabled` is false. Where there is a
-    `pattern`, the config must have its key, a text with a letter for each layer, E for those with
-    experts, and this alone decides.
+    Layer l has experts iff first <= l <= last, l % every == offset (0 where there is none),
+    (l + 1) % step == 0, and l is not in except. `every` may be a list of 0 and 1 for each layer.
+    Where the config has the key of `types` (a text for each layer, ``"sparse"`` for those with
+    experts) or of `only` (the layers), this alone decides. No layer has experts where `enabled` is
+    false. Where there is a `pattern`, the config must have its key, a text with a letter for each
+    layer, E for those with experts, and this alone decides.
     """
 
     first: str | None = None
     last: str | None = None
     every: str | None = None
+    offset: str | None = None
     step: str | None = None
     excluded: str | None = None
     only: str | None = None
@@ -170,16 +175,18 @@ class MoeLayers:
         if self.pattern:
             return _pattern(config, self.pattern, L)
         if self.only and config.get(self.only) is not None:
-            return tuple(n for n in range(L) if n in _layers(config, self.only))
+            named = frozenset(_layers(config, self.only))
+            return tuple(n for n in range(L) if n in named)
         first = _count(config, self.first, 0, least=0)
         last = _count(config, self.last, -1, least=-1)
         step = _count(config, self.step, 1, least=1)
-        excluded = _layers(config, self.excluded) if self.excluded else ()
+        excluded = frozenset(_layers(config, self.excluded) if self.excluded else ())
         if self.every and isinstance(config.get(self.every), list):
             flags = _each_layer(config, self.every, L, (0, 1))
         else:
             every = _count(config, self.every, 1, least=1)
-            flags = [n % every == 0 for n in range(L)]
+            offset = _count(config, self.offset, 0, least=0)
+            flags = [n % every == offset for n in range(L)]
         return tuple(
             n
             for n in range(first, L if last < 0 else min(last + 1, L))
@@ -314,7 +321,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
     known = families()
     if not isinstance(model_type, str) or model_type not in known:
         raise UnknownFamilyError(
-            f"config.json: model_type {model_type!r} is unknown; known are {known_families()}"
+            f"config.json: model_type {shorten(model_type)} is unknown; "
+            f"known are {known_families()}"
         )
     return known[model_type]
 
@@ -365,15 +373,15 @@ def load_family(path: str | os.PathLike[str]) -> Family:
     except (OSError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{path}: cannot be read: {e}") from e
     family = parse_family(text, path.name)
-    data = {key: value for key, value in json.loads(text).items() if key != "$schema"}
+    data = {key: value for key, value in parse_json(text).items() if key != "$schema"}
     return replace(family, description=data)
 
 
 def parse_family(text: str, name: str) -> Family:
     """Read a family's description from JSON text; `name` is used in messages."""
     try:
-        data = json.loads(text, object_pairs_hook=object_without_repeats)
-    except (ValueError, RecursionError) as e:
+        data = parse_json(text, repeats=False)
+    except ValueError as e:
         raise CheckpointError(f"{name}: not valid JSON, or a key is there twice ({e})") from e
     return _Reader(name).family(data)
 
@@ -589,7 +597,7 @@ def _count(config: Mapping[str, Any], key: str | None, default: int, *, least: i
         return default
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise CheckpointError(
-            f"config.json: {key!r} is {value!r}, expected a whole number of at least {least}"
+            f"config.json: {key!r} is {shorten(value)}, expected a whole number of at least {least}"
         )
     return value
 
@@ -597,11 +605,13 @@ def _count(config: Mapping[str, Any], key: str | None, default: int, *, least: i
 def _layers(config: Mapping[str, Any], key: str) -> list[int]:
     """A list of layers, or a text of their numbers with commas between."""
     value = config.get(key)
-    if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)*", value):
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", value):
         value = [int(x) for x in value.split(",")]
     value = [] if value is None else value
     if not isinstance(value, list) or not all(_is_int(x) for x in value):
-        raise CheckpointError(f"config.json: {key!r} is {value!r}, expected a list of layers")
+        raise CheckpointError(
+            f"config.json: {key!r} is {shorten(value)}, expected a list of layers"
+        )
     return value
 
 
@@ -612,7 +622,7 @@ def _each_layer(
     value = config[key]
     if not isinstance(value, list) or len(value) < L or not all(x in allowed for x in value):
         raise CheckpointError(
-            f"config.json: {key!r} is {value!r}, expected one of "
+            f"config.json: {key!r} is {shorten(value)}, expected one of "
             f"{', '.join(map(repr, allowed))} for each of the L={L} layers"
         )
     return value
@@ -623,8 +633,8 @@ def _pattern(config: Mapping[str, Any], key: str, L: int) -> tuple[int, ...]:
     value = config.get(key)
     if not isinstance(value, str) or len(value) != L:
         raise CheckpointError(
-            f"config.json: {key!r} is {value!r}, expected a text with a letter for each of the "
-            f"L={L} layers"
+            f"config.json: {key!r} is {shorten(value)}, expected a text with a letter for each "
+            f"of the L={L} layers"
         )
     return tuple(n for n in range(L) if value[n] == "E")
 
@@ -644,12 +654,17 @@ def _letter(config: Mapping[str, Any], letter: str, where: Letter) -> int:
         value = value[0]  # some configs repeat a size for each layer
     if isinstance(value, list) and value and all(_is_int(x) for x in value):
         raise CheckpointError(
-            f"config.json: {letter} is {value!r} (key {key!r}); "
+            f"config.json: {letter} is {shorten(value)} (key {key!r}); "
             f"layers of different sizes are not supported, expected the same number for each"
         )
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise CheckpointError(
-            f"config.json: {letter} is {value!r} (key {key!r}), "
+            f"config.json: {letter} is {shorten(value)} (key {key!r}), "
             f"expected a whole number of at least {least}"
+        )
+    if value > (most := _MOST.get(letter, _MOST_OF_OTHERS)):
+        raise CheckpointError(
+            f"config.json: {letter} is {shorten(value)} (key {key!r}), expected at most {most}; "
+            f"copy or download the file again"
         )
     return value

@@ -22,12 +22,15 @@ from molae.arch.family import (
     own_family,
 )
 from molae.config import TYPES
-from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError
+from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError, shorten
 from molae.factored import Factored
 from molae.io import COMPUTABLE, ENCODINGS, Checkpoint, LazyArrays, TensorInfo
 from molae.io.dtypes import FLOATING
 
 __all__ = ["Counts", "Model", "describe"]
+
+#: Experts of a layer that may lie in one tensor, with room: released models have up to 512.
+NAMES_A_TENSOR = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,9 +338,10 @@ def describe(
     ]
     if not candidates:
         raise CheckpointError(
-            f"quantization_config.layout: {quant and quant.get('layout')!r} is unknown for family "
-            f"{family.model_type}; known are {', '.join(x.name for x in family.layouts)}"
+            f"quantization_config.layout: {quant and shorten(quant.get('layout'))} is unknown for "
+            f"family {family.model_type}; known are {', '.join(x.name for x in family.layouts)}"
         )
+    _check_extent(letters, layers, tensors)
     model = _best(candidates)
     _check_blocks(model)
     dtype = _check_experts(model)
@@ -371,7 +375,7 @@ def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:
         return
     if method != "molae":
         raise CheckpointError(
-            f"config.json: the checkpoint is quantized (quant_method {method!r}); "
+            f"config.json: the checkpoint is quantized (quant_method {shorten(method)}); "
             f"{' and '.join(ENCODINGS)} are read; "
             f"dequantize it to BF16 first, or take the unquantized release"
         )
@@ -379,6 +383,17 @@ def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:
         raise CheckpointError(
             "config.json: the checkpoint was already converted by molae; "
             "convert the original, or run 'molae materialize' on this one first"
+        )
+
+
+def _check_extent(
+    letters: Mapping[str, int], layers: tuple[int, ...], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Refuse sizes that no folder with so few tensors has, before names are made for all."""
+    if len(layers) * letters["E"] > NAMES_A_TENSOR * (len(tensors) + 1):
+        raise CheckpointError(
+            f"config.json: E={letters['E']} experts in {len(layers)} layers, and the checkpoint "
+            f"has {len(tensors)} tensors; config and weights do not belong together"
         )
 
 

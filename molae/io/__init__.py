@@ -10,13 +10,14 @@ from molae.io.checkpoint import (
 )
 from molae.io.dtypes import COMPUTABLE, DTYPES, DType, dtype_name, numpy_dtype
 from molae.io.encoded import ENCODINGS
-from molae.io.header import TensorInfo
+from molae.io.header import TensorInfo, parse_json
 from molae.io.lazy import LazyArrays
 from molae.io.writer import (
     ShardWriter,
     TensorSpec,
     copy_file_atomic,
     plan_bytes,
+    rename_durably,
     write_text_atomic,
 )
 
@@ -37,7 +38,9 @@ __all__ = [
     "natural_key",
     "numpy_dtype",
     "open_checkpoint",
+    "parse_json",
     "plan_bytes",
     "read_config",
+    "rename_durably",
     "write_text_atomic",
 ]

@@ -15,16 +15,9 @@ from molae.arch import Draft
 from molae.config import TYPES
 from molae.convert import Inspection, Plan, Report
 from molae.convert.planning import Storage
+from molae.report.units import size_text, time_text
 
-__all__ = ["draft_view", "inspect_view", "plan_view", "report_view", "size_text"]
-
-
-def size_text(count: float, unit: str = "B") -> str:
-    """Decimal units, as disks are sold: 12.9 GB."""
-    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {prefix}{unit}"
-    return f"{count:.0f} {unit}".rstrip()
+__all__ = ["draft_view", "inspect_view", "plan_view", "report_view"]
 
 
 def plan_view(plan: Plan) -> RenderableType:
@@ -98,6 +91,21 @@ def report_view(report: Report) -> RenderableType:
                 f"{row.seconds:.1f} s",
             )  # fmt: skip
         parts += [Text("Relative error of the layers' answers, trained in the end:"), table]
+    if report.workers:
+        hosts = {row.host for row in report.workers}
+        parts += [Text(f"Computed by {len(report.workers)} workers on {len(hosts)} machines.")]
+    if report.mixed:
+        differing = "; ".join(
+            f"{row.address} ({row.host}) {', '.join(row.differs)}"
+            for row in report.workers
+            if row.differs
+        )
+        parts += [
+            Text(
+                "The workers were of several kinds, as was allowed: another run, or one machine "
+                f"alone, may give other last bits. {differing}."
+            )
+        ]
     size = sum(entry["bytes"] for entry in report.files.values())
     parts += [Text(f"{len(report.files) + 1} files, {size_text(size)}, in {report.seconds:.1f} s.")]
     return Group(*parts)
@@ -280,6 +288,8 @@ def _needs(plan: Plan) -> Table:
         table.add_row(
             "passes", f"{plan.passes} over each layer's tokens, to stay within the memory"
         )
+    if plan.parallel > 1:
+        table.add_row("machines", f"up to {plan.parallel} may share the work (--scheduler)")
     if plan.seconds is not None:
         table.add_row("time", f"about {time_text(plan.seconds)}")
     return table
@@ -308,13 +318,6 @@ def _remarks(plan: Plan) -> Iterable[Text]:
             f"A token needs more operations than before ({plan.flops_ratio:.3f} times): "
             "this saves memory, not work."
         )
-
-
-def time_text(seconds: float) -> str:
-    """'40 s', '12 min', '3.2 h'."""
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _table(*columns: str) -> Table:
