@@ -183,7 +183,12 @@ def draft_view(draft: Draft, path: str, fault: str | None) -> RenderableType:
 
 
 def _known(count: int | None) -> str:
-    return "not known" if count is None else f"{count:,} ({size_text(count, '').strip()})"
+    if count is None:
+        return "not known"
+    for word, scale in (("billion", 1e9), ("million", 1e6)):
+        if count >= scale:
+            return f"{count:,} ({count / scale:.4g} {word})"
+    return f"{count:,}"
 
 
 def _bytes_text(found: Inspection) -> str:
