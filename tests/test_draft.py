@@ -202,6 +202,31 @@ def test_experts_without_a_gate(tmp_path):
         convert(src, tmp_path / "dst", SETTINGS, family=own)
 
 
+def test_the_commands_with_a_family_of_ones_own(tmp_path, capsys):
+    """What was converted is read without the file, and not with another one."""
+    src = make_checkpoint(tmp_path / "src", "mixtral", config={"model_type": "mine"})
+    own, dst, back = tmp_path / "mine.json", tmp_path / "dst", tmp_path / "back"
+    size = ["--size", "0.7", "--group-size", "2", "--quiet"]
+    assert main(["convert", str(src), str(dst), *size]) == 1
+    err = capsys.readouterr().err
+    assert "model_type 'mine' is unknown" in err
+    assert "give it with --arch FILE ('molae inspect CHECKPOINT --draft FILE'" in err
+    assert main(["inspect", str(src), "--draft", str(own)]) == 0
+    assert main(["convert", str(src), str(dst), "--arch", str(own), *size]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(dst), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == "mine"
+    assert main(["materialize", str(dst), str(back), "--quiet"]) == 0
+    assert main(["inspect", str(back)]) == 1
+    assert main(["inspect", str(back), "--arch", str(own)]) == 0
+    data = json.loads(own.read_text())
+    data["head"] = "another.weight"
+    own.write_text(json.dumps(data))
+    capsys.readouterr()
+    assert main(["materialize", str(dst), str(tmp_path / "no"), "--arch", str(own)]) == 1
+    assert "leave --arch out" in capsys.readouterr().err
+
+
 def test_refusals(tmp_path, capsys):
     src = make_checkpoint(tmp_path / "src")
     there = tmp_path / "there.json"

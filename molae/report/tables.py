@@ -118,7 +118,9 @@ def _mean_output_error(report: Report, kind: str) -> float:
 
 
 def _stored_as(found: Inspection) -> str:
-    return found.dtype if found.encoding is None else f"{found.encoding.upper()}, read as BF16"
+    if found.encoding is None:
+        return found.dtype
+    return f"{found.encoding.upper()}, {'read' if found.files else 'counted'} as {found.dtype}"
 
 
 def inspect_view(found: Inspection) -> RenderableType:
