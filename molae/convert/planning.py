@@ -182,6 +182,7 @@ class Plan:
     kind : {'convert', 'materialize'}
     source : str
     family, layout, dtype : str
+        The layout is empty where there was a config alone, which does not say it.
     letters : dict of str to int
         L, E, K, D, F.
     method, form : str
