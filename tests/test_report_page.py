@@ -104,7 +104,8 @@ def large(L=48, E=128, k=1, D=2048, F=768):
         }  # fmt: skip
 
     plan = {
-        "kind": "convert", "source": "org/large-model", "family": "qwen3_moe", "dtype": "BF16",
+        "kind": "convert", "source": "org/large-model", "source_title": "org/large-model",
+        "family": "qwen3_moe", "dtype": "BF16",
         "layout": "per_expert", "letters": {"L": L, "E": E, "K": 8, "D": D, "F": F},
         "method": "latent", "form": "gauge", "size_asked": 0.5, "size_reached": 0.5,
         "before": side(dense, 1), "after": side(stored, 0.5), "flops_ratio": 0.5,
@@ -184,6 +185,8 @@ def test_the_figures_are_those_of_the_report(folder, report):
     for entry in report.files.values():
         assert entry["sha256"] in text
     assert "No text ran through the model" in text
+    assert text.startswith("src, converted by molae")
+    assert str(folder) not in text  # nor any other path of the machine
 
 
 def test_a_large_model_makes_a_page_that_is_not_large():
@@ -215,8 +218,8 @@ def test_every_rank_and_token_count_of_a_small_one_is_there():
 
 def test_hostile_names_stay_text(report):
     plan = json.loads(json.dumps(report.plan))
-    plan |= {"source": HOSTILE, "family": HOSTILE, "dtype": HOSTILE, "method": HOSTILE,
-             "form": HOSTILE, "layout": HOSTILE, "light": HOSTILE}  # fmt: skip
+    named = ("source", "source_title", "family", "dtype", "method", "form", "layout", "light")
+    plan |= dict.fromkeys(named, HOSTILE)
     changed = dataclasses.replace(
         report,
         plan=plan,

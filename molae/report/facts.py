@@ -9,7 +9,6 @@ from typing import Any
 
 from molae.config import TYPES
 from molae.convert import Report, TypeRow
-from molae.io.hub import is_hub_id
 from molae.report.units import percent, whole
 
 __all__ = [
@@ -33,7 +32,7 @@ FAR_OFF = 0.5
 def source_title(plan: Mapping[str, Any]) -> str:
     """The source's hub id, or the name of its folder: no paths of the machine."""
     source = str(plan["source"])
-    return source if is_hub_id(source) else PurePath(source).name or source
+    return str(plan.get("source_title") or PurePath(source).name or source)
 
 
 def active_numbers(stored: Mapping[str, Any]) -> float:
