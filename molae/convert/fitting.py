@@ -20,8 +20,7 @@ from molae.threads import get_num_threads
 if TYPE_CHECKING:
     from molae.arch import Model
     from molae.config import ConvertConfig
-    from molae.convert.allocation import Allocation
-    from molae.convert.probe import Probe
+    from molae.convert.allocation import Allocation, Measure
 
 __all__ = ["Fitted", "Groups", "Matrices", "Method", "energy_curve", "fit_shared", "fit_two_steps"]
 
@@ -85,7 +84,7 @@ class Method:
     name: str
     form: Form
     summary: str
-    allocate: Callable[[Model, ConvertConfig, Probe], Allocation]
+    allocate: Callable[[Model, ConvertConfig, Measure], Allocation]
     fit: Callable[[Matrices, Split, Side], Fitted]
 
 
