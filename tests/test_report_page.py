@@ -14,7 +14,7 @@ import molae.cli
 from molae import ConvertConfig, convert, inspect
 from molae.convert import Report
 from molae.convert.fitting import energy_curve
-from molae.convert.report import CompressedRow, HealRow, TypeRow
+from molae.convert.report import CompressedRow, HealRow, TypeRow, WorkerRow
 from molae.errors import CheckpointError
 from molae.report.markup import escape, tag
 from molae.report.page import page_text, write_page
@@ -226,6 +226,7 @@ def test_hostile_names_stay_text(report):
         settings={HOSTILE: HOSTILE, "calibration": {"text": HOSTILE, "sequences": 2, "length": 9}},
         versions={"molae": HOSTILE, HOSTILE: {HOSTILE: HOSTILE}},
         files={HOSTILE: {"bytes": 1, "sha256": HOSTILE}},
+        workers=(WorkerRow(HOSTILE, HOSTILE, 2, {}, [HOSTILE], [HOSTILE]),),
     )
     text = page_text(changed)
     assert text.encode()  # a lone surrogate could not be written
@@ -233,7 +234,8 @@ def test_hostile_names_stay_text(report):
     usual = set(Reader(page_text(report)).tags)
     assert set(found.tags) <= usual
     assert not {"\u202e", "\x00", "\ud800"} & set(text)
-    assert sum("<script>alert('&1')" in words for words in found.texts) >= 8
+    assert sum("<script>alert('&1')" in words for words in found.texts) >= 10
+    assert "may give other last bits" in text  # the worker's build is another
 
 
 def test_everything_but_markup_is_escaped():
@@ -258,7 +260,7 @@ def test_everything_but_markup_is_escaped():
 def test_a_report_changed_by_hand_is_refused(report, change):
     data = json.loads(json.dumps(report.to_dict()))
     change(data)
-    with pytest.raises(CheckpointError, match="not what molae writes"):
+    with pytest.raises(CheckpointError, match=f"^{re.escape(REPORT)}: "):
         page_text(Report.from_dict(data))
 
 

@@ -106,6 +106,16 @@ def notes(report: Report) -> list[str]:
             f"A token needs more operations than before ({plan['flops_ratio']:.3f} times): this "
             "saves memory, not work."
         )
+    if encoding := plan.get("encoding"):
+        found.append(
+            f"The source holds tensors in {str(encoding).upper()}; all were decoded to "
+            f"{plan['dtype']}, of which all sizes here are."
+        )
+    if report.mixed:
+        found.append(
+            "The machines that computed it were of several kinds, as was allowed: another run, or "
+            "one machine alone, may give other last bits."
+        )
     found += _of_tokens(report)
     found += _of_groups(report)
     found += _of_layers(report)

@@ -170,9 +170,10 @@ def _sections(report: Report) -> Iterable[Section | None]:
         "run",
         "The run",
         "",
-        [_settings_card(report), _versions_card(report), _files_card(report)],
+        [_settings_card(report), _versions_card(report), _workers_card(report),
+         _files_card(report)],
         layout="columns",
-    )
+    )  # fmt: skip
 
 
 def _section(
@@ -479,6 +480,20 @@ def _versions_card(report: Report) -> Markup:
         ("time in all", time_text(report.seconds)),
     ]
     return _card("Versions and machine", "", table(None, ("", "value"), rows, texts=(0, 1)))
+
+
+def _workers_card(report: Report) -> Markup | None:
+    if not report.workers:
+        return None
+    rows = [
+        (row.host, row.threads, len(row.files), "; ".join(row.differs) or "no")
+        for row in report.workers
+    ]
+    return _card(
+        "Machines",
+        f"{len(rows)} processes computed it.",
+        table(None, ("host", "threads", "files", "another build"), rows, texts=(0, 3)),
+    )
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
