@@ -139,7 +139,7 @@ def _sections(report: Report) -> Iterable[Section | None]:
     yield _section(
         "errors",
         "Errors",
-        "Of 0 nothing is lost; of 1 as much as if the matrix were not there.",
+        "0: nothing is lost. 1: as much as if the matrix were not there.",
         [f.answer_errors(report), f.output_errors(report), f.weight_errors(report),
          _worst_table(report)],
     )  # fmt: skip

@@ -307,7 +307,7 @@ def bars(
     text: Callable[[float], str],
 ) -> Markup:
     """Bars that lie, one a name, of several parts each; their sums stand at the right."""
-    row, bar, left, right = 34.0, 20.0, 52.0, 74.0
+    row, bar, left, right = 34.0, 20.0, 62.0, 74.0
     totals = [sum(part.values[n] for part in parts) for n in range(len(names))]
     scale = Scale(0.0, max(totals) or 1.0, 0.0, WIDTH - left - right)
     drawn: list[Markup] = []
