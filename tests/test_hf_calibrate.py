@@ -528,7 +528,8 @@ def test_measurements_are_kept_and_change_nothing(source, tmp_path):
 
 def test_what_was_tried_is_what_is_foreseen(source, tmp_path):
     """At the very ranks of a trial, that trial's own effect."""
-    config = molae.ConvertConfig(size=TRIAL_SIZES[1], group_size=2, uniform=True)
+    size = TRIAL_SIZES[1]
+    config = molae.ConvertConfig(size=size, group_size=2, uniform=True, one_shot=True, refit=False)
     with calibration(source) as run:
         report = convert(source, tmp_path / "dst", config, calibration=run)
     usual = np.median([row.effects[1][1] for row in report.rows])
