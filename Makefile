@@ -1,13 +1,15 @@
 # make demo     convert the checkpoint that comes with molae, and show what it cost
 # make test     the whole test suite
 # Each makes .venv on first use and installs what it needs. Further targets: lint, check-c (asan and
-# valgrind), package, bench, docs (the pages of docs/api), clean.
+# valgrind), package, bench, docs (the pages of docs/api), soak (docs/reliability.md; hours), clean.
 #
 # PYTHON=python3.12       the interpreter that .venv is made with
+# JOBS=4                  processes that the tests run in
 # TORCH_INDEX=URL         another package index to look for torch in besides the usual one, such as
 #                         https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
+JOBS ?= 2
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,17 +17,24 @@ EXTRAS := hf,train,plot,test,notebooks
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint asan valgrind check-c package bench docs clean
+.PHONY: demo test lint asan valgrind check-c package bench docs soak clean
 
 demo: $(VENV)/installed
 	$(BIN)/molae demo
 
-# The installed package is tested, not the source tree: hence -P.
+# The installed package is tested, not the source tree: hence -P. A file's tests share what they set
+# up, so that each file stays in one process.
 test: $(VENV)/installed
-	$(BIN)/python -P -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -P -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
+
+# SOAK='kills --kills 20 --seed 3' picks parts, sizes and a seed; results go to docs/reliability.md.
+SOAK ?=
+
+soak: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -P -m soak $(SOAK) --write docs/reliability.md
 
 docs: $(VENV)/installed
 	$(BIN)/python -P docs/make_api.py
@@ -65,7 +74,7 @@ $(VENV)/lint: pyproject.toml constraints.txt $(VENV)/installed
 	$(PIP) install -c constraints.txt 'ruff' 'mypy' 'clang-format' 'codespell'
 	touch $@
 
-C_FILES := $(wildcard csrc/*.h csrc/*/*.[ch] tests/c/*.[ch])
+C_FILES := $(wildcard csrc/*.h csrc/*/*.[ch] tests/c/*.[ch] tests/soak/*.c)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

@@ -34,7 +34,8 @@ their biases, next-token heads and models for pictures are copied as they are.
 made by Transformers, converted at full rank with the original's logits, converted to 0.7, loaded,
 run layer by layer (as for a calibration text), generated from, made ordinary again and loaded so,
 saved, and given compressed experts. **files**: converted and made ordinary again, with equal
-weights; the installed Transformers does not build the model.
+weights; the installed Transformers does not build the model. **inspected**: counted by the released
+config, and by a checkpoint's files, but not converted.
 
 | `model_type` | releases | layouts | layers with experts | router | shared experts | tried |
 |---|---|---|---|---|---|---|
@@ -76,7 +77,7 @@ def layers(rule: MoeLayers) -> str:
     if rule.last:
         said.append(f"l ≤ `{rule.last}`")
     if rule.every:
-        said.append(f"l % `{rule.every}` = 0")
+        said.append(f"l % `{rule.every}` = {f'`{rule.offset}`' if rule.offset else 0}")
     if rule.step:
         said.append(f"(l + 1) % `{rule.step}` = 0")
     if rule.excluded:
@@ -84,6 +85,8 @@ def layers(rule: MoeLayers) -> str:
     if rule.enabled:
         said.append(f"where `{rule.enabled}`")
     text = ", ".join(said) or "all"
+    if rule.pattern:
+        return f"by `{rule.pattern}`"
     for key in (rule.types, rule.only):
         if key:
             text += f"; or by `{key}`"
@@ -92,6 +95,8 @@ def layers(rule: MoeLayers) -> str:
 
 def tried(family: Family) -> str:
     """What the tests do with it."""
+    if family.unsupported:
+        return f"**inspected** only: {family.unsupported}"
     if family.model_type in OWN:
         return OWN[family.model_type]
     cases = str(ROOT / "tests")

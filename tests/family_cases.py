@@ -39,6 +39,12 @@ _PLAIN: dict[str, Any] = {
 
 #: By model type, what its config class is given.
 CASES: dict[str, dict[str, Any]] = {
+    "afmoe": {
+        **_COMMON, "intermediate_size": 24, "moe_intermediate_size": F, "num_key_value_heads": 2,
+        "head_dim": 8, "num_experts": E, "num_experts_per_tok": K, "num_shared_experts": 1,
+        "num_dense_layers": 1, "global_attn_every_n_layers": 2, "sliding_window": 8,
+        "route_scale": 2.448, "mup_enabled": True,
+    },
     "deepseek_v2": {
         **_DEEPSEEK, **_MLA, "q_lora_rank": None, "n_shared_experts": 2, "scoring_func": "softmax",
         "topk_method": "group_limited_greedy", "norm_topk_prob": False,
@@ -88,6 +94,38 @@ CASES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "head_dim": 8, "num_experts": E, "moe_topk": [K] * LAYERS,
         "num_shared_expert": [1] * LAYERS, "use_mixed_mlp_moe": True, "tie_word_embeddings": True,
     },
+    "glm4_moe_lite": {**_DEEPSEEK, **_MLA, "n_group": 1},
+    "granitemoeshared": {**_PLAIN, "shared_intermediate_size": 20},
+    "granitemoehybrid": {
+        **_PLAIN, "shared_intermediate_size": 20, "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_expand": 2,
+        "mamba_chunk_size": 8, "position_embedding_type": "nope",
+    },
+    "hy_v3": {
+        **_COMMON, "intermediate_size": 24, "moe_intermediate_size": F, "num_key_value_heads": 2,
+        "head_dim": 8, "num_experts": E, "num_experts_per_tok": K, "num_shared_experts": 1,
+        "first_k_dense_replace": 1, "router_scaling_factor": 2.826,
+    },
+    "jamba": {
+        **_PLAIN, "num_experts": E, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
+        "mamba_d_state": 4, "mamba_dt_rank": 4,
+    },
+    "lfm2_moe": {
+        **_COMMON, "intermediate_size": 24, "moe_intermediate_size": F, "num_key_value_heads": 2,
+        "num_experts": E, "num_experts_per_tok": K, "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "conv_bias": False,
+        "use_expert_bias": True, "norm_topk_prob": True, "tie_word_embeddings": True,
+    },
+    "mimo_v2_flash": {
+        **_DEEPSEEK, "num_key_value_heads": 1, "head_dim": 8, "v_head_dim": 8,
+        "n_shared_experts": None, "moe_layer_freq": [0, 1], "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention"], "n_group": 1,
+    },
+    "minimax": {
+        **_PLAIN, "head_dim": 8, "layer_types": ["full_attention", "linear_attention"],
+        "block_size": 8,
+    },
     "minimax_m2": {
         **_PLAIN, "head_dim": 8, "rotary_dim": 4, "use_qk_norm": True, "use_routing_bias": True,
         "scoring_func": "sigmoid",
@@ -95,6 +133,9 @@ CASES: dict[str, dict[str, Any]] = {
     "phimoe": {
         **_PLAIN, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.01,
         "input_jitter_noise": 0.01,
+    },
+    "solar_open": {
+        **_DEEPSEEK, "num_key_value_heads": 2, "head_dim": 8, "first_k_dense_replace": 0,
     },
     "qwen3_5_moe": {
         "text_config": _QWEN,

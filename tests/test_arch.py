@@ -673,6 +673,8 @@ def test_a_family_whose_first_layers_are_dense(tmp_path):
         ({"last": "b"}, {"b": None}, (0, 1, 2, 3, 4, 5)),
         ({"every": "a"}, {"a": [0, 1, 0, 0, 1, 1]}, (1, 4, 5)),
         ({"every": "a", "first": "b"}, {"a": [1] * 7, "b": 4}, (4, 5)),
+        ({"every": "a", "offset": "b"}, {"a": 2, "b": 1}, (1, 3, 5)),
+        ({"every": "a", "offset": "b"}, {"a": 3}, (0, 3)),
         ({"only": "a", "first": "b"}, {"a": "0,2,5,9", "b": 4}, (0, 2, 5)),
         ({"only": "a"}, {"a": [3]}, (3,)),
         ({"only": "a", "first": "b"}, {"b": 4}, (4, 5)),

@@ -13,14 +13,24 @@ from typing import Any, Literal
 import numpy as np
 
 from molae.arch.counts import active_numbers
-from molae.arch.family import Family, Layout, Tensor, families, find_family
+from molae.arch.family import (
+    Family,
+    Layout,
+    Tensor,
+    find_family,
+    known_families,
+    own_family,
+)
 from molae.config import TYPES
-from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError
+from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError, shorten
 from molae.factored import Factored
 from molae.io import COMPUTABLE, ENCODINGS, Checkpoint, LazyArrays, TensorInfo
 from molae.io.dtypes import FLOATING
 
 __all__ = ["Counts", "Model", "describe"]
+
+#: Experts of a layer that may lie in one tensor, with room: released models have up to 512.
+NAMES_A_TENSOR = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,16 @@ class Model:
     _layout: Layout = field(repr=False)
     _tensors: Mapping[str, TensorInfo] = field(repr=False)
     _tied: bool = field(repr=False)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All that the checkpoint holds, or would hold."""
+        return self._tensors
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The matrix types of an expert; a family that molae only inspects may lack gate."""
+        return tuple(kind for kind in TYPES if any(kind in t.types for t in self._layout.tensors))
 
     def experts_prefix(self, layer: int) -> str:
         """Prefix of the names of a layer's experts, such as ``model.layers.3.mlp.experts``."""
@@ -201,18 +221,25 @@ class Model:
         Counts
             ``total_parameters``: the numbers of a floating type in the checkpoint, tied
             embeddings once. ``expert_parameters``: those of the routed experts in
-            `moe_layers`. ``active_parameters``: all others plus K/E of the experts; in a
-            converted checkpoint the shared factors count by the chance that a token needs
-            them (see `molae.arch.counts.active_numbers`), rounded; of a token's compressed
-            experts what acts in their place alone.
+            `moe_layers`, their matrices. ``active_parameters``: all others, of the experts'
+            biases K/E, and `active_experts`.
         """
         skip = self.family.head if self._tied else None
         sizes = {n: t.size for n, t in self._tensors.items() if t.dtype in FLOATING and n != skip}
         total, own, factors = sum(sizes.values()), _expected(self), _factor_prefixes(self)
         experts = sum(size for n, size in sizes.items() if n in own or n.startswith(factors))
-        active = sum(self._active(layer, kind) for layer in self.moe_layers for kind in TYPES)
-        active += sum(self._active_light(layer) for layer in self.moe_layers)
-        return Counts(total, experts, total - experts + round(active))
+        idle = sum(self._idle_vectors(layer) for layer in self.moe_layers)
+        return Counts(total, experts, total - experts - round(idle) + self.active_experts())
+
+    def active_experts(self) -> int:
+        """Numbers of the experts that a token meets: K/E of them.
+
+        In a converted checkpoint the shared factors count by the chance that a token needs them
+        (see `molae.arch.counts.active_numbers`), rounded; of a token's compressed experts what
+        acts in their place alone.
+        """
+        met = sum(self._active(layer, kind) for layer in self.moe_layers for kind in self.kinds)
+        return round(met) + sum(self._active_light(layer) for layer in self.moe_layers)
 
     def _active(self, layer: int, kind: str) -> float:
         K, F, D = (self.letters[x] for x in "KFD")
@@ -222,6 +249,20 @@ class Model:
             return K * F * D
         groups = [len(g) for g in split.groups]
         return active_numbers(groups, split.ranks, form=self.factored.form, K=K, F=F, D=D)
+
+    def _idle_vectors(self, layer: int) -> float:
+        """Numbers of what each expert has besides its matrices, of those a token does not meet."""
+        E, K = self.letters["E"], self.letters["K"] - self.num_compressed(layer)
+        prefix = self.experts_prefix(layer) + "."
+        names = [
+            _fill(tensor.name, self._block, layer)
+            for tensor in self.family.tensors
+            if tensor.shape[0] == "E"
+        ]
+        sizes = [
+            self._tensors[n].size for n in names if n.startswith(prefix) and n in self._tensors
+        ]
+        return sum(sizes) * (E - K) / E
 
     def _active_light(self, layer: int) -> int:
         if self.factored is None:
@@ -289,6 +330,16 @@ def describe(
         tensors = source.tensors
     if family is None:
         family = _find(config, tensors)
+    elif own_family(config) not in (None, family):
+        raise CheckpointError(
+            "config.json: the checkpoint was converted with another description of its family, "
+            "which it holds; leave --arch out"
+        )
+    if family.unsupported and not converted:
+        raise UnknownFamilyError(
+            f"family {family.model_type}: {family.unsupported}; molae inspects it, and does not "
+            "convert it"
+        )
     _check_quantization(config, converted)
     letters = family.read_letters(config)
     layers = family.read_moe_layers(config)
@@ -309,9 +360,10 @@ def describe(
     ]
     if not candidates:
         raise CheckpointError(
-            f"quantization_config.layout: {quant and quant.get('layout')!r} is unknown for family "
-            f"{family.model_type}; known are {', '.join(x.name for x in family.layouts)}"
+            f"quantization_config.layout: {quant and shorten(quant.get('layout'))} is unknown for "
+            f"family {family.model_type}; known are {', '.join(x.name for x in family.layouts)}"
         )
+    _check_extent(letters, layers, tensors)
     model = _best(candidates)
     _check_blocks(model)
     dtype = _check_experts(model)
@@ -331,8 +383,8 @@ def _find(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Famil
         else:
             hint = f"no tensor is named like an expert's, the names are like {_some(tensors)}"
         raise UnknownFamilyError(
-            f"{e}; {hint}; a family of a known layout needs only a JSON description, "
-            f"see docs/formats.md"
+            f"{e}; {hint}; describe the family in a JSON file and give it with --arch FILE "
+            f"('molae inspect CHECKPOINT --draft FILE' drafts one, see docs/formats.md)"
         ) from None
 
 
@@ -345,7 +397,7 @@ def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:
         return
     if method != "molae":
         raise CheckpointError(
-            f"config.json: the checkpoint is quantized (quant_method {method!r}); "
+            f"config.json: the checkpoint is quantized (quant_method {shorten(method)}); "
             f"{' and '.join(ENCODINGS)} are read; "
             f"dequantize it to BF16 first, or take the unquantized release"
         )
@@ -353,6 +405,17 @@ def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:
         raise CheckpointError(
             "config.json: the checkpoint was already converted by molae; "
             "convert the original, or run 'molae materialize' on this one first"
+        )
+
+
+def _check_extent(
+    letters: Mapping[str, int], layers: tuple[int, ...], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Refuse sizes that no folder with so few tensors has, before names are made for all."""
+    if len(layers) * letters["E"] > NAMES_A_TENSOR * (len(tensors) + 1):
+        raise CheckpointError(
+            f"config.json: E={letters['E']} experts in {len(layers)} layers, and the checkpoint "
+            f"has {len(tensors)} tensors; config and weights do not belong together"
         )
 
 
@@ -375,7 +438,7 @@ def _best(candidates: list[Model]) -> Model:
         raise UnknownFamilyError(
             f"family {best.family.model_type}: no tensor has a name it knows, such as "
             f"{_some(wanted)}; the checkpoint has {_some(found)}; known families are "
-            f"{', '.join(families())}"
+            f"{known_families()}"
         )
     return best
 
@@ -431,7 +494,7 @@ def _check_blocks(model: Model) -> None:
             f"family {family.model_type}: {len(strange)} tensors that it does not know, such as "
             f"{_some(strange)}; config.json says E={E} and that layer {where} has "
             f"{'' if where in model.moe_layers else 'no '}experts; known families are "
-            f"{', '.join(families())}"
+            f"{known_families()}"
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 from molae import fit
 from molae.arch import Family, Model, check_factors, describe, factored_specs
 from molae.convert.card import materialize_card
+from molae.convert.executor import Recipe
 from molae.convert.footprint import BASE_BYTES
 from molae.convert.jsontext import json_text
 from molae.convert.pipeline import Data
@@ -22,7 +25,19 @@ from molae.errors import CheckpointError, NonFiniteError, ShapeError
 from molae.factored import Factored, group_tensors
 from molae.io import DTYPES, Checkpoint, LazyArrays, numpy_dtype
 
-__all__ = ["Materialization"]
+__all__ = ["Materialization", "MaterializationRecipe"]
+
+
+@dataclass(frozen=True)
+class MaterializationRecipe:
+    """How other processes do the work of a `Materialization`."""
+
+    source: str
+    family: Family | None
+
+    @contextlib.contextmanager
+    def work(self, checkpoint: Checkpoint, staged: Path | None) -> Iterator[Materialization]:
+        yield Materialization(self.source, checkpoint, self.family)
 
 
 class Materialization:
@@ -33,6 +48,7 @@ class Materialization:
     def __init__(self, source: str, checkpoint: Checkpoint, family: Family | None = None) -> None:
         self.source_name = source
         self.checkpoint = checkpoint
+        self.family = family
         self.model: Model = describe(checkpoint, family=family, converted=True)
         if self.model.factored is None:
             raise CheckpointError(
@@ -51,6 +67,12 @@ class Materialization:
         self.room = E * F * D * DTYPES["F32"].itemsize
         self.settings: dict[str, Any] = {}
         self.digest = ""
+
+    def recipe(self) -> Recipe:
+        return MaterializationRecipe(self.source_name, self.family)
+
+    def stage(self, number: int, path: Path) -> bool:
+        return False
 
     def resume(
         self, finished: Mapping[str, Path], state: Path, tell: Callable[[str], None]
@@ -106,6 +128,7 @@ class Materialization:
             candidates=(),
             memory_bytes=BASE_BYTES + 6 * 4 * rows * cols + 2 * 4 * cols * cols,
             seconds=None,
+            parallel=len(self.shards),
         )
 
 

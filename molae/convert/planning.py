@@ -213,6 +213,11 @@ class Plan:
         What acts in the place of compressed experts, where there are any.
     scratch_bytes : int
         Temporary files meanwhile, where there is a calibration text.
+    parallel : int
+        Files that may be computed at the same time by several processes; 1 where each layer
+        waits for the one before it.
+    experts_only : bool
+        Nothing but the experts is known: the plan is of a config alone.
     encoding : str, optional
         What the source's files hold instead of the BF16 numbers that all sizes here are of.
     """
@@ -240,6 +245,8 @@ class Plan:
     compressed: Mapping[int, int] = field(default_factory=dict)
     light: str | None = None
     scratch_bytes: int = 0
+    parallel: int = 1
+    experts_only: bool = False
     encoding: str | None = None
 
     @classmethod

@@ -11,7 +11,14 @@ from transformers.activations import ACT2FN
 
 from molae.errors import CheckpointError
 
-__all__ = ["NAMES_BY_TYPE", "ClampedSwiglu", "activation_of", "gated", "known_activation"]
+__all__ = [
+    "NAMES_BY_TYPE",
+    "ClampedSwiglu",
+    "activation_module",
+    "activation_of",
+    "gated",
+    "known_activation",
+]
 
 #: Transformers' names of the activations that csrc/ops has.
 NAMES = {
@@ -23,6 +30,9 @@ NAMES = {
     "relu": "relu",
     "relu2": "relu2",
 }
+
+#: Functions that some families have in the place of a module.
+FUNCTIONS = {nn.functional.silu: "silu", nn.functional.gelu: "gelu"}
 
 
 class ClampedSwiglu(nn.Module):
@@ -58,6 +68,12 @@ NAMES_BY_TYPE: dict[type, str] = {
 }
 
 
+def activation_module(activation: Any) -> Any:
+    """An activation by its name in Transformers, as a function or as a module: the module."""
+    name = activation if isinstance(activation, str) else FUNCTIONS.get(activation)
+    return activation if name is None else ACT2FN[name]
+
+
 def known_activation(act_fn: Any) -> tuple[str, float, float] | None:
     """Name, alpha and limit as `molae.ops` takes them; None where it has no such activation."""
     name = NAMES_BY_TYPE.get(type(act_fn))
@@ -81,7 +97,7 @@ def activation_of(experts: Any) -> Any:
     """
     own = getattr(experts, "act_fn", None)
     if own is not None:
-        return own
+        return activation_module(own)
     alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
     apply = getattr(experts, "_apply_gate", None)
     if isinstance(alpha, float) and isinstance(limit, float) and apply is not None:

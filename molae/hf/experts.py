@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 from molae.config import TYPES
 from molae.errors import ArgumentError
 from molae.factored import FORMS, VECTORS, Form, LightModule, Split, group_tensors
+from molae.hf.activation import activation_module
 from molae.hf.forward import forward_torch, split_slots, weighted_rows
 from molae.hf.native import forward_native
 
@@ -208,7 +208,7 @@ class LatentExperts(nn.Module):
         if form not in FORMS:
             raise ArgumentError(f"form: expected one of {FORMS}, got {form!r}")
         self.form: Form = form
-        self.act_fn = ACT2FN[activation] if isinstance(activation, str) else activation
+        self.act_fn = activation_module(activation)
         splits = dict(zip(TYPES, (gate, up, down), strict=True))
         E, D, F = num_experts, hidden_size, intermediate_size
         if fused and (gate is not None or up is not None):

@@ -17,10 +17,10 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from molae import ops
 from molae.arch import Model
 from molae.config import TYPES
-from molae.errors import CheckpointError, NonFiniteError
+from molae.errors import CheckpointError, MolaeError, NonFiniteError
 from molae.fit.reading import Biases, biases_for
 from molae.hf.activation import activation_of, known_activation
-from molae.hf.opening import first_line
+from molae.hf.opening import check_harmless, first_line
 from molae.io import Checkpoint
 
 __all__ = ["LayerStream", "Light", "Projections", "StreamedExperts", "in_torch"]
@@ -133,9 +133,16 @@ class LayerStream:
     def __init__(self, checkpoint: Checkpoint, model: Model) -> None:
         self._checkpoint, self._model = checkpoint, model
         try:
-            config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+            check_harmless(checkpoint.config, checkpoint.path)
+            config = AutoConfig.from_pretrained(
+                checkpoint.path, local_files_only=True, trust_remote_code=False
+            )
             with torch.device("meta"):
-                net: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                net: Any = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, trust_remote_code=False
+                )
+        except MolaeError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{checkpoint.path}: Transformers cannot build this model ({first_line(error)})"

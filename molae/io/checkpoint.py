@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import threading
@@ -14,20 +13,32 @@ from typing import Any
 
 import numpy as np
 
-from molae.errors import CheckpointError, NonFiniteError
+from molae.errors import CheckpointError, NonFiniteError, shorten
 from molae.io.dtypes import numpy_dtype
 from molae.io.encoded import Encoded, encoded_tensors
 from molae.io.header import (
     FileHeader,
     RepeatedKey,
     TensorInfo,
-    object_without_repeats,
+    parse_json,
     read_header,
 )
 from molae.io.hub import fetch, is_hub_id
 from molae.io.lazy import LazyArrays
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "map_file", "natural_key", "open_checkpoint"]
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "check_place",
+    "lone_config",
+    "map_file",
+    "natural_key",
+    "open_checkpoint",
+    "read_config",
+    "read_json",
+]
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -74,8 +85,8 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     CheckpointError
         Nothing there, no config, no safetensors weights, a missing, truncated or damaged
         shard, an index that names a tensor its shard lacks, a tensor in two shards, an index
-        entry that leads out of the folder, encoded tensors without the scales they need, or a hub
-        id that cannot be fetched.
+        entry or a link that leads out of the folder, encoded tensors without the scales they
+        need, or a hub id that cannot be fetched.
 
     Notes
     -----
@@ -90,14 +101,44 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
         )
     if not path.is_dir():
         raise CheckpointError(f"{path}: not a folder; give the folder that holds {CONFIG}")
-    config, config_sha = _read_json(path, CONFIG)
+    for name in (CONFIG, INDEX, SINGLE):
+        check_place(path, path / name)
+    config, config_sha = read_json(path, CONFIG)
     if config is None:
         raise CheckpointError(f"{path}: no {CONFIG}; is this the checkpoint's own folder?")
     weight_map, index_sha = _weight_map(path)
+    for f in weight_map:
+        check_place(path, path / f)
     headers = tuple(read_header(path / f, f) for f in weight_map)
     tensors = _gather(headers, weight_map)
     encoded = encoded_tensors(config, tensors)
     return Checkpoint(path, config, tensors, headers, config_sha, index_sha, encoded)
+
+
+def lone_config(path: str | os.PathLike[str]) -> Path | None:
+    """The ``config.json`` that was named, or that of a folder without weights; else None."""
+    path = Path(path)
+    if path.suffix == ".json" and not path.is_dir():
+        return path
+    if not (path / CONFIG).is_file():
+        return None
+    weights = any(own.name.lower().endswith(_WEIGHTS) for own in path.iterdir())
+    return None if weights else path / CONFIG
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A ``config.json`` without its checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        It is not there, cannot be read, or is no JSON object.
+    """
+    path = Path(path)
+    config, _ = read_json(path.parent, path.name)
+    if config is None:
+        raise CheckpointError(f"{path}: cannot be read: no such file")
+    return config
 
 
 class Checkpoint:
@@ -235,12 +276,20 @@ class Checkpoint:
             Paths below `path`, in order: every regular file of the folder but
             ``config.json``, weights of any format and their indexes, files
             named ``consolidated*`` and hidden ones; and those of
-            ``additional_chat_templates``. A link to an existing file counts as a file (hub
-            caches consist of them); no other folder is entered.
+            ``additional_chat_templates``. A link to an existing file counts as a file where
+            `check_place` lets it; no other folder is entered.
+
+        Raises
+        ------
+        CheckpointError
+            A link leads out of the checkpoint: what it leads to is not copied.
         """
         folders = [self.path, *(self.path / f for f in _FOLDERS if (self.path / f).is_dir())]
         found = [p for f in folders for p in f.iterdir() if _is_companion(p)]
-        return sorted((p for p in found if p.is_file()), key=str)
+        files = sorted((p for p in found if p.is_file()), key=str)
+        for file in files:
+            check_place(self.path, file)
+        return files
 
     def fingerprint(self) -> dict[str, Any]:
         """Facts that tell whether the checkpoint has changed, cheap enough for every start.
@@ -312,6 +361,30 @@ class Checkpoint:
             return self._maps[file]
 
 
+def check_place(folder: Path, file: Path) -> None:
+    """Refuse a file of a checkpoint that is none, or a link to somewhere else.
+
+    Links may lead to files of the same folder, and, in a hub cache, from
+    ``.../snapshots/REVISION`` to ``.../blobs``. Any other could make a file of the user's part
+    of the result.
+
+    Raises
+    ------
+    CheckpointError
+        The message names the link and where it leads.
+    """
+    real, place = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
+    blobs = place.parent.parent / "blobs"
+    inside = real.is_relative_to(place)
+    if not inside and not (place.parent.name == "snapshots" and real.is_relative_to(blobs)):
+        raise CheckpointError(
+            f"{file}: leads out of the checkpoint, to {real}; if you trust it, put a copy of the "
+            "file in its place"
+        )
+    if os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real):
+        raise CheckpointError(f"{file}: is no ordinary file; copy or download it again")
+
+
 def map_file(path: Path) -> dict[str, np.ndarray]:
     """The tensors of one safetensors file, as read-only views of it.
 
@@ -367,7 +440,7 @@ def _is_companion(p: Path) -> bool:
     return not (name == CONFIG or name.startswith((".", "consolidated")) or name.endswith(_WEIGHTS))
 
 
-def _read_json(
+def read_json(
     folder: Path, name: str, *, repeats: bool = True
 ) -> tuple[dict[str, Any] | None, str]:
     """One JSON object and the SHA-256 of its text; None where there is no such file."""
@@ -378,10 +451,12 @@ def _read_json(
     except OSError as e:
         raise CheckpointError(f"{name}: cannot be read: {e.strerror or e}") from e
     try:
-        value = json.loads(raw, object_pairs_hook=None if repeats else object_without_repeats)
+        value = parse_json(raw, repeats=repeats)
     except RepeatedKey as e:
-        raise CheckpointError(f"{name}: has {e.args[0]!r} twice; keep one of the two") from None
-    except (ValueError, RecursionError) as e:
+        raise CheckpointError(
+            f"{name}: has {shorten(e.args[0])} twice; keep one of the two"
+        ) from None
+    except ValueError as e:
         raise CheckpointError(f"{name}: not valid JSON ({e}); copy or download it again") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{name}: expected a JSON object; copy or download it again")
@@ -390,7 +465,7 @@ def _read_json(
 
 def _weight_map(folder: Path) -> tuple[dict[str, list[str]], str | None]:
     """The weight files in natural order with the names the index gives each; the index's hash."""
-    index, sha = _read_json(folder, INDEX, repeats=False)
+    index, sha = read_json(folder, INDEX, repeats=False)
     single = (folder / SINGLE).exists()
     if index is None:
         if single:
@@ -419,14 +494,27 @@ def _check_inside(file: str) -> None:
     parts = PurePosixPath(file).parts
     if not parts or file.startswith("/") or ".." in parts or "\\" in file or "\0" in file:
         raise CheckpointError(
-            f"{INDEX}: the entry {file!r} leads out of the folder; "
+            f"{INDEX}: the entry {shorten(file)} leads out of the folder; "
             f"do not use this checkpoint unless you trust its source and have mended the index"
+        )
+    if not _is_encodable(file) or len(file) > 255:
+        raise CheckpointError(
+            f"{INDEX}: the entry {shorten(file)} is no file's name; download it again"
         )
     if not file.endswith(".safetensors"):
         raise CheckpointError(
-            f"{INDEX}: the entry {file!r} is no safetensors file; "
+            f"{INDEX}: the entry {shorten(file)} is no safetensors file; "
             f"save the model as safetensors (save_pretrained) first"
         )
+
+
+def _is_encodable(name: str) -> bool:
+    """Whether a file can have the name; JSON has texts that are none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_weights(folder: Path) -> str:
