@@ -19,9 +19,10 @@ PAGE = ROOT / "docs" / "families.md"
 FIRST = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 #: Tried in tests of their own, and how far.
-OWN = dict.fromkeys(
-    ("gpt_oss", "qwen3_vl_moe"), "**runs**, but for a calibration text and compressed experts"
-)
+OWN = {
+    "gpt_oss": "**runs**, but for compressed experts of a conversion",
+    "qwen3_vl_moe": "**runs**, but for a calibration text and compressed experts",
+}
 
 HEAD = """# Families
 
