@@ -15,7 +15,7 @@ from molae.arch.family import MoeLayers
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "families.md"
 
-#: Tried in the tests that all features have, with sizes of their own.
+#: Tried in tests of their own.
 FIRST = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 HEAD = """# Families
@@ -28,7 +28,7 @@ their biases, next-token heads and models for pictures are copied as they are.
 made by Transformers, converted at full rank with the original's logits, converted to 0.7, loaded,
 run layer by layer (as for a calibration text), generated from, made ordinary again and loaded so,
 saved, and given compressed experts. **files**: converted and made ordinary again, with equal
-weights; the installed Transformers does not build the model.
+weights, and not run; the notes say why.
 
 | `model_type` | releases | layouts | layers with experts | router | shared experts | tried |
 |---|---|---|---|---|---|---|
@@ -40,9 +40,7 @@ def page() -> str:
     found = {family.model_type: family for family in families().values()}
     rows = [row(family) for family in found.values()]
     notes = [
-        f"- `{family.model_type}`: {family.about['notes']}"
-        for family in found.values()
-        if "notes" in family.about
+        f"- `{family.model_type}`: {note(family)}" for family in found.values() if note(family)
     ]
     return HEAD + "\n".join(rows) + "\n\n## Notes\n\n" + "\n".join(notes) + "\n"
 
@@ -62,6 +60,14 @@ def row(family: Family) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def note(family: Family) -> str:
+    """What else there is to say."""
+    said = [str(family.about["notes"])] if "notes" in family.about else []
+    if family.unsupported:
+        said.append(f"{family.unsupported[0].upper()}{family.unsupported[1:]}.")
+    return " ".join(said)
+
+
 def layers(rule: MoeLayers) -> str:
     """Which layers have experts, in words."""
     said = []
@@ -78,7 +84,7 @@ def layers(rule: MoeLayers) -> str:
     if rule.enabled:
         said.append(f"where `{rule.enabled}`")
     text = ", ".join(said) or "all"
-    for key in (rule.types, rule.only):
+    for key in (rule.types, rule.pattern, rule.only):
         if key:
             text += f"; or by `{key}`"
     return text
@@ -86,6 +92,8 @@ def layers(rule: MoeLayers) -> str:
 
 def tried(family: Family) -> str:
     """What the tests do with it."""
+    if family.unsupported:
+        return "inspected only"
     cases = str(ROOT / "tests")
     if cases not in sys.path:
         sys.path.append(cases)
@@ -93,7 +101,7 @@ def tried(family: Family) -> str:
 
     ways = {
         "runs": [name for name in family.model_types if name in (*CASES, *FIRST)],
-        "files": [name for name in family.model_types if name in NAMED],
+        "files": [name for name in family.model_types if name in (*NAMED, "gpt_oss")],
     }
     several = len(family.model_types) > 1 and all(ways.values())
     return ", ".join(

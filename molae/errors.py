@@ -16,6 +16,7 @@ __all__ = [
     "ArgumentError",
     "CalibrationWarning",
     "CheckpointError",
+    "ClusterError",
     "ConvergenceWarning",
     "DestinationError",
     "MissingExtraError",
@@ -25,7 +26,21 @@ __all__ = [
     "PrecisionWarning",
     "ShapeError",
     "UnknownFamilyError",
+    "shorten",
 ]
+
+
+def shorten(value: object, most: int = 200) -> str:
+    """What an error shows of a value that a file gave; files may hold megabytes.
+
+    Examples
+    --------
+    >>> from molae.errors import shorten
+    >>> shorten([1] * 1000, most=12)
+    '[1, 1, 1, 1, ...'
+    """
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."
 
 
 class CheckpointError(MolaeError, ValueError):
@@ -38,6 +53,10 @@ class UnknownFamilyError(CheckpointError):
 
 class DestinationError(MolaeError, OSError):
     """The place to write to cannot be used."""
+
+
+class ClusterError(MolaeError, RuntimeError):
+    """The processes that a run was to be shared among cannot do it."""
 
 
 class CalibrationWarning(UserWarning):

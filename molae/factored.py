@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from molae.config import TYPES
-from molae.errors import ArgumentError, CheckpointError
+from molae.errors import ArgumentError, CheckpointError, shorten
 
 __all__ = [
     "FORMAT_VERSION",
@@ -37,6 +37,7 @@ FORMAT_VERSION = 3
 Form = Literal["gauge", "plain"]
 FORMS: tuple[Form, ...] = ("gauge", "plain")
 
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 _NARROW = re.compile(r"narrow:(?:(\d+)|1/([1-9]\d*))")
 
 
@@ -218,6 +219,7 @@ class Factored:
     entry is stored as the source stores it. `layout` is the name of the source's
     layout in the family's description. `compressed` says of each layer that has compressed
     experts how many of a token's they are, and `light` what acts in their place.
+    `arch` is the family's description where molae does not have it.
     """
 
     method: str
@@ -227,6 +229,7 @@ class Factored:
     molae_version: str
     compressed: Mapping[int, int] = field(default_factory=dict)
     light: LightModule = VECTORS
+    arch: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The value of ``quantization_config`` in ``config.json``."""
@@ -246,6 +249,7 @@ class Factored:
             },
             **({"compressed_experts": compressed} if compressed else {}),
             **({"light_units": self.light.units} if narrow else {}),
+            **({"arch": dict(self.arch)} if self.arch is not None else {}),
         }
 
     @classmethod
@@ -261,11 +265,11 @@ class Factored:
         if data.get("quant_method") != QUANT_METHOD:
             raise CheckpointError(
                 f"quantization_config: expected quant_method 'molae', "
-                f"got {data.get('quant_method')!r}"
+                f"got {shorten(data.get('quant_method'))}"
             )
         version: Any = data.get("format_version")
         if not _is_count(version) or version < 1:
-            raise CheckpointError(f"quantization_config.format_version: got {version!r}")
+            raise CheckpointError(f"quantization_config.format_version: got {shorten(version)}")
         if version > FORMAT_VERSION:
             raise CheckpointError(
                 f"quantization_config.format_version: this molae reads up to {FORMAT_VERSION}, "
@@ -274,17 +278,18 @@ class Factored:
         form: Any = data.get("form")
         if form not in FORMS:
             raise CheckpointError(
-                f"quantization_config.form: expected one of {FORMS}, got {form!r}"
+                f"quantization_config.form: expected one of {FORMS}, got {shorten(form)}"
             )
         E, K, D, F = (letters[letter] for letter in "EKDF")
         units = data.get("light_units")
         if units is not None and not (_is_count(units) and units <= F):
             raise CheckpointError(
-                f"quantization_config.light_units: expected 0 to F = {F}, got {units!r}"
+                f"quantization_config.light_units: expected 0 to F = {F}, got {shorten(units)}"
             )
         layers = data.get("layers")
         if not isinstance(layers, Mapping):
             raise CheckpointError("quantization_config.layers: missing, or not a JSON object")
+        compressed: Any = data.get("compressed_experts", {})
         return cls(
             method=str(data.get("method")),
             form=form,
@@ -293,19 +298,23 @@ class Factored:
                 _layer_number(key): _read_kinds(key, kinds, E, D) for key, kinds in layers.items()
             },
             molae_version=str(data.get("molae_version")),
-            compressed=_read_compressed(data.get("compressed_experts", {}), K),
+            compressed=_read_compressed(compressed, K),
             light=LightModule(units),
+            arch=data.get("arch"),
         )
 
 
 def _read_compressed(data: Any, K: int) -> dict[int, int]:
     where = "quantization_config.compressed_experts"
     if not isinstance(data, Mapping):
-        raise CheckpointError(f"{where}: expected an object of layer numbers, got {data!r}")
-    for key, n in data.items():
+        raise CheckpointError(f"{where}: expected an object of layer numbers, got {shorten(data)}")
+    counts = {_layer_number(key): n for key, n in data.items()}
+    for layer, n in counts.items():
         if not _is_count(n) or not 0 < n < K:
-            raise CheckpointError(f"{where}.{key}: expected 1 to K - 1 = {K - 1}, got {n!r}")
-    return {_layer_number(key): n for key, n in data.items()}
+            raise CheckpointError(
+                f"{where}.{layer}: expected 1 to K - 1 = {K - 1}, got {shorten(n)}"
+            )
+    return counts
 
 
 def _is_count(value: object) -> bool:
@@ -313,15 +322,18 @@ def _is_count(value: object) -> bool:
 
 
 def _layer_number(key: str) -> int:
-    if not key.isdecimal():
-        raise CheckpointError(f"quantization_config.layers: {key!r} is not a layer number")
+    # As it is written, and no other spelling of the same number: two entries would be one layer's.
+    if not _NUMBER.fullmatch(key):
+        raise CheckpointError(f"quantization_config.layers: {shorten(key)} is not a layer number")
     return int(key)
 
 
 def _read_kinds(layer: str, kinds: Any, E: int, D: int) -> dict[str, Split]:
-    where = f"quantization_config.layers.{layer}"
+    where = f"quantization_config.layers.{_layer_number(layer)}"
     if not isinstance(kinds, Mapping) or not set(kinds) <= set(TYPES):
-        raise CheckpointError(f"{where}: expected an object with keys among {TYPES}, got {kinds!r}")
+        raise CheckpointError(
+            f"{where}: expected an object with keys among {TYPES}, got {shorten(kinds)}"
+        )
     return {kind: _read_split(f"{where}.{kind}", kinds[kind], E, D) for kind in kinds}
 
 
@@ -333,17 +345,18 @@ def _read_split(where: str, data: Any, E: int, D: int) -> Split:
     if not _is_list_of_lists(groups):
         raise CheckpointError(f"{where}.groups: expected a list of lists of expert numbers")
     members = sorted(expert for group in groups for expert in group)
-    if members != list(range(E)):
+    if len(members) != E or members != list(range(E)):
         raise CheckpointError(
-            f"{where}.groups: expected each of the E={E} experts once, got {members}"
+            f"{where}.groups: expected each of the E={E} experts once, got {shorten(members)}"
         )
     if not isinstance(ranks, Sequence) or len(ranks) != len(groups):
         raise CheckpointError(
-            f"{where}.ranks: expected one for each of the {len(groups)} groups, got {ranks!r}"
+            f"{where}.ranks: expected one for each of the {len(groups)} groups, "
+            f"got {shorten(ranks)}"
         )
     if not all(rank is None or (_is_count(rank) and rank <= D) for rank in ranks):
         raise CheckpointError(
-            f"{where}.ranks: expected null or whole numbers of at most D={D}, got {ranks!r}"
+            f"{where}.ranks: expected null or whole numbers of at most D={D}, got {shorten(ranks)}"
         )
     return Split(groups=tuple(tuple(group) for group in groups), ranks=tuple(ranks))
 

@@ -451,7 +451,7 @@ def test_experts_of_other_types(tmp_path):
         refused(tmp_path, name, *parts)
 
 
-@pytest.mark.parametrize("quant", [{"quant_method": "fp8"}, {"bits": 4}, "awq"])
+@pytest.mark.parametrize("quant", [{"quant_method": "gptq"}, {"bits": 4}, "awq"])
 def test_a_quantized_source(tmp_path, quant):
     make_checkpoint(tmp_path, config={"quantization_config": quant})
     method = quant.get("quant_method") if isinstance(quant, dict) else None

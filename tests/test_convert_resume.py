@@ -382,6 +382,8 @@ def test_verify_sees_a_changed_byte(tmp_path):
             "file": "x",
             "bytes": 3,
             "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+            "inputs": {},
+            "rows": [],
         }
     )
     assert dict(journal.verify()) == {"x": True}

@@ -14,10 +14,11 @@ from hf_models import SETTINGS, SIZES
 
 import molae
 from molae.cli import main
-from molae.convert.inspection import inspect_tensors
+from molae.convert.inspection import inspect_config
 from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError
 from molae.hf import hide_progress, latent_model
-from molae.hf.shapes import read_config, tensors_of
+from molae.hf.shapes import tensors_of
+from molae.io import read_config
 
 hide_progress()
 
@@ -31,7 +32,7 @@ def test_a_config_alone_counts_as_the_checkpoint_does(tmp_path, family, light):
     asked = {"compressed_experts": 1, "light_module": light}
     whole = molae.inspect(tmp_path, **asked)
     config = read_config(tmp_path / "config.json")
-    alone = inspect_tensors("config.json", config, tensors_of(config), **asked)
+    alone = inspect_config("config.json", config, tensors_of(config), **asked)
     for name in (*COUNTS, "family", "letters", "moe_layers", "shapes", "bytes", "dtype"):
         assert getattr(alone, name) == getattr(whole, name), name
     assert alone.files == 0
@@ -62,7 +63,7 @@ def test_what_makes_no_sense_is_refused(tmp_path):
     path = tmp_path / "other.json"
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_config(path)
-    for text, said in (("{", "no JSON"), ("[]", "no JSON object")):
+    for text, said in (("{", "not valid JSON"), ("[]", "expected a JSON object")):
         path.write_text(text)
         with pytest.raises(CheckpointError, match=said):
             read_config(path)

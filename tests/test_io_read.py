@@ -198,8 +198,8 @@ def test_companions(tmp_path):
     (source / "original" / "params.json").write_text("{}")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "rag.jinja").write_text("x")
-    (tmp_path / "blob").write_text("linked")
-    (source / "vocab.json").symlink_to("../blob")
+    (source / "original" / "blob").write_text("linked")
+    (source / "vocab.json").symlink_to("original/blob")
     (source / "dangling.json").symlink_to("../nothing")
     found = {p.relative_to(source).as_posix() for p in open_checkpoint(source).companions()}
     assert found == {*kept, "vocab.json", "additional_chat_templates/rag.jinja"}

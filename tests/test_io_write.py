@@ -482,17 +482,17 @@ def test_a_folder_without_permission(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_device_that_is_really_full():
     """No mock: the kernel itself says that there is no space."""
-    from molae.io.writer import _destination_error, _write_all
+    from molae.io.writer import destination_error, write_all
 
     fd = os.open("/dev/full", os.O_WRONLY)
     try:
         with pytest.raises(OSError, match="No space") as caught:
-            _write_all(fd, b"x")
+            write_all(fd, b"x")
     finally:
         os.close(fd)
     from pathlib import Path
 
-    check_message(_destination_error(caught.value, Path("/dev/x"), 5), errno.ENOSPC, "/dev/x", 5)
+    check_message(destination_error(caught.value, Path("/dev/x"), 5), errno.ENOSPC, "/dev/x", 5)
 
 
 # --------------------------------------------------------- texts and copies

@@ -4,6 +4,7 @@ from molae.arch.counts import active_numbers, dense_flops, hit_probabilities, la
 from molae.arch.factors import check_factors, factored_specs, light_specs
 from molae.arch.family import Family, families, find_family, load_family
 from molae.arch.model import Counts, Model, describe
+from molae.arch.promise import promise
 
 __all__ = [
     "Counts",
@@ -20,4 +21,5 @@ __all__ = [
     "latent_flops",
     "light_specs",
     "load_family",
+    "promise",
 ]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from molae.config import TYPES
-from molae.errors import CheckpointError, UnknownFamilyError
-from molae.io.header import object_without_repeats
+from molae.errors import CheckpointError, UnknownFamilyError, shorten
+from molae.factored import QUANT_METHOD
+from molae.io import parse_json
 
 __all__ = [
     "Family",
@@ -32,14 +32,20 @@ FUSED = "gate_up_proj"
 
 _KEYS = ("model_type", "letters", "moe_layers", "blocks", "experts", "layouts", "tensors")
 _LETTERS = ("L", "E", "K", "D", "F")
+# Far above any model's; a config may say anything, and layers are counted one by one.
+_MOST = {"L": 1 << 16}
+_MOST_OF_OTHERS = (1 << 31) - 1
 _SHAPES = {
     "gate_proj": ("F", "D"),
     "up_proj": ("F", "D"),
     "down_proj": ("D", "F"),
     FUSED: ("2F", "D"),
 }
+_FLAGS = ("optional", "transposed", "interleaved")
 _EXTENT = re.compile(r"[1-9][0-9]*|(?:[1-9][0-9]*)?([A-Z]{1,2})")
-_RULES = ("first", "last", "every", "offset", "step", "except", "only", "types", "enabled")
+_RULES = (
+    "first", "last", "every", "offset", "step", "except", "only", "types", "pattern", "enabled",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,8 @@ class Tensor:
     """One tensor: its role, a template of its name, its shape in letters.
 
     Some files call it by one of `others`; where it is `optional`, some have it not.
+    `transposed`: each expert's matrix lies with its two axes exchanged, (D, F) for gate and up.
+    `interleaved`: gate and up take turns, row by row, gate first.
     """
 
     role: str
@@ -54,6 +62,8 @@ class Tensor:
     shape: tuple[str, ...]
     others: tuple[str, ...] = ()
     optional: bool = False
+    transposed: bool = False
+    interleaved: bool = False
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -64,6 +74,30 @@ class Tensor:
     def per_expert(self) -> bool:
         """Whether each expert has one of its own."""
         return "${expert}" in self.name
+
+    @property
+    def as_matrices(self) -> bool:
+        """Whether the matrices (rows, cols) lie in it as they are, in C order."""
+        return not self.transposed and not self.interleaved
+
+    def view(self, stored: Any, kind: str) -> Any:
+        """Of one expert's part of it the view that is the matrix (rows, cols) of a type.
+
+        `stored` is anything with the indexing of NumPy and two axes, an array or a tensor.
+        """
+        W = stored.T if self.transposed else stored
+        if self.role != FUSED:
+            return W
+        gate = kind == "gate_proj"
+        if self.interleaved:
+            return W[0 if gate else 1 :: 2]
+        half = len(W) // 2
+        return W[:half] if gate else W[half:]
+
+    def joined(self, matrices: Sequence[Any], out: Any) -> None:
+        """Put the matrices of its types, in the order of `types`, into one expert's part of it."""
+        for kind, matrix in zip(self.types, matrices, strict=True):
+            self.view(out, kind)[...] = matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +143,8 @@ class MoeLayers:
     Layer l has experts iff first <= l <= last, l % every == offset (0 where there is none),
     (l + 1) % step == 0, and l is not in except. `every` may be a list of 0 and 1 for each layer.
     Where the config has the key of `types` (a text for each layer, ``"sparse"`` for those with
-    experts) or of `only` (the layers), this alone decides. No layer has experts where `enabled` is
-    false.
+    experts), of `pattern` (a text with a letter for each layer, E for those with experts) or of
+    `only` (the layers), this alone decides. No layer has experts where `enabled` is false.
     """
 
     first: str | None = None
@@ -121,6 +155,7 @@ class MoeLayers:
     excluded: str | None = None
     only: str | None = None
     types: str | None = None
+    pattern: str | None = None
     enabled: str | None = None
 
     def indices(self, config: Mapping[str, Any], L: int) -> tuple[int, ...]:
@@ -136,12 +171,15 @@ class MoeLayers:
         if self.types and config.get(self.types) is not None:
             kinds = _each_layer(config, self.types, L, ("dense", "sparse"))
             return tuple(n for n in range(L) if kinds[n] == "sparse")
+        if self.pattern and config.get(self.pattern) is not None:
+            return _pattern(config, self.pattern, L)
         if self.only and config.get(self.only) is not None:
-            return tuple(n for n in range(L) if n in _layers(config, self.only))
+            named = frozenset(_layers(config, self.only))
+            return tuple(n for n in range(L) if n in named)
         first = _count(config, self.first, 0, least=0)
         last = _count(config, self.last, -1, least=-1)
         step = _count(config, self.step, 1, least=1)
-        excluded = _layers(config, self.excluded) if self.excluded else ()
+        excluded = frozenset(_layers(config, self.excluded) if self.excluded else ())
         if self.every and isinstance(config.get(self.every), list):
             flags = _each_layer(config, self.every, L, (0, 1))
         else:
@@ -179,6 +217,13 @@ class Family:
         The tensor that is not counted when ``tie_word_embeddings`` is true.
     about : dict of str to str or tuple of str
         What docs/families.md tells of it.
+    transformers : str or None
+        The model type under which Transformers builds the same language model, where that is
+        another one.
+    unsupported : str or None
+        Why molae only inspects the family, where it does not convert it.
+    description : dict or None
+        As it was read, where it does not come with molae: a converted checkpoint keeps it.
     """
 
     model_types: tuple[str, ...]
@@ -191,6 +236,9 @@ class Family:
     head: str | None
     beneath: str | None = None
     about: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    transformers: str | None = None
+    unsupported: str | None = None
+    description: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def model_type(self) -> str:
@@ -256,20 +304,48 @@ def families() -> Mapping[str, Family]:
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """The family of a config.
+    """The family of a config: the one that a converted checkpoint describes itself, else by
+    ``model_type``.
 
     Raises
     ------
     UnknownFamilyError
-        molae has none for its ``model_type``; the known ones are listed.
+        molae has none for its ``model_type``; those that it converts are listed.
+    CheckpointError
+        A converted checkpoint's description makes no sense.
     """
+    if (own := own_family(config)) is not None:
+        return own
     model_type = config.get("model_type")
     known = families()
     if not isinstance(model_type, str) or model_type not in known:
         raise UnknownFamilyError(
-            f"config.json: model_type {model_type!r} is unknown; known are {', '.join(known)}"
+            f"config.json: model_type {shorten(model_type)} is unknown; "
+            f"known are {known_families()}"
         )
     return known[model_type]
+
+
+def known_families() -> str:
+    """The model types that molae converts, for messages."""
+    return ", ".join(name for name, family in families().items() if family.unsupported is None)
+
+
+def own_family(config: Mapping[str, Any]) -> Family | None:
+    """The family that a converted checkpoint describes itself; None where it does not.
+
+    Raises
+    ------
+    CheckpointError
+        The description makes no sense.
+    """
+    quant = config.get("quantization_config")
+    if not isinstance(quant, Mapping) or quant.get("quant_method") != QUANT_METHOD:
+        return None
+    data = quant.get("arch")
+    if data is None:
+        return None
+    return replace(_Reader("quantization_config.arch").family(data), description=data)
 
 
 def load_family(path: str | os.PathLike[str]) -> Family:
@@ -295,14 +371,16 @@ def load_family(path: str | os.PathLike[str]) -> Family:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{path}: cannot be read: {e}") from e
-    return parse_family(text, path.name)
+    family = parse_family(text, path.name)
+    data = {key: value for key, value in parse_json(text).items() if key != "$schema"}
+    return replace(family, description=data)
 
 
 def parse_family(text: str, name: str) -> Family:
     """Read a family's description from JSON text; `name` is used in messages."""
     try:
-        data = json.loads(text, object_pairs_hook=object_without_repeats)
-    except (ValueError, RecursionError) as e:
+        data = parse_json(text, repeats=False)
+    except ValueError as e:
         raise CheckpointError(f"{name}: not valid JSON, or a key is there twice ({e})") from e
     return _Reader(name).family(data)
 
@@ -314,7 +392,12 @@ class _Reader:
         self.name = name
 
     def family(self, data: Any) -> Family:
-        self.keys("the description", data, _KEYS, ("$schema", "head", "beneath", "about"))
+        self.keys(
+            "the description",
+            data,
+            _KEYS,
+            ("$schema", "head", "beneath", "about", "transformers", "unsupported"),
+        )
         model_types = self.one_or_more("model_type", data["model_type"])
         self.unique("model_type", model_types)
         letters = self.letters(data["letters"])
@@ -324,7 +407,11 @@ class _Reader:
             self.placeholders("blocks", block, {"layer"})
         experts = self.string("experts", data["experts"])
         self.placeholders("experts", experts, {"block"})
-        layouts = tuple(self.layout(x, letters) for x in self.items("layouts", data["layouts"]))
+        unsupported = self.optional("unsupported", data)
+        layouts = tuple(
+            self.layout(x, letters, whole=unsupported is None)
+            for x in self.items("layouts", data["layouts"])
+        )
         self.unique("layouts", [x.name for x in layouts])
         tensors = tuple(
             self.tensor("tensors", x, {"block"}, letters)
@@ -335,8 +422,6 @@ class _Reader:
             self.unique("roles", [t.role for t in both])
             names = [name for t in both for name in (t.name, *t.others)]
             self.unique("names", [name.replace("${experts}", experts) for name in names])
-        head = self.string("head", data["head"]) if "head" in data else None
-        beneath = self.string("beneath", data["beneath"]) if "beneath" in data else None
         return Family(
             model_types,
             letters,
@@ -345,9 +430,11 @@ class _Reader:
             experts,
             layouts,
             tensors,
-            head,
-            beneath,
+            self.optional("head", data),
+            self.optional("beneath", data),
             self.about(data.get("about", {})),
+            self.optional("transformers", data),
+            unsupported,
         )
 
     def about(self, data: Any) -> dict[str, str | tuple[str, ...]]:
@@ -384,7 +471,7 @@ class _Reader:
         named = {k: self.string(f"moe_layers.{k}", v) for k, v in data.items()}
         return MoeLayers(excluded=named.pop("except", None), **named)
 
-    def layout(self, data: Any, letters: Mapping[str, Any]) -> Layout:
+    def layout(self, data: Any, letters: Mapping[str, Any], *, whole: bool) -> Layout:
         if isinstance(data, str):
             if data not in _SHARED_LAYOUTS:
                 raise self.error(
@@ -396,19 +483,22 @@ class _Reader:
         where = f"layout {name!r}"
         tensors = []
         for x in self.items(where, data["tensors"]):
-            t = self.tensor(where, x, {"experts"}, letters, optional={"expert"})
+            t = self.tensor(where, x, {"experts"}, letters, optional={"expert"}, flags=_FLAGS)
             if t.optional or t.others:
                 raise self.error(f"{where}: {t.role} has one name, and is always there")
             if t.role not in _SHAPES:
                 raise self.error(f"{where}: role {t.role!r}, expected one of {', '.join(_SHAPES)}")
-            wanted = _SHAPES[t.role] if t.per_expert else ("E", *_SHAPES[t.role])
+            if t.interleaved and t.role != FUSED:
+                raise self.error(f"{where}: {t.role} is interleaved, only {FUSED} can be")
+            one = _SHAPES[t.role][::-1] if t.transposed else _SHAPES[t.role]
+            wanted = one if t.per_expert else ("E", *one)
             if t.shape != wanted:
                 raise self.error(
                     f"{where}: {t.role} has shape {list(t.shape)}, molae reads {list(wanted)} only"
                 )
             tensors.append(t)
         held = sorted(kind for t in tensors for kind in t.types)
-        if held != sorted(TYPES):
+        if held != sorted(TYPES) and (whole or held != ["down_proj", "up_proj"]):
             raise self.error(f"{where}: must hold each of {', '.join(TYPES)} once, holds {held}")
         return Layout(name, tuple(tensors))
 
@@ -419,8 +509,9 @@ class _Reader:
         needed: Set[str],
         letters: Mapping[str, Any],
         optional: Set[str] = frozenset(),
+        flags: tuple[str, ...] = _FLAGS[:1],
     ) -> Tensor:
-        self.keys(where, data, ("role", "name", "shape"), ("optional",))
+        self.keys(where, data, ("role", "name", "shape"), flags)
         names = self.one_or_more(f"{where}.name", data["name"])
         for name in names:
             # Some layouts name the experts' tensors beneath the block itself.
@@ -431,11 +522,15 @@ class _Reader:
             match = _EXTENT.fullmatch(extent)
             if not match or not all(x in letters for x in match[1] or ""):
                 raise self.error(f"{where}: {extent!r} in a shape, expected such as 'F' or '2F'")
-        is_optional = data.get("optional", False)
-        if not isinstance(is_optional, bool):
-            raise self.error(f"{where}.optional: expected true or false, got {is_optional!r}")
         role = self.string(f"{where}.role", data["role"])
-        return Tensor(role, names[0], shape, names[1:], is_optional)
+        is_optional, transposed, interleaved = (self.flag(where, data, x) for x in _FLAGS)
+        return Tensor(role, names[0], shape, names[1:], is_optional, transposed, interleaved)
+
+    def flag(self, where: str, data: Any, name: str) -> bool:
+        value = data.get(name, False)
+        if not isinstance(value, bool):
+            raise self.error(f"{where}.{name}: expected true or false, got {value!r}")
+        return value
 
     def placeholders(
         self, where: str, text: str, needed: Set[str], optional: Set[str] = frozenset()
@@ -463,6 +558,9 @@ class _Reader:
         if not isinstance(value, str) or not value:
             raise self.error(f"{where}: expected a text, got {value!r}")
         return value
+
+    def optional(self, key: str, data: Mapping[str, Any]) -> str | None:
+        return self.string(key, data[key]) if key in data else None
 
     def one_or_more(self, where: str, value: Any) -> tuple[str, ...]:
         if isinstance(value, str):
@@ -498,7 +596,7 @@ def _count(config: Mapping[str, Any], key: str | None, default: int, *, least: i
         return default
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise CheckpointError(
-            f"config.json: {key!r} is {value!r}, expected a whole number of at least {least}"
+            f"config.json: {key!r} is {shorten(value)}, expected a whole number of at least {least}"
         )
     return value
 
@@ -506,11 +604,13 @@ def _count(config: Mapping[str, Any], key: str | None, default: int, *, least: i
 def _layers(config: Mapping[str, Any], key: str) -> list[int]:
     """A list of layers, or a text of their numbers with commas between."""
     value = config.get(key)
-    if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)*", value):
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", value):
         value = [int(x) for x in value.split(",")]
     value = [] if value is None else value
     if not isinstance(value, list) or not all(_is_int(x) for x in value):
-        raise CheckpointError(f"config.json: {key!r} is {value!r}, expected a list of layers")
+        raise CheckpointError(
+            f"config.json: {key!r} is {shorten(value)}, expected a list of layers"
+        )
     return value
 
 
@@ -521,10 +621,21 @@ def _each_layer(
     value = config[key]
     if not isinstance(value, list) or len(value) < L or not all(x in allowed for x in value):
         raise CheckpointError(
-            f"config.json: {key!r} is {value!r}, expected one of "
+            f"config.json: {key!r} is {shorten(value)}, expected one of "
             f"{', '.join(map(repr, allowed))} for each of the L={L} layers"
         )
     return value
+
+
+def _pattern(config: Mapping[str, Any], key: str, L: int) -> tuple[int, ...]:
+    """The layers for which a text has an E."""
+    value = config[key]
+    if not isinstance(value, str) or len(value) != L:
+        raise CheckpointError(
+            f"config.json: {key!r} is {shorten(value)}, expected a text with a letter for each "
+            f"of the L={L} layers"
+        )
+    return tuple(n for n in range(L) if value[n] == "E")
 
 
 def _letter(config: Mapping[str, Any], letter: str, where: Letter) -> int:
@@ -542,12 +653,17 @@ def _letter(config: Mapping[str, Any], letter: str, where: Letter) -> int:
         value = value[0]  # some configs repeat a size for each layer
     if isinstance(value, list) and value and all(_is_int(x) for x in value):
         raise CheckpointError(
-            f"config.json: {letter} is {value!r} (key {key!r}); "
+            f"config.json: {letter} is {shorten(value)} (key {key!r}); "
             f"layers of different sizes are not supported, expected the same number for each"
         )
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise CheckpointError(
-            f"config.json: {letter} is {value!r} (key {key!r}), "
+            f"config.json: {letter} is {shorten(value)} (key {key!r}), "
             f"expected a whole number of at least {least}"
+        )
+    if value > (most := _MOST.get(letter, _MOST_OF_OTHERS)):
+        raise CheckpointError(
+            f"config.json: {letter} is {shorten(value)} (key {key!r}), expected at most {most}; "
+            f"copy or download the file again"
         )
     return value

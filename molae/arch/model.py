@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -13,14 +13,24 @@ from typing import Any, Literal
 import numpy as np
 
 from molae.arch.counts import active_numbers
-from molae.arch.family import FUSED, Family, Layout, Tensor, families, find_family
+from molae.arch.family import (
+    Family,
+    Layout,
+    Tensor,
+    find_family,
+    known_families,
+    own_family,
+)
 from molae.config import TYPES
-from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError
+from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError, shorten
 from molae.factored import Factored
-from molae.io import COMPUTABLE, Checkpoint, TensorInfo
+from molae.io import COMPUTABLE, ENCODINGS, Checkpoint, LazyArrays, TensorInfo
 from molae.io.dtypes import FLOATING
 
 __all__ = ["Counts", "Model", "describe"]
+
+#: Experts of a layer that may lie in one tensor, with room: released models have up to 512.
+NAMES_A_TENSOR = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,16 @@ class Model:
     _tensors: Mapping[str, TensorInfo] = field(repr=False)
     _tied: bool = field(repr=False)
 
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All that the checkpoint holds, or would hold."""
+        return self._tensors
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The matrix types of an expert; a family that molae only inspects may lack gate."""
+        return tuple(kind for kind in TYPES if any(kind in t.types for t in self._layout.tensors))
+
     def experts_prefix(self, layer: int) -> str:
         """Prefix of the names of a layer's experts, such as ``model.layers.3.mlp.experts``."""
         return _fill(self.family.experts, self._block, layer)
@@ -80,7 +100,7 @@ class Model:
         """The matrix types that lie in the same tensors as `kind`, itself included."""
         return self._tensor(kind).types
 
-    def matrices(self, checkpoint: Checkpoint, layer: int, kind: str) -> list[np.ndarray]:
+    def matrices(self, checkpoint: Checkpoint, layer: int, kind: str) -> Sequence[np.ndarray]:
         """The experts' matrices of one type.
 
         Parameters
@@ -92,18 +112,54 @@ class Model:
 
         Returns
         -------
-        list of E ndarrays, each of `shape(kind)`
-            Read-only views of the mapped files, C-contiguous, no copies.
+        sequence of E ndarrays, each of `shape(kind)`
+            C-contiguous. Read-only views of the mapped files where `is_mapped`; else each is
+            made when it is asked for, by decoding or as a copy in the order that kernels read.
         """
+        stored, tensor = self._stored(checkpoint, layer, kind), self._tensor(kind)
+        if self.is_mapped(checkpoint):
+            return [tensor.view(own, kind) for own in stored]
+        return LazyArrays(len(stored), lambda e: np.ascontiguousarray(tensor.view(stored[e], kind)))
+
+    def is_mapped(self, checkpoint: Checkpoint) -> bool:
+        """Whether `matrices` are views of the files, which take no memory of the process."""
+        return checkpoint.encoding is None and all(t.as_matrices for t in self._layout.tensors)
+
+    def sources(
+        self, checkpoint: Checkpoint, layer: int, kind: str
+    ) -> Sequence[np.ndarray | memoryview]:
+        """What the files hold of `matrices`, views without copies: bytes where it is encoded."""
+        names, tensor = self.expert_tensors(layer, kind), self._tensor(kind)
+        if any(checkpoint.is_encoded(name) for name in names):
+            return [piece for name in names for piece in checkpoint.stored(name)]
+        return [tensor.view(own, kind) for own in self._stored(checkpoint, layer, kind)]
+
+    def _stored(self, checkpoint: Checkpoint, layer: int, kind: str) -> Sequence[np.ndarray]:
+        """Each expert's part of the tensors that hold a type."""
         names = self.expert_tensors(layer, kind)
-        arrays = [checkpoint.array(n) for n in names]
+        if not self._tensor(kind).per_expert:
+            return checkpoint.slices(names[0])
+        if any(checkpoint.is_encoded(name) for name in names):
+            return LazyArrays(len(names), lambda e: checkpoint.array(names[e]))
+        return [checkpoint.array(name) for name in names]
+
+    def put(self, kind: str, matrices: Sequence[np.ndarray]) -> np.ndarray:
+        """One expert's part of the tensors that hold a type, from the matrices of all types that
+        are stored together with it; the way back from `matrices`."""
         tensor = self._tensor(kind)
-        if not tensor.per_expert:
-            arrays = list(arrays[0])
-        if tensor.role == FUSED:
-            F = self.letters["F"]
-            arrays = [a[:F] if kind == "gate_proj" else a[F:] for a in arrays]
-        return arrays
+        if len(matrices) == 1 and tensor.as_matrices:
+            return matrices[0]
+        shape = self.part_shape(kind)
+        part = np.empty(shape, matrices[0].dtype)
+        tensor.joined(matrices, part)
+        return part
+
+    def part_shape(self, kind: str) -> tuple[int, int]:
+        """Shape of one expert's part of the tensors that hold a type."""
+        rows, cols = self.shape(kind)
+        tensor = self._tensor(kind)
+        rows *= len(tensor.types)
+        return (cols, rows) if tensor.transposed else (rows, cols)
 
     def shape(self, kind: str) -> tuple[int, int]:
         """(rows, cols) of a type's matrices: (F, D) for gate and up, (D, F) for down."""
@@ -152,7 +208,7 @@ class Model:
         sizes = {n: t.size for n, t in self._tensors.items() if t.dtype in FLOATING and n != skip}
         total, own, factors = sum(sizes.values()), _expected(self), _factor_prefixes(self)
         experts = sum(size for n, size in sizes.items() if n in own or n.startswith(factors))
-        active = sum(self._active(layer, kind) for layer in self.moe_layers for kind in TYPES)
+        active = sum(self._active(layer, kind) for layer in self.moe_layers for kind in self.kinds)
         active += sum(self._active_light(layer) for layer in self.moe_layers)
         return Counts(total, experts, total - experts + round(active))
 
@@ -231,6 +287,16 @@ def describe(
         tensors = source.tensors
     if family is None:
         family = _find(config, tensors)
+    elif own_family(config) not in (None, family):
+        raise CheckpointError(
+            "config.json: the checkpoint was converted with another description of its family, "
+            "which it holds; leave --arch out"
+        )
+    if family.unsupported and not converted:
+        raise UnknownFamilyError(
+            f"family {family.model_type}: {family.unsupported}; molae inspects it, and does not "
+            "convert it"
+        )
     _check_quantization(config, converted)
     letters = family.read_letters(config)
     layers = family.read_moe_layers(config)
@@ -240,7 +306,8 @@ def describe(
             f"molae converts mixture-of-experts models only"
         )
     quant = config.get("quantization_config")
-    factored = Factored.from_dict(quant, letters) if quant else None
+    method = quant.get("quant_method") if quant else None
+    factored = Factored.from_dict(quant, letters) if quant and method not in ENCODINGS else None
     tied = family.is_tied(config)
     candidates = [
         Model(family, letters, layers, layout.name, "", factored, block, layout, tensors, tied)
@@ -250,9 +317,10 @@ def describe(
     ]
     if not candidates:
         raise CheckpointError(
-            f"quantization_config.layout: {quant and quant.get('layout')!r} is unknown for family "
-            f"{family.model_type}; known are {', '.join(x.name for x in family.layouts)}"
+            f"quantization_config.layout: {quant and shorten(quant.get('layout'))} is unknown for "
+            f"family {family.model_type}; known are {', '.join(x.name for x in family.layouts)}"
         )
+    _check_extent(letters, layers, tensors)
     model = _best(candidates)
     _check_blocks(model)
     dtype = _check_experts(model)
@@ -272,8 +340,8 @@ def _find(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Famil
         else:
             hint = f"no tensor is named like an expert's, the names are like {_some(tensors)}"
         raise UnknownFamilyError(
-            f"{e}; {hint}; a family of a known layout needs only a JSON description, "
-            f"see docs/formats.md"
+            f"{e}; {hint}; describe the family in a JSON file and give it with --arch FILE "
+            f"('molae inspect CHECKPOINT --draft FILE' drafts one, see docs/formats.md)"
         ) from None
 
 
@@ -282,15 +350,29 @@ def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:
     if not quant:
         return
     method = quant.get("quant_method") if isinstance(quant, dict) else None
+    if method in ENCODINGS:
+        return
     if method != "molae":
         raise CheckpointError(
-            f"config.json: the checkpoint is quantized (quant_method {method!r}); "
+            f"config.json: the checkpoint is quantized (quant_method {shorten(method)}); "
+            f"{' and '.join(ENCODINGS)} are read; "
             f"dequantize it to BF16 first, or take the unquantized release"
         )
     if not converted:
         raise CheckpointError(
             "config.json: the checkpoint was already converted by molae; "
             "convert the original, or run 'molae materialize' on this one first"
+        )
+
+
+def _check_extent(
+    letters: Mapping[str, int], layers: tuple[int, ...], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Refuse sizes that no folder with so few tensors has, before names are made for all."""
+    if len(layers) * letters["E"] > NAMES_A_TENSOR * (len(tensors) + 1):
+        raise CheckpointError(
+            f"config.json: E={letters['E']} experts in {len(layers)} layers, and the checkpoint "
+            f"has {len(tensors)} tensors; config and weights do not belong together"
         )
 
 
@@ -309,7 +391,7 @@ def _best(candidates: list[Model]) -> Model:
         raise UnknownFamilyError(
             f"family {best.family.model_type}: no tensor has a name it knows, such as "
             f"{_some(wanted)}; the checkpoint has {_some(found)}; known families are "
-            f"{', '.join(families())}"
+            f"{known_families()}"
         )
     return best
 
@@ -365,7 +447,7 @@ def _check_blocks(model: Model) -> None:
             f"family {family.model_type}: {len(strange)} tensors that it does not know, such as "
             f"{_some(strange)}; config.json says E={E} and that layer {where} has "
             f"{'' if where in model.moe_layers else 'no '}experts; known families are "
-            f"{', '.join(families())}"
+            f"{known_families()}"
         )
 
 

@@ -20,8 +20,8 @@ from molae import fit
 from molae.arch import Model, dense_flops
 from molae.config import TYPES, ConvertConfig
 from molae.convert.allocation import Allocation, Candidate, gauge_ranks, group_size
-from molae.convert.budget import Flops, spend
-from molae.convert.fitting import Fitted, Groups, Matrices
+from molae.convert.budget import Curve, Flops, spend
+from molae.convert.fitting import Fitted, Groups, Matrices, energy_curve
 from molae.convert.footprint import Footprint
 from molae.convert.layer_state import LayerState
 from molae.convert.light import FittedLight, Light, fit_light, nothing, spread_counts
@@ -130,9 +130,13 @@ class Calibrated:
             **_lasting(calibration.facts),
         }
         self._measurements = (
-            Measurements(facts) if stats is None else Measurements.load(stats, facts)
+            Measurements(facts)
+            if stats is None
+            else Measurements.load(stats, facts, model.letters["E"])
         )
         self._layers: Mapping[int, Mapping[str, Split]] = {}
+        self._looks: Mapping[tuple[int, str], Look] = {}
+        self._foreseen: Mapping[tuple[int, str], float] = {}
         self._finished: dict[int, Path] = {}
         self._state: Path | None = None
         self._told: Told = lambda layer, done, steps, loss: None
@@ -163,14 +167,19 @@ class Calibrated:
             if not size > 0:
                 raise ArgumentError("size: leaves nothing beside compressed experts; take more")
         sizes, candidates = self._group_sizes(min(size, flops or 1.0))
-        looks = self._measured(sizes)
+        looks = self._looks = self._measured(sizes)
+        curves = self._curves(looks)
         if self._config.uniform:
             ranks = {
                 (layer, kind): self._even_ranks(kind, look.groups, size, look.idle)
                 for (layer, kind), look in looks.items()
             }
         else:
-            ranks = self._spend(size, looks)
+            ranks = self._spend(size, looks, curves)
+        self._foreseen = {
+            place: sum(float(c.lost[rank]) for c, rank in zip(curves[place], own, strict=False))
+            for place, own in ranks.items()
+        }
         layers: dict[int, dict[str, Split]] = {}
         for (layer, kind), look in looks.items():
             layers.setdefault(layer, {})[kind] = Split(tuple(look.groups), ranks[layer, kind])
@@ -308,7 +317,8 @@ class Calibrated:
 
     def _stacks(self, layer: int) -> dict[str, list[np.ndarray]]:
         """A layer's matrices by type, as stored."""
-        return {kind: self._model.matrices(self._checkpoint, layer, kind) for kind in TYPES}
+        # Those that are no views are made once, not each time that one is looked at.
+        return {kind: list(self._model.matrices(self._checkpoint, layer, kind)) for kind in TYPES}
 
     def _grouped(self, energies: Energies, k: int) -> tuple[Groups, int]:
         """Groups of k, and how many at their end are to have no rank."""
@@ -329,16 +339,30 @@ class Calibrated:
             )
         return tuple(max(rank, 1) for rank in ranks) + (0,) * idle
 
-    def _spend(
-        self, size: float, looks: Mapping[tuple[int, str], Look]
-    ) -> dict[tuple[int, str], tuple[int, ...]]:
-        """Ranks that cost the model's answers least, by the curves and what the trials did."""
-        E, F, D = (self._model.letters[x] for x in "EFD")
+    def trials_of(self, layer: int, kind: str) -> dict[str, Any]:
+        """What was tried of a type, and what was foreseen from it, as in a report's row."""
+        look = self._looks[layer, kind]
+        effects = [[size, effect] for size, effect in zip(TRIAL_SIZES, look.effects, strict=True)]
+        return {"effects": effects, "foreseen": self._foreseen[layer, kind]}
+
+    def _curves(self, looks: Mapping[tuple[int, str], Look]) -> dict[tuple[int, str], list[Curve]]:
+        """Of the groups that are to have a rank, in nats a token: from what the trials did."""
         usual = {
             share: float(np.median([look.effects[n] for look in looks.values()]))
             for n, share in enumerate(TRIAL_SIZES)
         }
-        curves = [curve for look in looks.values() for curve in look.curves(F, D, usual)]
+        F, D = self._model.letters["F"], self._model.letters["D"]
+        return {place: look.curves(F, D, usual) for place, look in looks.items()}
+
+    def _spend(
+        self,
+        size: float,
+        looks: Mapping[tuple[int, str], Look],
+        of_looks: Mapping[tuple[int, str], Sequence[Curve]],
+    ) -> dict[tuple[int, str], tuple[int, ...]]:
+        """Ranks that cost the model's answers least, by these curves."""
+        E, F, D = (self._model.letters[x] for x in "EFD")
+        curves = [curve for place in looks for curve in of_looks[place]]
         flops = None
         if self._config.flops is not None:
             K = self._model.letters["K"]
@@ -528,4 +552,5 @@ def _fitted(
         output_error=float(np.sqrt(output)),
         layer_error=layer_error,
         tokens=tokens,
+        energy_curve=energy_curve(factors.spectrum),
     )

@@ -6,6 +6,8 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from molae.convert.allocation import Allocation, complete_fused, split_numbers
 from molae.convert.calibrated import Calibrated, Calibration
 from molae.convert.card import convert_card
 from molae.convert.estimate import calibrated_seconds, fit_seconds, memory_bytes, scratch_bytes
+from molae.convert.executor import Recipe
 from molae.convert.jsontext import json_text
 from molae.convert.layer_state import training_told
 from molae.convert.methods import find_method
@@ -29,15 +32,45 @@ from molae.convert.report import CompressedRow, HealRow, Rows, TypeRow
 from molae.convert.shards import COMPRESSED, Job, convert_shards, finished_layers
 from molae.errors import ArgumentError
 from molae.factored import Factored, group_tensors
-from molae.io import DTYPES, Checkpoint
+from molae.io import DTYPES, Checkpoint, LazyArrays
 
-__all__ = ["Conversion"]
+__all__ = ["Conversion", "ConversionRecipe", "check_divisible"]
+
+
+@dataclass(frozen=True)
+class ConversionRecipe:
+    """How other processes do the work of a `Conversion`."""
+
+    source: str
+    config: ConvertConfig
+    family: Family | None
+    allocation: Allocation
+
+    def work(self, checkpoint: Checkpoint) -> Conversion:
+        return Conversion(
+            self.source, checkpoint, self.config, self.family, allocation=self.allocation
+        )
+
+
+def check_divisible(config: ConvertConfig, calibrated: bool) -> None:
+    """Refuse a conversion whose layers wait for each other.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if calibrated:
+        raise ArgumentError(
+            "scheduler: with a calibration text each layer is fitted to what the converted layers "
+            "before it hand on, so one process does it all; leave the scheduler out, or the text"
+        )
 
 
 class Conversion:
     """The work of `molae.convert`: what each job computes and what the folder says of it.
 
-    Making one opens nothing and writes nothing; it decides groups and ranks.
+    Making one opens nothing and writes nothing; it decides groups and ranks, unless an
+    `allocation` is given.
     """
 
     kind = "convert"
@@ -50,15 +83,19 @@ class Conversion:
         family: Family | None = None,
         calibration: Calibration | None = None,
         stats: Path | None = None,
+        allocation: Allocation | None = None,
     ) -> None:
         self.source_name = source
         self.checkpoint = checkpoint
         self.config = config
+        self.family = family
         self.method = find_method(config.method)
         self.model: Model = describe(checkpoint, family=family)
         self.calibration = calibration
         self.calibrated: Calibrated | None = None
-        if calibration is not None:
+        if allocation is not None:
+            pass  # decided elsewhere
+        elif calibration is not None:
             self.calibrated = Calibrated(checkpoint, self.model, config, calibration, stats)
             allocation = self.calibrated.allocate()
         elif (
@@ -92,6 +129,16 @@ class Conversion:
         self.stack_bytes = E * F * D * DTYPES["F32"].itemsize
         self.room = int(1.25 * self.stack_bytes)
 
+    def recipe(self) -> Recipe:
+        """For other processes: all that is decided, so that they need not decide it again."""
+        check_divisible(self.config, self.calibration is not None)
+        return ConversionRecipe(self.source_name, self.config, self.family, self.allocation)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the experts' matrices are views of the files."""
+        return self.model.is_mapped(self.checkpoint)
+
     @property
     def settings(self) -> dict[str, Any]:
         facts = {} if self.calibration is None else {"calibration": dict(self.calibration.facts)}
@@ -102,10 +149,10 @@ class Conversion:
         """What must not change for a run to go on."""
         return self.allocation.digest()
 
-    def source(self, job: Job) -> Sequence[np.ndarray]:
+    def source(self, job: Job) -> Sequence[np.ndarray | memoryview]:
         if job.kinds == (COMPRESSED,):
             return []
-        return self.model.matrices(self.checkpoint, job.layer, job.kinds[0])
+        return self.model.sources(self.checkpoint, job.layer, job.kinds[0])
 
     def resume(
         self, finished: Mapping[str, Path], state: Path, tell: Callable[[str], None]
@@ -136,9 +183,10 @@ class Conversion:
         for g, (group, rank) in enumerate(zip(split.groups, split.ranks, strict=True)):
             for part in group_tensors(prefix, kind, g, len(group), rank, F=F, D=D, form=form):
                 if part.role == "dense":
-                    tensors[part.name] = [matrices[i] for i in group]
+                    tensors[part.name] = LazyArrays(len(group), partial(_member, matrices, group))
                 else:
                     tensors[part.name] = fitted.factors[g, part.role]
+        facts: dict[str, Any] = {**fitted.diagnostics, **self._trials(job.layer, kind)}
         row = TypeRow(
             layer=job.layer,
             kind=kind,
@@ -153,9 +201,14 @@ class Conversion:
             output_error=fitted.output_error,
             layer_error=fitted.layer_error,
             tokens=fitted.tokens,
-            **fitted.diagnostics,
+            energy_curve=fitted.energy_curve,
+            **facts,
         )
         return tensors, [dataclasses.asdict(row), *self._healed(job.layer, seconds)]
+
+    def _trials(self, layer: int, kind: str) -> dict[str, Any]:
+        """Of a calibration: effects, and what was foreseen."""
+        return {} if self.calibrated is None else self.calibrated.trials_of(layer, kind)
 
     def _healed(self, layer: int, seconds: float) -> list[dict[str, Any]]:
         found = None if self.calibrated is None else self.calibrated.healed()
@@ -188,11 +241,14 @@ class Conversion:
             molae_version=__version__,
             compressed=self.allocation.compressed,
             light=self.allocation.light,
+            arch=self.model.family.description,
         )
 
     def config_text(self) -> str:
         """The result's ``config.json``: the source's, and what molae adds at its end."""
         config = dict(self.checkpoint.config)
+        if self.checkpoint.encoding is not None:  # nothing is encoded any more
+            del config["quantization_config"]
         if (factored := self.factored()) is not None:
             config["quantization_config"] = factored.to_dict()
         return json_text(config)
@@ -228,9 +284,15 @@ class Conversion:
             compressed=compressed,
             light=light.title if compressed else None,
             scratch_bytes=scratch_bytes(self),
+            parallel=len(self.shards) if self.calibration is None else 1,
+            encoding=self.checkpoint.encoding,
         )
 
     def _seconds(self) -> float:
         if self.calibrated is None or self.calibration is None:
             return fit_seconds(self)
         return calibrated_seconds(self, math.prod(self.calibration.sequences.shape))
+
+
+def _member(matrices: Sequence[np.ndarray], group: Sequence[int], at: int) -> np.ndarray:
+    return matrices[group[at]]

@@ -17,6 +17,7 @@ from molae.arch import Family, Model, check_factors, describe, factored_specs
 from molae.config import TYPES, HealConfig
 from molae.convert.calibrated import Calibration, in_order
 from molae.convert.card import heal_card
+from molae.convert.executor import Recipe
 from molae.convert.footprint import healing_bytes
 from molae.convert.jsontext import json_text
 from molae.convert.layer_state import LayerState, training_told
@@ -87,6 +88,10 @@ class Healing:
         self._trained: dict[str, Projection] = {}
         #: The last layer that the text has passed.
         self._behind = -1
+
+    def recipe(self) -> Recipe:
+        """None: each layer is trained on what the trained ones before it hand on."""
+        raise ArgumentError("heal: its layers wait for each other, so one process does it all")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -11,15 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from molae.io import write_text_atomic
+from molae.convert.report import JOURNAL, is_row
+from molae.errors import DestinationError
+from molae.io import parse_json, write_text_atomic
+from molae.io.writer import destination_error, write_all
 
 __all__ = ["JOURNAL", "Journal", "differences"]
 
-JOURNAL = ".molae-journal.jsonl"
+_PLAIN = re.compile(r"\w[\w.-]*")
 
 
 class Journal:
@@ -46,16 +50,27 @@ class Journal:
         return self._path.exists()
 
     def _read(self) -> None:
+        if self._path.is_symlink() or (self.exists and not self._path.is_file()):
+            raise DestinationError(
+                f"{self._path}: is no file of molae's; remove it, or choose another folder"
+            )
         if not self.exists:
             return
-        for line in self._path.read_bytes().splitlines(keepends=True):
+        try:
+            raw = self._path.read_bytes()
+        except OSError as error:
+            raise DestinationError(
+                f"{self._path}: cannot be read: {error.strerror or error}; check the disk and run "
+                "the same command again"
+            ) from error
+        for line in raw.splitlines(keepends=True):
             entry = _parse(line)
-            if entry is None:
-                break  # torn by a crash: what it stood for is done again
+            if entry is None or not (_is_header if self.header is None else _is_shard)(entry):
+                break  # torn by a crash, or damaged: what it stood for is done again
             self._end += len(line)
             if self.header is None:
                 self.header = entry
-            elif "file" in entry:
+            else:
                 self.shards[entry["file"]] = entry
 
     def start(self, header: Mapping[str, Any]) -> None:
@@ -66,12 +81,14 @@ class Journal:
     def add(self, entry: Mapping[str, Any]) -> None:
         """Record a finished shard, durably."""
         line = (json.dumps(entry) + "\n").encode()
-        with open(self._path, "r+b") as file:
-            file.truncate(self._end)
-            file.seek(self._end)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self._path, "r+b", buffering=0) as file:
+                file.truncate(self._end)
+                file.seek(self._end)
+                write_all(file.fileno(), line)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise destination_error(error, self._path, self._end + len(line)) from error
         self._end += len(line)
         self.shards[entry["file"]] = dict(entry)
 
@@ -79,7 +96,8 @@ class Journal:
         """(file, whether it is still as recorded) of each finished shard."""
         for name, entry in self.shards.items():
             path = self._folder / name
-            same = path.is_file() and path.stat().st_size == entry["bytes"]
+            same = _is_complete(entry) and not path.is_symlink() and path.is_file()
+            same = same and path.stat().st_size == entry["bytes"]
             yield name, same and file_sha256(path) == entry["sha256"]
 
     def forget(self, file: str) -> None:
@@ -87,17 +105,42 @@ class Journal:
         del self.shards[file]
 
     def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            raise destination_error(error, self._path, 0) from error
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None
+
+
+def _is_header(entry: Mapping[str, Any]) -> bool:
+    return is_names(entry.get("files", []))
+
+
+def _is_shard(entry: Mapping[str, Any]) -> bool:
+    """Whether a line is of a shard; those lie in the folder itself, and nothing else is read."""
+    return isinstance(entry.get("file"), str) and _PLAIN.fullmatch(entry["file"]) is not None
+
+
+def _is_complete(entry: Mapping[str, Any]) -> bool:
+    """Whether a line says all that a finished shard's does."""
+    kinds = {"bytes": int, "sha256": str, "inputs": dict, "rows": list}
+    return all(isinstance(entry.get(name), kind) for name, kind in kinds.items()) and all(
+        is_row(row) for row in entry["rows"]
+    )
+
+
+def is_names(value: Any) -> bool:
+    """Whether it is a list of texts."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def file_sha256(path: Path) -> str:
@@ -105,13 +148,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    prefix: str = "",
+    words: tuple[str, str] = ("then", "now"),
+) -> list[str]:
     """Where two headers differ, as short texts: 'settings.size: 0.75 then, 0.5 now'."""
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         was, now = old.get(key), new.get(key)
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            found += differences(was, now, f"{prefix}{key}.")
+            found += differences(was, now, f"{prefix}{key}.", words)
         elif was != now:
-            found.append(f"{prefix}{key}: {was!r} then, {now!r} now")
+            found.append(f"{prefix}{key}: {was!r} {words[0]}, {now!r} {words[1]}")
     return found

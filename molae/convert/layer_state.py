@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from molae.errors import CheckpointError
-from molae.io import ShardWriter, TensorSpec, dtype_name, map_file
+from molae.io import ShardWriter, TensorSpec, dtype_name, map_file, parse_json
 
 __all__ = ["STATE", "LayerState", "training_told"]
 
@@ -45,10 +45,11 @@ class LayerState:
             return None
         try:
             arrays = dict(map_file(self._path))
-            facts = json.loads(arrays.pop(_FACTS).tobytes())
-        except (CheckpointError, KeyError, ValueError):
+            facts = parse_json(arrays.pop(_FACTS).tobytes())
+            layer = facts.pop("layer")
+        except (CheckpointError, LookupError, ValueError, TypeError, AttributeError):
             return None  # cut short; the layer is begun anew, and comes to the same
-        return (arrays, facts) if facts.pop("layer") == self._layer else None
+        return (arrays, facts) if layer == self._layer else None
 
     def due(self) -> bool:
         return time.monotonic() - self._last >= self._wait

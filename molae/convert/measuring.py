@@ -7,10 +7,12 @@ when that type alone is small. See ``docs/theory.md``, section 8.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from safetensors.numpy import save
 
 from molae.convert.budget import Curve
 from molae.convert.fitting import Groups
-from molae.errors import ArgumentError, DestinationError
+from molae.errors import ArgumentError, CheckpointError, DestinationError
+from molae.io import map_file, parse_json
 
 __all__ = ["TRIAL_SIZES", "Look", "Measurements"]
 
@@ -35,6 +38,22 @@ LEAST_EFFECT = 0.02
 
 #: Raised by one when what is measured changes.
 FORMAT = "2"
+
+
+#: What reading a damaged file ends in.
+_DAMAGED = (
+    CheckpointError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError,
+)  # fmt: skip
+
+
+def _need(fine: bool) -> None:
+    if not fine:
+        raise ValueError("an entry that cannot be")
+
+
+def _finite(value: Any) -> float:
+    _need(isinstance(value, (int, float)) and math.isfinite(value))
+    return float(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +150,8 @@ class Measurements:
         self.compressed: dict[tuple[int, int], float] = {}
 
     @classmethod
-    def load(cls, path: Path, facts: Mapping[str, Any]) -> Measurements:
-        """What a file has; nothing where there is none.
+    def load(cls, path: Path, facts: Mapping[str, Any], experts: int) -> Measurements:
+        """What a file has of a model with so many experts a layer; nothing where there is none.
 
         Raises
         ------
@@ -143,32 +162,50 @@ class Measurements:
         if not path.exists():
             return found
         try:
+            tensors = map_file(path)
             with safe_open(path, framework="numpy") as file:
-                known = json.loads((file.metadata() or {})["molae_measurements"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+                known = parse_json((file.metadata() or {})["molae_measurements"])
+            wanted = json.loads(json.dumps(found.facts))
+            others = sorted(k for k in wanted if known["facts"].get(k) != wanted[k])
+            if known["facts"] == wanted:
+                found._take(known, tensors, experts)
+        except _DAMAGED as error:
             raise ArgumentError(
                 f"stats: {path} holds no measurements of molae's ({error}); name another file"
             ) from error
-        wanted = json.loads(json.dumps(found.facts))
         if known["facts"] != wanted:
-            others = sorted(k for k in wanted if known["facts"].get(k) != wanted[k])
             raise ArgumentError(
                 f"stats: {path} was measured with another {' and '.join(others)}; name another "
                 "file, or delete this one"
             )
-        for entry in known["entries"]:
-            groups = [tuple(group) for group in entry["groups"]]
-            values, ends = tensors[entry["name"]], np.cumsum(entry["lengths"])[:-1]
-            spectra = tuple(np.split(values, ends))
-            ranks = [tuple(r) for r in entry["ranks"]]
-            look = Look(groups, spectra, ranks, entry["effects"])
-            found.looks[entry["layer"], entry["kind"], entry["k"]] = look
-        for kind, k, size, value in known["tried"]:
-            found.tried[kind, k, size] = value
-        for layer, n, effect in known["compressed"]:
-            found.compressed[layer, n] = effect
         return found
+
+    def _take(
+        self, known: Mapping[str, Any], tensors: Mapping[str, np.ndarray], experts: int
+    ) -> None:
+        """What a file says; one of `_DAMAGED` where that cannot be."""
+        for entry in known["entries"]:
+            groups = [tuple(map(index, group)) for group in entry["groups"]]
+            lengths = [index(length) for length in entry["lengths"]]
+            values = np.array(tensors[entry["name"]])
+            _need(sorted(i for group in groups for i in group) == list(range(experts)))
+            _need(values.dtype == np.float64 and values.shape == (sum(lengths),))
+            _need(len(lengths) == len(groups) and min(lengths) >= 0)
+            _need(bool(np.isfinite(values).all()) and values.min(initial=0) >= 0)
+            spectra = tuple(np.split(values, np.cumsum(lengths)[:-1]))
+            ranks = [tuple(map(index, r)) for r in entry["ranks"]]
+            effects = [_finite(effect) for effect in entry["effects"]]
+            _need(len(ranks) == len(effects) == len(TRIAL_SIZES))
+            for own in ranks:
+                _need(len(own) == len(groups))
+                _need(all(0 <= r <= n for r, n in zip(own, lengths, strict=True)))
+            place = index(entry["layer"]), str(entry["kind"]), index(entry["k"])
+            self.looks[place] = Look(groups, spectra, ranks, effects)
+        for kind, k, size, value in known["tried"]:
+            error = None if value is None else _finite(value)
+            self.tried[str(kind), index(k), _finite(size)] = error
+        for layer, n, effect in known["compressed"]:
+            self.compressed[index(layer), index(n)] = _finite(effect)
 
     def save(self, path: Path) -> None:
         """Write all to a file, whole or not at all.

@@ -213,6 +213,13 @@ class Plan:
         What acts in the place of compressed experts, where there are any.
     scratch_bytes : int
         Temporary files meanwhile, where there is a calibration text.
+    parallel : int
+        Files that may be computed at the same time by several processes; 1 where each layer
+        waits for the one before it.
+    experts_only : bool
+        Nothing but the experts is known: the plan is of a config alone.
+    encoding : str, optional
+        What the source's files hold instead of the BF16 numbers that all sizes here are of.
     """
 
     kind: str
@@ -238,6 +245,9 @@ class Plan:
     compressed: Mapping[int, int] = field(default_factory=dict)
     light: str | None = None
     scratch_bytes: int = 0
+    parallel: int = 1
+    experts_only: bool = False
+    encoding: str | None = None
 
     @classmethod
     def of(cls, run: Run, method: str, form: Form, **facts: Any) -> Plan:
@@ -276,6 +286,14 @@ class Plan:
         return (
             f"the last {some[0]} to {some[-1]} of a token's {self.letters['K']} experts do not "
             f"run, by layer {', '.join(map(str, counts))}"
+        )
+
+    @property
+    def encoding_text(self) -> str:
+        """What becomes of encoded tensors."""
+        return (
+            f"The source holds tensors in {str(self.encoding).upper()}. All of them are decoded to "
+            f"{self.dtype}: sizes here are of that, and the result has no encoded tensor left."
         )
 
     @property

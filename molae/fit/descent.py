@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Protocol
 
 import numpy as np
@@ -132,8 +133,9 @@ def descend(
     rates = {n: rate * math.sqrt(squares(w) / max(w.size, 1)) for n, w in weights.items()}
     descent = AdamW(weights, weight_decay=weight_decay, max_norm=max_norm)
     kept = None if keeper is None else keeper.load()
-    found = Descended({}) if kept is None else _taken_up(*kept, descent)
-    if kept is None:
+    taken = None if kept is None else _taken_up(*kept, descent)
+    found = Descended({}) if taken is None else taken
+    if taken is None:
         _look(found, weights, lost, whole)
     batches = _Batches(seen, seed)
     for step in range(found.steps, steps):
@@ -207,12 +209,26 @@ def _set_down(found: Descended, descent: AdamW) -> tuple[dict[str, Array], dict[
     return arrays, {"steps": found.steps, "losses": found.losses}
 
 
-def _taken_up(arrays: Mapping[str, Array], facts: Mapping[str, Any], descent: AdamW) -> Descended:
+def _taken_up(
+    arrays: Mapping[str, Array], facts: Mapping[str, Any], descent: AdamW
+) -> Descended | None:
+    """None, and nothing touched, where what was kept is damaged: then it is begun anew."""
+    try:
+        steps = index(facts["steps"])
+        losses = [(index(step), float(loss)) for step, loss in facts["losses"]]
+    except (LookupError, TypeError, ValueError):
+        return None
+    if steps < 0 or not losses or not np.isfinite([loss for _, loss in losses]).all():
+        return None
+    for name, w in descent.weights.items():
+        for prefix in (_NOW, _BEST, _FIRST, _SECOND):
+            own = arrays.get(prefix + name)
+            if own is None or (own.shape, own.dtype) != (w.shape, w.dtype):
+                return None
     for name, w in descent.weights.items():
         w[...] = arrays[_NOW + name]
         for mine, prefix in zip(descent.moments[name], (_FIRST, _SECOND), strict=True):
             mine[...] = arrays[prefix + name]
-    descent.steps = int(facts["steps"])
+    descent.steps = steps
     best = {name: np.array(arrays[_BEST + name]) for name in descent.weights}
-    losses = [(int(step), float(loss)) for step, loss in facts["losses"]]
-    return Descended(best, losses, descent.steps)
+    return Descended(best, losses, steps)

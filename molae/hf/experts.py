@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from molae.config import TYPES
-from molae.errors import ArgumentError
+from molae.errors import ArgumentError, CheckpointError
 from molae.factored import FORMS, VECTORS, Form, LightModule, Split, group_tensors
 from molae.hf.forward import forward_torch, split_slots
 from molae.hf.native import activation_module, forward_native
 
-__all__ = ["Factors", "Group", "LatentExperts", "NarrowExperts"]
+__all__ = ["Factors", "Group", "LatentExperts", "NarrowExperts", "refuse_other_experts"]
+
+#: Parameters of a family's own experts.
+_DENSE = ("gate_up_proj", "down_proj")
 
 #: Standard deviation of a dense expert's matrix whose size the factors start with.
 DEFAULT_STD = 0.02
@@ -366,6 +369,25 @@ class NarrowExperts(LatentExperts):
         if self.intermediate_dim:
             y = y + self._sum(hidden_states, top_k_index, top_k_weights)
         return y
+
+
+def refuse_other_experts(old: nn.Module, path: str) -> None:
+    """Refuse to take the place of experts that compute more than `LatentExperts` does.
+
+    Raises
+    ------
+    molae.errors.CheckpointError
+        They have biases, or a gate of their own.
+    """
+    others = [name for name, _ in old.named_parameters() if name not in _DENSE]
+    gate = getattr(type(old), "_apply_gate", None)  # Transformers gives all others the same
+    if gate is not None and gate.__name__ != "_default_apply_gate":
+        others.append("a gate of their own")
+    if others:
+        raise CheckpointError(
+            f"{path}: {type(old).__name__} have {', '.join(others)}, which molae.hf does not run; "
+            "'molae materialize' makes an ordinary checkpoint"
+        )
 
 
 def _check_split(kind: str, split: Split, E: int, D: int) -> None:

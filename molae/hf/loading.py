@@ -21,7 +21,7 @@ from molae.arch import Family, check_factors, describe, find_family
 from molae.arch.family import FUSED, Layout
 from molae.errors import ArgumentError, CheckpointError
 from molae.factored import QUANT_METHOD, Factored, Split
-from molae.hf.experts import LatentExperts
+from molae.hf.experts import LatentExperts, refuse_other_experts
 from molae.io import TensorInfo
 from molae.io.header import read_header
 
@@ -159,6 +159,7 @@ def _replace(
     letters: Mapping[str, int],
 ) -> None:
     old: Any = model.get_submodule(path)
+    refuse_other_experts(old, path)
     first = next(old.parameters())
     fused = layout.of_type("gate_proj").role == FUSED and "gate_proj" not in kinds
     new = LatentExperts(

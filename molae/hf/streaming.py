@@ -18,6 +18,7 @@ from molae import ops
 from molae.arch import Model
 from molae.config import TYPES
 from molae.errors import CheckpointError, NonFiniteError
+from molae.hf.experts import refuse_other_experts
 from molae.hf.native import NAMES_BY_TYPE, activation_module
 from molae.hf.opening import first_line
 from molae.io import Checkpoint
@@ -323,6 +324,7 @@ class LayerStream:
                 old: Any = self._net.get_submodule(path)
             except AttributeError:
                 continue
+            refuse_other_experts(old, path)
             act_fn = activation_module(getattr(old, "act_fn", None))
             if act_fn is None or type(act_fn) not in NAMES_BY_TYPE:
                 break

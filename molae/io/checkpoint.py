@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from molae.errors import CheckpointError
+from molae.errors import CheckpointError, NonFiniteError, shorten
 from molae.io.dtypes import numpy_dtype
+from molae.io.encoded import Encoded, encoded_tensors
 from molae.io.header import (
     FileHeader,
     RepeatedKey,
     TensorInfo,
-    object_without_repeats,
+    parse_json,
     read_header,
 )
 from molae.io.hub import fetch, is_hub_id
+from molae.io.lazy import LazyArrays
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "map_file", "natural_key", "open_checkpoint"]
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "check_place",
+    "map_file",
+    "natural_key",
+    "open_checkpoint",
+    "read_config",
+]
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -72,7 +83,8 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     CheckpointError
         Nothing there, no config, no safetensors weights, a missing, truncated or damaged
         shard, an index that names a tensor its shard lacks, a tensor in two shards, an index
-        entry that leads out of the folder, or a hub id that cannot be fetched.
+        entry or a link that leads out of the folder, encoded tensors without the scales they
+        need, or a hub id that cannot be fetched.
 
     Notes
     -----
@@ -87,13 +99,33 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
         )
     if not path.is_dir():
         raise CheckpointError(f"{path}: not a folder; give the folder that holds {CONFIG}")
+    for name in (CONFIG, INDEX, SINGLE):
+        check_place(path, path / name)
     config, config_sha = _read_json(path, CONFIG)
     if config is None:
         raise CheckpointError(f"{path}: no {CONFIG}; is this the checkpoint's own folder?")
     weight_map, index_sha = _weight_map(path)
+    for f in weight_map:
+        check_place(path, path / f)
     headers = tuple(read_header(path / f, f) for f in weight_map)
     tensors = _gather(headers, weight_map)
-    return Checkpoint(path, config, tensors, headers, config_sha, index_sha)
+    encoded = encoded_tensors(config, tensors)
+    return Checkpoint(path, config, tensors, headers, config_sha, index_sha, encoded)
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A ``config.json`` without its checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        It is not there, cannot be read, or is no JSON object.
+    """
+    path = Path(path)
+    config, _ = _read_json(path.parent, path.name)
+    if config is None:
+        raise CheckpointError(f"{path}: cannot be read: no such file")
+    return config
 
 
 class Checkpoint:
@@ -106,9 +138,12 @@ class Checkpoint:
     config : dict
         ``config.json`` as it stands; keys keep their order.
     tensors : dict of str to TensorInfo
-        In natural order of their names, whatever the order in files and index.
+        In natural order of their names, whatever the order in files and index. Where the config
+        says that tensors are encoded in FP8 or MXFP4: the BF16 tensors that they stand for.
     files : tuple of str
         The weight files, in natural order.
+    encoding : str or None
+        The ``quant_method`` of encoded tensors, where there are any.
 
     Notes
     -----
@@ -126,10 +161,13 @@ class Checkpoint:
         headers: tuple[FileHeader, ...],
         config_sha: str,
         index_sha: str | None,
+        encoded: Mapping[str, Encoded] | None = None,
     ) -> None:
         self.path = path
         self.config = config
-        self.tensors = tensors
+        self._encoded = encoded or {}
+        self.tensors = _seen(tensors, self._encoded)
+        self.encoding = config["quantization_config"]["quant_method"] if self._encoded else None
         self.files = tuple(h.file for h in headers)
         self._headers = {h.file: h for h in headers}
         self._config_sha = config_sha
@@ -144,8 +182,13 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, decoded."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of all tensors as the files hold them."""
+        return sum(self.stored_size(name) for name in self.tensors)
 
     def array(self, name: str) -> np.ndarray:
         """Read-only view of a tensor, without a copy.
@@ -159,20 +202,57 @@ class Checkpoint:
         ndarray
             Of the tensor's shape and type; ``ml_dtypes.bfloat16`` for BF16. The view stays
             valid after `close`. It may be misaligned in files not written by the reference
-            library: NumPy copes, and code that needs alignment copies.
+            library: NumPy copes, and code that needs alignment copies. An encoded tensor is no
+            view: it is decoded, all of it.
 
         Raises
         ------
         CheckpointError
             No such tensor, no NumPy type for it, or the file has changed since it was opened.
+        NonFiniteError
+            NaN or infinity in an encoded tensor; the message has its name and the place.
         """
         info = self._info(name)
-        return _array(info, self._map(info.file))
+        if name not in self._encoded:
+            return _array(info, self._map(info.file))
+        if len(info.shape) == 2:
+            return self._decoded(name, None)
+        whole = np.empty(info.shape, numpy_dtype(info.dtype))
+        for e, own in enumerate(self.slices(name)):
+            whole[e] = own
+        return whole
+
+    def slices(self, name: str) -> Sequence[np.ndarray]:
+        """The arrays along a tensor's first axis; of an encoded one each decoded when asked for."""
+        info = self._info(name)
+        if name not in self._encoded:
+            return list(self.array(name))
+        return LazyArrays(info.shape[0], lambda e: self._decoded(name, e))
+
+    def is_encoded(self, name: str) -> bool:
+        """Whether the files hold a tensor in another form than `tensors` says."""
+        return name in self._encoded
 
     def raw(self, name: str) -> memoryview:
-        """Bytes of a tensor as they lie in the file, of whatever type, without a copy."""
+        """Bytes of a tensor as they lie in the file, of whatever type, without a copy.
+
+        Raises
+        ------
+        CheckpointError
+            The tensor is encoded; `stored` has what the files hold of it.
+        """
         info = self._info(name)
+        if name in self._encoded:
+            raise CheckpointError(f"{name}: encoded in the files; ask for its array")
         return _bytes(info, self._map(info.file)).data
+
+    def stored(self, name: str) -> tuple[memoryview, ...]:
+        """Bytes of a tensor as they lie in the files; of an encoded one its numbers and scales."""
+        return tuple(_bytes(p, self._map(p.file)).data for p in self._parts(name))
+
+    def stored_size(self, name: str) -> int:
+        """How many bytes `stored` gives."""
+        return sum(part.nbytes for part in self._parts(name))
 
     def companions(self) -> list[Path]:
         """Files to copy beside converted weights: tokenizer, licence, templates, code.
@@ -183,12 +263,20 @@ class Checkpoint:
             Paths below `path`, in order: every regular file of the folder but
             ``config.json``, weights of any format and their indexes, files
             named ``consolidated*`` and hidden ones; and those of
-            ``additional_chat_templates``. A link to an existing file counts as a file (hub
-            caches consist of them); no other folder is entered.
+            ``additional_chat_templates``. A link to an existing file counts as a file where
+            `check_place` lets it; no other folder is entered.
+
+        Raises
+        ------
+        CheckpointError
+            A link leads out of the checkpoint: what it leads to is not copied.
         """
         folders = [self.path, *(self.path / f for f in _FOLDERS if (self.path / f).is_dir())]
         found = [p for f in folders for p in f.iterdir() if _is_companion(p)]
-        return sorted((p for p in found if p.is_file()), key=str)
+        files = sorted((p for p in found if p.is_file()), key=str)
+        for file in files:
+            check_place(self.path, file)
+        return files
 
     def fingerprint(self) -> dict[str, Any]:
         """Facts that tell whether the checkpoint has changed, cheap enough for every start.
@@ -230,6 +318,27 @@ class Checkpoint:
             raise CheckpointError(f"{name}: no such tensor in {self.path}")
         return info
 
+    def _parts(self, name: str) -> tuple[TensorInfo, ...]:
+        info = self._info(name)
+        return self._encoded[name].parts if name in self._encoded else (info,)
+
+    def _decoded(self, name: str, expert: int | None) -> np.ndarray:
+        own = self._encoded[name]
+        arrays = [_array(part, self._map(part.file)) for part in own.parts]
+        if expert is not None:
+            arrays = [array[expert] for array in arrays]
+        try:
+            return own.decode(*arrays)
+        except NonFiniteError as error:
+            where = "" if expert is None else f"[{expert}]"
+            row, column = divmod(error.info or 0, own.columns)
+            named = NonFiniteError(
+                f"{own.parts[0].name}{where}: NaN or Inf at row {row}, column {column}, or in its "
+                f"scale in {own.parts[1].name}; check the source checkpoint, or download it again"
+            )
+            named.tensor = name  # type: ignore[attr-defined]
+            raise named from error
+
     def _map(self, file: str) -> np.ndarray:
         with self._lock:
             if self._maps is None:
@@ -237,6 +346,30 @@ class Checkpoint:
             if file not in self._maps:
                 self._maps[file] = _map_file(self.path / file, self._headers[file])
             return self._maps[file]
+
+
+def check_place(folder: Path, file: Path) -> None:
+    """Refuse a file of a checkpoint that is none, or a link to somewhere else.
+
+    Links may lead to files of the same folder, and, in a hub cache, from
+    ``.../snapshots/REVISION`` to ``.../blobs``. Any other could make a file of the user's part
+    of the result.
+
+    Raises
+    ------
+    CheckpointError
+        The message names the link and where it leads.
+    """
+    real, place = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
+    blobs = place.parent.parent / "blobs"
+    inside = real.is_relative_to(place)
+    if not inside and not (place.parent.name == "snapshots" and real.is_relative_to(blobs)):
+        raise CheckpointError(
+            f"{file}: leads out of the checkpoint, to {real}; if you trust it, put a copy of the "
+            "file in its place"
+        )
+    if os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real):
+        raise CheckpointError(f"{file}: is no ordinary file; copy or download it again")
 
 
 def map_file(path: Path) -> dict[str, np.ndarray]:
@@ -250,6 +383,21 @@ def map_file(path: Path) -> dict[str, np.ndarray]:
     header = read_header(path, path.name)
     whole = _map_file(path, header)
     return {info.name: _array(info, whole) for info in header.tensors}
+
+
+def _seen(tensors: dict[str, TensorInfo], encoded: Mapping[str, Encoded]) -> dict[str, TensorInfo]:
+    """The tensors with what the encoded ones stand for in the place of their parts."""
+    if not encoded:
+        return tensors
+    parts = {part.name for own in encoded.values() for part in own.parts}
+    seen = {name: info for name, info in tensors.items() if name not in parts}
+    for name, own in encoded.items():
+        if name in seen:
+            raise CheckpointError(
+                f"{name}: there as it is, and encoded as {own.parts[0].name}; keep one of the two"
+            )
+        seen[name] = own.info
+    return dict(sorted(seen.items(), key=lambda item: natural_key(item[0])))
 
 
 def _bytes(info: TensorInfo, whole: np.ndarray) -> np.ndarray:
@@ -290,10 +438,12 @@ def _read_json(
     except OSError as e:
         raise CheckpointError(f"{name}: cannot be read: {e.strerror or e}") from e
     try:
-        value = json.loads(raw, object_pairs_hook=None if repeats else object_without_repeats)
+        value = parse_json(raw, repeats=repeats)
     except RepeatedKey as e:
-        raise CheckpointError(f"{name}: has {e.args[0]!r} twice; keep one of the two") from None
-    except (ValueError, RecursionError) as e:
+        raise CheckpointError(
+            f"{name}: has {shorten(e.args[0])} twice; keep one of the two"
+        ) from None
+    except ValueError as e:
         raise CheckpointError(f"{name}: not valid JSON ({e}); copy or download it again") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{name}: expected a JSON object; copy or download it again")
@@ -331,14 +481,27 @@ def _check_inside(file: str) -> None:
     parts = PurePosixPath(file).parts
     if not parts or file.startswith("/") or ".." in parts or "\\" in file or "\0" in file:
         raise CheckpointError(
-            f"{INDEX}: the entry {file!r} leads out of the folder; "
+            f"{INDEX}: the entry {shorten(file)} leads out of the folder; "
             f"do not use this checkpoint unless you trust its source and have mended the index"
+        )
+    if not _is_encodable(file) or len(file) > 255:
+        raise CheckpointError(
+            f"{INDEX}: the entry {shorten(file)} is no file's name; download it again"
         )
     if not file.endswith(".safetensors"):
         raise CheckpointError(
-            f"{INDEX}: the entry {file!r} is no safetensors file; "
+            f"{INDEX}: the entry {shorten(file)} is no safetensors file; "
             f"save the model as safetensors (save_pretrained) first"
         )
+
+
+def _is_encodable(name: str) -> bool:
+    """Whether a file can have the name; JSON has texts that are none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_weights(folder: Path) -> str:

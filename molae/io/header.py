@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,10 +17,14 @@ from safetensors import SafetensorError, safe_open
 from molae.errors import CheckpointError
 from molae.io.dtypes import DTYPES
 
-__all__ = ["FileHeader", "TensorInfo", "object_without_repeats", "read_header"]
+__all__ = ["FileHeader", "TensorInfo", "object_without_repeats", "parse_json", "read_header"]
 
 # The limit of the reference reader.
 _MAX_HEADER = 100_000_000
+# Objects and lists within each other, in any JSON that is read.
+_DEEPEST = 64
+# More than any model's tensors have; NumPy 1 stops here too.
+_MAX_AXES = 32
 _AGAIN = "copy or download the file again"
 
 
@@ -71,11 +76,39 @@ class RepeatedKey(ValueError):
 
 def object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Hook for `json.loads` that refuses an object with a key twice."""
-    seen = dict(pairs)
-    if len(seen) != len(pairs):
-        names = [k for k, _ in pairs]
-        raise RepeatedKey(next(k for k in names if names.count(k) > 1))
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise RepeatedKey(key)
+        seen[key] = value
     return seen
+
+
+def parse_json(raw: bytes | str, *, repeats: bool = True) -> Any:
+    """`json.loads` of a text that nobody vouches for.
+
+    Raises
+    ------
+    RepeatedKey
+        An object has a key twice, where `repeats` is False.
+    ValueError
+        No JSON, or nested so deeply that to go through it would exhaust the stack.
+    """
+    try:
+        value = json.loads(raw, object_pairs_hook=None if repeats else object_without_repeats)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [x for x in inner if isinstance(x, (dict, list))]
 
 
 def read_header(path: Path, file: str) -> FileHeader:
@@ -105,7 +138,7 @@ def read_header(path: Path, file: str) -> FileHeader:
         # The library decides what is valid: offsets, overlaps, sizes, types.
         with safe_open(path, framework="np"):
             pass
-        parsed = json.loads(raw, object_pairs_hook=object_without_repeats)
+        parsed = parse_json(raw, repeats=False)
         infos = _tensors(parsed, file, 8 + len(raw))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: the file is missing from {path.parent}; {_AGAIN}") from None
@@ -118,7 +151,7 @@ def read_header(path: Path, file: str) -> FileHeader:
         ) from None
     except SafetensorError as e:
         raise CheckpointError(_explain(e, raw, stat.st_size, file)) from e
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{file}: the header cannot be understood ({e}); {_AGAIN}") from e
     return FileHeader(
         file,
@@ -158,6 +191,9 @@ def _tensors(parsed: Any, file: str, start: int) -> tuple[TensorInfo, ...]:
             continue
         begin, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
+        # What the library refuses comes here too, to be explained: no product of huge numbers.
+        if len(shape) > _MAX_AXES or not all(0 <= n < 1 << 63 for n in shape):
+            raise ValueError(f"{name!r} has a shape that no tensor has")
         info = TensorInfo(name, entry["dtype"], shape, file, start + begin, end - begin)
         # Cheap, and views are made by these numbers: never rely on another parser alone.
         if info.nbytes != DTYPES[info.dtype].nbytes(info.size):
@@ -170,9 +206,9 @@ def _explain(e: SafetensorError, raw: bytes, size: int, file: str) -> str:
     """Say what is wrong in terms of the file, where its header is readable."""
     text = str(e).removeprefix("Error while deserializing header: ")
     try:
-        tensors = _tensors(json.loads(raw), file, 8 + len(raw))
+        tensors = _tensors(parse_json(raw), file, 8 + len(raw))
         wanted = max((t.offset + t.nbytes for t in tensors), default=8 + len(raw))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         wanted = size
     if wanted > size:
         return f"{file}: truncated: its header promises {wanted} bytes, it has {size}; {_AGAIN}"

@@ -26,7 +26,10 @@ __all__ = [
     "ShardWriter",
     "TensorSpec",
     "copy_file_atomic",
+    "destination_error",
     "plan_bytes",
+    "rename_durably",
+    "write_all",
     "write_text_atomic",
 ]
 
@@ -288,7 +291,7 @@ class ShardWriter:
                 if self._state != "new":  # else the part, if there is one, is not ours
                     self._state = "aborted"
                     self._close_if_idle()
-            raise _destination_error(e, self.path, self.nbytes) from e
+            raise destination_error(e, self.path, self.nbytes) from e
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
@@ -305,7 +308,7 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
         The disk is full or refuses; the old file stands.
     """
     data = text.encode("utf-8")
-    _atomically(Path(path), len(data), lambda fd: _write_all(fd, data))
+    _atomically(Path(path), len(data), lambda fd: write_all(fd, data))
 
 
 def copy_file_atomic(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
@@ -335,7 +338,7 @@ def copy_file_atomic(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -
                 raise unreadable(e) from e
             if not block:
                 return
-            _write_all(fd, block)
+            write_all(fd, block)
 
     try:
         source = open(src, "rb")  # noqa: SIM115 (closed below; its errors are told apart)
@@ -343,6 +346,27 @@ def copy_file_atomic(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -
         raise unreadable(e) from e
     with source:
         _atomically(Path(dst), os.fstat(source.fileno()).st_size, copy)
+
+
+def rename_durably(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+    """Give a file that is whole its name; an earlier one of that name is replaced.
+
+    Parameters
+    ----------
+    old, new : path
+        In one folder.
+
+    Raises
+    ------
+    DestinationError
+        The disk refuses.
+    """
+    new = Path(new)
+    try:
+        os.replace(old, new)
+        _sync_folder(new.parent)
+    except OSError as e:
+        raise destination_error(e, new, 0) from e
 
 
 def _layout(specs: Iterable[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
@@ -396,10 +420,14 @@ def _digest(fd: int, size: int) -> str:
     return sha.hexdigest()
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data`; a single write may be short."""
     view = memoryview(data)
     while view.nbytes:
-        view = view[os.write(fd, view) :]
+        n = os.write(fd, view)
+        if n <= 0:
+            raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
+        view = view[n:]
 
 
 def _atomically(path: Path, size: int, fill: Callable[[int], None]) -> None:
@@ -421,7 +449,7 @@ def _atomically(path: Path, size: int, fill: Callable[[int], None]) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(part)
         if isinstance(e, OSError):
-            raise _destination_error(e, path, size) from e
+            raise destination_error(e, path, size) from e
         raise
 
 
@@ -437,7 +465,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _destination_error(e: OSError, path: Path, size: int) -> DestinationError:
+def destination_error(e: OSError, path: Path, size: int | None = None) -> DestinationError:
     """Say which file, what it needs, and what to do."""
     what = e.strerror or str(e)
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -446,14 +474,14 @@ def _destination_error(e: OSError, path: Path, size: int) -> DestinationError:
         except OSError:
             free = ""
         what = "the quota is used up" if e.errno == errno.EDQUOT else "the disk is full"
-        what += f": the file needs {_bytes(size)}{free}"
+        what += free if size is None else f": the file needs {_bytes(size)}{free}"
         remedy = "free space and run the same command again"
     elif e.errno == errno.EROFS:
         remedy = "choose a destination on a file system that can be written to"
     elif e.errno in (errno.EACCES, errno.EPERM):
         remedy = "give write permission on the folder, or choose another destination"
     elif e.errno == errno.EFBIG:
-        what = f"the file system does not take a file of {_bytes(size)}"
+        what = f"the file system does not take a file of {_bytes(size or 0)}"
         remedy = "choose a destination on another file system"
     elif e.errno in (errno.ENOENT, errno.ENOTDIR):
         remedy = "make the folder first, or choose another destination"

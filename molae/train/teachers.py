@@ -17,8 +17,7 @@ import torch
 
 from molae.errors import ArgumentError, NonFiniteError
 from molae.hf.opening import find_folder, open_model, open_tokenizer
-from molae.hf.shapes import read_config
-from molae.io import open_checkpoint
+from molae.io import open_checkpoint, read_config
 from molae.train.examples import IGNORED, Packed
 from molae.train.loss import Head, Target, learned_states, log_probabilities, pieces
 

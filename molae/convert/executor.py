@@ -1,0 +1,84 @@
+"""Who computes the shards of a run: this process, or others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from molae import __version__
+from molae.convert import pipeline
+from molae.convert.journal import Journal
+from molae.info import show_config
+from molae.io import Checkpoint
+
+__all__ = ["Divisible", "Executor", "Here", "Recipe", "build_facts", "code_sha256"]
+
+#: Is told bytes of the source that are done, bytes in all, and what is next.
+Progress = Callable[[int, int, str], None]
+
+
+class Recipe(Protocol):
+    """What another process needs to do the same work on the same checkpoint; can be pickled."""
+
+    def work(self, checkpoint: Checkpoint) -> pipeline.Work:
+        """The work, with everything decided as it was where the recipe comes from."""
+
+
+class Divisible(pipeline.Work, Protocol):
+    """Work that may be divided among processes."""
+
+    def recipe(self) -> Recipe:
+        """For other processes.
+
+        Raises
+        ------
+        ArgumentError
+            Jobs depend on each other; the message says why and what to do.
+        """
+
+
+class Executor(Protocol):
+    """Computes the shards of a run; planning, the journal and the small files are not its own."""
+
+    def begin(self, work: Divisible) -> None:
+        """Called before anything is written; refuses what cannot be done."""
+
+    def run(self, work: Divisible, dst: Path, journal: Journal, progress: Progress) -> None:
+        """Write every shard that the journal does not have, and add it there."""
+
+
+class Here:
+    """This process computes, one shard after the other."""
+
+    def begin(self, work: Divisible) -> None:
+        """Nothing can be amiss."""
+
+    def run(self, work: Divisible, dst: Path, journal: Journal, progress: Progress) -> None:
+        pipeline.run(work, dst, journal, progress)
+
+
+def build_facts() -> dict[str, Any]:
+    """What the bits of a result depend on besides its settings and source."""
+    facts = show_config("dict")
+    return {
+        "blas": f"{facts['blas']['name']} {facts['blas']['version']}",
+        "blas_core": facts["blas"]["core"],
+        "isa": facts["kernels"]["isa"],
+        "numpy": np.__version__,
+    }
+
+
+@cache
+def code_sha256() -> str:
+    """Of molae's own Python sources, and its version: tells working copies of one version apart."""
+    sha256 = hashlib.sha256(__version__.encode())
+    folder = Path(__file__).parents[1]
+    for path in sorted(folder.rglob("*.py")):
+        sha256.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        sha256.update(path.read_bytes() + b"\0")
+    return sha256.hexdigest()
