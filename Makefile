@@ -1,7 +1,7 @@
 # make demo     convert the checkpoint that comes with molae, and show what it cost
 # make test     the whole test suite
 # Each makes .venv on first use and installs what it needs. Further targets: lint, check-c (asan and
-# valgrind), package, bench, docs (the pages of docs/api), clean.
+# valgrind), package, bench, docs (the pages of docs/api), soak (docs/reliability.md; hours), clean.
 #
 # PYTHON=python3.12       the interpreter that .venv is made with
 # JOBS=4                  processes that the tests run in
@@ -17,7 +17,7 @@ EXTRAS := hf,train,plot,test,notebooks
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint asan valgrind check-c package bench docs clean
+.PHONY: demo test lint asan valgrind check-c package bench docs soak clean
 
 demo: $(VENV)/installed
 	$(BIN)/molae demo
@@ -29,6 +29,12 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
+
+# SOAK='kills --kills 20 --seed 3' picks parts, sizes and a seed; results go to docs/reliability.md.
+SOAK ?=
+
+soak: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -P -m soak $(SOAK) --write docs/reliability.md
 
 docs: $(VENV)/installed
 	$(BIN)/python -P docs/make_api.py
@@ -68,7 +74,7 @@ $(VENV)/lint: pyproject.toml constraints.txt $(VENV)/installed
 	$(PIP) install -c constraints.txt 'ruff' 'mypy' 'clang-format' 'codespell'
 	touch $@
 
-C_FILES := $(wildcard csrc/*.h csrc/*/*.[ch] tests/c/*.[ch])
+C_FILES := $(wildcard csrc/*.h csrc/*/*.[ch] tests/c/*.[ch] tests/soak/*.c)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

@@ -15,8 +15,13 @@ from molae.arch.family import MoeLayers
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "families.md"
 
-#: Tried in tests of their own.
+#: Tried in the tests that all features have, with sizes of their own.
 FIRST = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+
+#: Tried in tests of their own, and how far.
+OWN = dict.fromkeys(
+    ("gpt_oss", "qwen3_vl_moe"), "**runs**, but for a calibration text and compressed experts"
+)
 
 HEAD = """# Families
 
@@ -28,7 +33,8 @@ their biases, next-token heads and models for pictures are copied as they are.
 made by Transformers, converted at full rank with the original's logits, converted to 0.7, loaded,
 run layer by layer (as for a calibration text), generated from, made ordinary again and loaded so,
 saved, and given compressed experts. **files**: converted and made ordinary again, with equal
-weights, and not run; the notes say why.
+weights; the installed Transformers does not build the model. **inspected**: counted by the released
+config, and by a checkpoint's files, but not converted.
 
 | `model_type` | releases | layouts | layers with experts | router | shared experts | tried |
 |---|---|---|---|---|---|---|
@@ -40,7 +46,9 @@ def page() -> str:
     found = {family.model_type: family for family in families().values()}
     rows = [row(family) for family in found.values()]
     notes = [
-        f"- `{family.model_type}`: {note(family)}" for family in found.values() if note(family)
+        f"- `{family.model_type}`: {family.about['notes']}"
+        for family in found.values()
+        if "notes" in family.about
     ]
     return HEAD + "\n".join(rows) + "\n\n## Notes\n\n" + "\n".join(notes) + "\n"
 
@@ -60,14 +68,6 @@ def row(family: Family) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def note(family: Family) -> str:
-    """What else there is to say."""
-    said = [str(family.about["notes"])] if "notes" in family.about else []
-    if family.unsupported:
-        said.append(f"{family.unsupported[0].upper()}{family.unsupported[1:]}.")
-    return " ".join(said)
-
-
 def layers(rule: MoeLayers) -> str:
     """Which layers have experts, in words."""
     said = []
@@ -84,7 +84,9 @@ def layers(rule: MoeLayers) -> str:
     if rule.enabled:
         said.append(f"where `{rule.enabled}`")
     text = ", ".join(said) or "all"
-    for key in (rule.types, rule.pattern, rule.only):
+    if rule.pattern:
+        return f"by `{rule.pattern}`"
+    for key in (rule.types, rule.only):
         if key:
             text += f"; or by `{key}`"
     return text
@@ -93,7 +95,9 @@ def layers(rule: MoeLayers) -> str:
 def tried(family: Family) -> str:
     """What the tests do with it."""
     if family.unsupported:
-        return "inspected only"
+        return f"**inspected** only: {family.unsupported}"
+    if family.model_type in OWN:
+        return OWN[family.model_type]
     cases = str(ROOT / "tests")
     if cases not in sys.path:
         sys.path.append(cases)
@@ -101,7 +105,7 @@ def tried(family: Family) -> str:
 
     ways = {
         "runs": [name for name in family.model_types if name in (*CASES, *FIRST)],
-        "files": [name for name in family.model_types if name in (*NAMED, "gpt_oss")],
+        "files": [name for name in family.model_types if name in NAMED],
     }
     several = len(family.model_types) > 1 and all(ways.values())
     return ", ".join(

@@ -77,6 +77,11 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
         help="folder of a checkpoint, or hub id; or a config.json alone, or its folder (with the "
         "extra [hf] all is counted, else the experts)",
     )
+    inspect.add_argument(
+        "--draft", metavar="FILE",
+        help="write a draft of a family's description for --arch, from the tensors' names and "
+        "shapes and the config",
+    )  # fmt: skip
     _add_inspect_plan(inspect)
     inspect.add_argument(
         "--compressed-experts", type=_count, default=0, metavar="N",

@@ -78,15 +78,18 @@ def _inspect(args: argparse.Namespace) -> None:
     from molae.convert import inspect, plan
     from molae.convert.inspection import inspect_config
     from molae.convert.sketch import plan_config
-    from molae.io import read_config
+    from molae.io import lone_config, read_config
 
+    if args.draft is not None:
+        _draft(args)
+        return
     settings = _inspect_settings(args)
     family = _family(args)
     asked: dict[str, Any] = {
         "compressed_experts": args.compressed_experts, "light_module": args.light_module,
     }  # fmt: skip
     planned = None
-    if (path := _config_alone(args.path)) is not None:
+    if (path := lone_config(args.path)) is not None:
         config = read_config(path)
         given: dict[str, Any] = {"family": family}
         tensors, given["unknown"] = _tensors(config, family)
@@ -107,6 +110,39 @@ def _inspect(args: argparse.Namespace) -> None:
             _console(sys.stdout).print(plan_view(planned))
 
 
+def _draft(args: argparse.Namespace) -> None:
+    """Write a description of a family that molae does not know."""
+    from molae.arch import describe, draft_family, load_family
+    from molae.errors import CheckpointError, UnknownFamilyError
+    from molae.io import open_checkpoint
+
+    for name in ("arch", "size", "compressed_experts"):
+        if getattr(args, name):
+            raise _UsageError(f"--{name.replace('_', '-')}: not with --draft")
+    path = Path(args.draft)
+    if path.exists():
+        raise _UsageError(f"--draft: {path} is there already; name another file or remove it")
+    with open_checkpoint(args.path) as checkpoint:
+        draft = draft_family(checkpoint.config, checkpoint.tensors)
+        text = json.dumps(draft.description, indent=2) + "\n"
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+        fault = None
+        try:
+            describe(checkpoint, family=load_family(path), converted=True)
+        except (CheckpointError, UnknownFamilyError) as error:
+            fault = str(error)
+    if args.json:
+        facts = {"draft": draft.description, "found": draft.found, "missing": draft.missing}
+        _print_json({**facts, "written": str(path), "fault": fault})
+        return
+    from molae.report.tables import draft_view
+
+    _console(sys.stdout).print(draft_view(draft, str(path), fault))
+
+
 def _inspect_settings(args: argparse.Namespace) -> Any:
     """The conversion to plan; None where none was asked for."""
     from molae.config import ConvertConfig
@@ -118,23 +154,14 @@ def _inspect_settings(args: argparse.Namespace) -> Any:
     return _checked(ConvertConfig, method=args.method, size=args.size, group_size=args.group_size)
 
 
-def _config_alone(given: str) -> Path | None:
-    """The config, where there is nothing but a config."""
-    from molae.io.checkpoint import CONFIG
-
-    path = Path(given)
-    if path.suffix == ".json" and not path.is_dir():
-        return path
-    lone = path.is_dir() and (path / CONFIG).is_file() and not any(path.glob("*.safetensors*"))
-    return path / CONFIG if lone else None
-
-
 def _tensors(config: dict[str, Any], family: Any) -> tuple[Any, str]:
     """What Transformers builds of a config; None, and why, where it does not."""
     from molae.arch import find_family
     from molae.errors import CheckpointError, UnknownFamilyError
 
     family = family or find_family(config)
+    family.read_letters(config)  # whose complaints say more than those of Transformers
+    family.read_moe_layers(config)
     try:
         from molae.hf.shapes import tensors_of
     except ModuleNotFoundError as error:

@@ -1,5 +1,7 @@
 """Conversions shared among processes: the same bytes, whatever becomes of the workers."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,6 +17,7 @@ import pytest
 from checkpoints import add_companions, make_checkpoint
 from clusters import Cluster, wait_for
 from converting import REPORT, tree
+from encoded import fp8_pair
 
 import molae
 from molae import ConvertConfig, convert, materialize
@@ -144,12 +147,86 @@ def test_materialize(tmp_path, source, pair):
     assert tree(tmp_path / "shared") == tree(tmp_path / "alone")
 
 
+def test_fp8_is_decoded_by_the_workers(tmp_path, pair):
+    src, _ = fp8_pair(tmp_path, L=3, E=4)
+    convert(src, tmp_path / "alone", CONFIG)
+    teller = Teller()
+    with Workers(pair.address) as workers:
+        convert(src, tmp_path / "shared", CONFIG, executor=workers, watcher=teller)
+    assert tree(tmp_path / "shared") == tree(tmp_path / "alone")
+    done, total, _ = teller.told[-1]
+    assert done == total
+
+
 def test_the_groups_are_not_chosen_again(tmp_path, source, pair):
     """Workers take what was decided: group sizes that molae chooses are measured once."""
     convert(source, tmp_path / "alone", ConvertConfig(size=0.6))
     with Workers(pair.address) as workers:
         convert(source, tmp_path / "shared", ConvertConfig(size=0.6), executor=workers)
     assert tree(tmp_path / "shared") == tree(tmp_path / "alone")
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    """A model whose layers can be run, and how to run a text through it."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from checkpoints import transformers_checkpoint
+
+    from molae.hf import hide_progress
+    from molae.hf.calibrate import Calibration
+
+    hide_progress()
+    src = tmp_path_factory.mktemp("read") / "src"
+    sizes = {"L": 4, "E": 6, "K": 2, "D": 16, "F": 12}
+    transformers_checkpoint(src, "olmoe", config={"initializer_range": 0.3}, **sizes)
+    ids = np.random.default_rng(0).integers(3, 40, 160)
+    return src, lambda: Calibration(src, ids, length=40)
+
+
+@pytest.fixture
+def one_molae_thread():
+    """A text is run on as many of torch's threads as molae has."""
+    with molae.num_threads(1):
+        yield
+
+
+@pytest.mark.usefixtures("one_thread", "one_molae_thread")
+@pytest.mark.filterwarnings("ignore::molae.errors.CalibrationWarning")
+def test_a_text_that_all_layers_read_in_the_original(tmp_path, read, pair):
+    src, text = read
+    config = ConvertConfig(size=0.6, one_shot=True, heal=2)
+    with text() as calibration:
+        alone = convert(src, tmp_path / "alone", config, calibration=calibration)
+    assert alone.plan["parallel"] == 4
+    dst = tmp_path / "shared"
+    with text() as calibration, Workers(pair.address) as workers:
+        # What an earlier run has left need not be read again.
+        with pytest.raises(RuntimeError):
+            convert(src, dst, config, calibration=calibration, executor=Takes(workers, 1))
+        assert len(Journal(dst).shards) == 1
+        shared = convert(src, dst, config, calibration=calibration, executor=workers)
+    assert tree(dst) == tree(tmp_path / "alone")
+    assert [row.layer_error for row in shared.rows] == [row.layer_error for row in alone.rows]
+    assert [row.tokens for row in shared.rows] == [row.tokens for row in alone.rows]
+    assert len(shared.healed) == len(alone.healed) == 4
+
+
+class Takes:
+    """An executor that fails after some files."""
+
+    def __init__(self, workers, count):
+        self._workers, self._count = workers, count
+
+    def begin(self, work):
+        self._workers.begin(work)
+
+    def run(self, work, dst, journal, progress):
+        def told(done, total, what):
+            if len(journal.shards) == self._count:
+                raise RuntimeError("stopped")
+
+        self._workers.run(work, dst, journal, told)
 
 
 def wait_for_workers(cluster, count):
@@ -169,7 +246,7 @@ def test_a_killed_worker_costs_no_more_than_its_file(tmp_path, source, wanted, s
         wait_for(lambda: (dst / WORKERS).exists() and len(apart(dst)) >= 3)
         victim.kill()
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     teller = Teller()
     with Workers(slow.address) as workers:
@@ -320,7 +397,7 @@ def test_mixed_workers_are_allowed_on_request_and_the_report_says_so(
     assert row.threads == 3
 
 
-def test_one_that_comes_late_is_left_out(tmp_path, source, wanted, slow, monkeypatch):
+def test_one_that_comes_late_is_left_out(tmp_path, source, wanted, pair, monkeypatch):
     """A worker that does not fit, and comes when the others are at work, gets none."""
     dst = tmp_path / "dst"
     real = client._why_unfit
@@ -335,7 +412,7 @@ def test_one_that_comes_late_is_left_out(tmp_path, source, wanted, slow, monkeyp
 
     monkeypatch.setattr(client, "_why_unfit", why_unfit)
     teller = Teller()
-    with Workers(slow.address) as workers:
+    with Workers(pair.address) as workers:
         report = convert(source, dst, CONFIG, executor=workers, watcher=teller)
     assert tree(dst) == wanted
     assert [what for _, _, what in teller.told if "gets no work: is not to our taste" in what]
@@ -366,16 +443,17 @@ def test_a_scheduler_that_goes_away(tmp_path, source, wanted):
     dst = tmp_path / "dst"
     try:
         cluster.worker()
+        wait_for_workers(cluster, 1)
         cluster.set_mood(slow=0.2)
 
         def kill():
             wait_for(lambda: (dst / JOURNAL).exists() and Journal(dst).shards)
             cluster.scheduler.kill()
 
-        killer = threading.Thread(target=kill)
+        killer = threading.Thread(target=kill, daemon=True)
         killer.start()
         with (
-            Workers(cluster.address, timeout=1) as workers,
+            Workers(cluster.address) as workers,
             pytest.raises(ClusterError, match="finished files are kept|Finished files are kept"),
         ):
             convert(source, dst, CONFIG, executor=workers)
@@ -424,7 +502,7 @@ def begun(tmp_path, source):
         path = dst / apart_name(file, "0123456789ab", number)
         given = {
             "run": "0123456789ab", "source": str(source), "facts": facts, "recipe": recipe,
-            "number": 2, "file": file, "path": str(path), "threads": 1,
+            "number": 2, "file": file, "path": str(path), "staged": None, "threads": 1,
         }  # fmt: skip
         return Order(**given | changes)
 
@@ -509,15 +587,44 @@ def test_a_file_that_only_the_worker_sees_is_not_taken(tmp_path, source):
             run.take(0, dst / "nothing", entry, worker, 1)
 
 
-def test_a_text_is_refused_before_anything_is_done(tmp_path, source):
-    with pytest.raises(ArgumentError, match="each layer is fitted to what the converted layers"):
-        convert(source, tmp_path / "dst", CONFIG, calibration=object(), executor=Stops())
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "each layer is fitted to what the converted layers before it hand on.*--one-shot"),
+        ({"one_shot": True, "compressed_experts": 1}, "judged by the whole model"),
+    ],
+)
+def test_a_text_is_refused_before_anything_is_done(tmp_path, source, settings, message):
+    config = ConvertConfig(size=0.5, **settings)
+    with pytest.raises(ArgumentError, match=message):
+        convert(source, tmp_path / "dst", config, calibration=object(), executor=Stops())
     assert not (tmp_path / "dst").exists()
 
 
-def test_a_report_without_workers_is_still_read(tmp_path, source):
-    import json
+@pytest.mark.parametrize("harm", [None, "address", "build"])
+def test_a_line_of_a_journal_that_cannot_be_is_not_believed(tmp_path, harm):
+    (tmp_path / "x.safetensors").write_bytes(b"abc")
+    worker = {
+        "address": "tcp://a",
+        "host": "h",
+        "threads": 1,
+        "build": {"isa": "z80"},
+        "differs": [],
+    }
+    if harm is not None:
+        worker[harm] = 5
+    sha256 = hashlib.sha256(b"abc").hexdigest()
+    entry = {
+        "file": "x.safetensors", "bytes": 3, "sha256": sha256, "inputs": {}, "rows": [],
+        "worker": worker,
+    }  # fmt: skip
+    journal = Journal(tmp_path)
+    journal.start({"files": ["x.safetensors"]})
+    journal.add(entry)
+    assert dict(Journal(tmp_path).verify()) == {"x.safetensors": harm is None}
 
+
+def test_a_report_without_workers_is_still_read(tmp_path, source):
     convert(source, tmp_path / "dst", CONFIG)
     path = tmp_path / "dst" / REPORT
     data = json.loads(path.read_text())

@@ -15,10 +15,10 @@ import torch
 import transformers
 from checkpoints import make_config, make_tensors, write_checkpoint
 from converting import bits, fixed_method, tensors
-from encoded import oss_config
 from family_cases import CASES, NAMED, D, E, F, K, make_model, named_tensors
 from hf_models import tokens
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 import molae
 from molae import ConvertConfig
@@ -28,8 +28,8 @@ from molae.convert.methods import METHODS
 from molae.errors import CheckpointError
 from molae.factored import Split
 from molae.hf import LatentExperts, hide_progress, latent_model
+from molae.hf.activation import NAMES_BY_TYPE, activation_of
 from molae.hf.calibrate import Calibration
-from molae.hf.native import NAMES_BY_TYPE
 from molae.hf.streaming import LayerStream
 from molae.io import open_checkpoint
 
@@ -244,7 +244,7 @@ def fuse(own):
 
 def test_every_family_is_tried():
     """Here or, of old, in the other tests; but those that are inspected only."""
-    elsewhere = {"gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
+    elsewhere = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "qwen3_vl_moe"}
     tried = {families()[name].model_type for name in (*CASES, *NAMED, *elsewhere)}
     converted = {f.model_type for f in families().values() if f.unsupported is None}
     assert tried == converted
@@ -269,6 +269,14 @@ def test_kimi_k2_runs_as_what_it_is(tmp_path):
 
 
 # ------------------------------------------------------------------- refused
+
+
+def test_experts_that_clamp_beside_their_activation():
+    """They would be run without it in silence."""
+    config = transformers.AutoConfig.for_model("deepseek_v3", **CASES["deepseek_v3"])
+    assert NAMES_BY_TYPE[type(activation_of(Step3p7Experts(config)))] == "silu"
+    with pytest.raises(CheckpointError, match="Step3p7Experts: .* activation that molae does not"):
+        activation_of(Step3p7Experts(config, swiglu_limit=7.0))
 
 
 def test_layers_that_hand_indices_on(tmp_path, monkeypatch):
@@ -299,20 +307,3 @@ def test_a_renamed_model_that_transformers_builds_otherwise(tmp_path):
     path.write_text(path.read_text().replace('"olmoe"', '"granitemoe"'))
     with pytest.raises(molae.errors.MolaeError):
         AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
-
-
-def test_experts_that_compute_more_are_not_replaced(tmp_path):
-    """Biases and a gate of their own would be left out."""
-    config = transformers.GptOssConfig(**oss_config(quantized=False))
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(size=0.7))
-    named = r"gate_up_proj_bias, down_proj_bias, a gate of their own, .*'molae materialize'"
-    with pytest.raises(CheckpointError, match=named):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
-    with (
-        open_checkpoint(tmp_path / "src") as checkpoint,
-        pytest.raises(CheckpointError, match="gate_up_proj_bias"),
-    ):
-        LayerStream(checkpoint, describe(checkpoint))
-    materialize(tmp_path / "dst", tmp_path / "ordinary")
-    load(tmp_path / "ordinary")

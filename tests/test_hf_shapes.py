@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from checkpoints import FAMILIES, transformers_checkpoint
+from checkpoints import (
+    FAMILIES,
+    make_config,
+    make_tensors,
+    transformers_checkpoint,
+    write_checkpoint,
+)
 from hf_models import SETTINGS, SIZES
 
 import molae
+from molae import ConvertConfig
 from molae.cli import main
 from molae.convert.inspection import inspect_config
+from molae.convert.sketch import plan_config
 from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError
 from molae.hf import hide_progress, latent_model
 from molae.hf.shapes import tensors_of
@@ -83,3 +92,118 @@ def test_the_command_on_a_config(tmp_path, capsys):
     assert "so compressed" in capsys.readouterr().out
     assert main(["inspect", config, "--compressed-experts", "9"]) == 1
     assert "expected 0 to K - 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["latent", "molae"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_by_a_config_alone_is_that_of_the_checkpoint(tmp_path, family, method):
+    transformers_checkpoint(tmp_path, family, config=SETTINGS, **SIZES)
+    settings = ConvertConfig(method=method, size=0.9, group_size=4)
+    whole = molae.plan(tmp_path, settings)
+    config = read_config(tmp_path / "config.json")
+    alone = plan_config("config.json", config, tensors_of(config), settings)
+    for name in ("before", "after", "types", "spread", "settings", "letters", "size_reached"):
+        assert getattr(alone, name) == getattr(whole, name), name
+    assert alone.memory_bytes == whole.memory_bytes
+    assert alone.seconds is None
+    assert not alone.experts_only
+    files = alone.after.total_bytes
+    assert files < alone.disk_bytes < files + 20_000  # and headers
+    blind = plan_config("config.json", config, None, settings, unknown="no torch")
+    assert blind.experts_only
+    assert blind.after.expert_bytes == whole.after.expert_bytes
+
+
+def test_the_command_on_a_folder_with_a_config_alone(tmp_path, capsys, monkeypatch):
+    transformers_checkpoint(tmp_path / "whole", "qwen2_moe", config=SETTINGS, **SIZES)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "config.json").write_text(
+        (tmp_path / "whole" / "config.json").read_text()
+    )
+    asked = ["--size", "0.9", "--group-size", "4", "--json"]
+    found = {}
+    for name in ("whole", "alone"):
+        assert main(["inspect", str(tmp_path / name), *asked]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    for name in (*COUNTS, "shared_parameters", "active_experts", "bytes"):
+        assert found["alone"][name] == found["whole"][name], name
+    assert found["alone"]["plan"]["after"] == found["whole"]["plan"]["after"]
+    assert found["alone"]["layout"] is None
+    assert main(["inspect", str(tmp_path / "alone"), "--size", "0.9"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "of shared experts" in out
+    assert "the group size is measured on the weights" in out
+    assert main(["inspect", str(tmp_path / "alone"), "--method", "molae"]) == 2
+    assert "only with --size" in capsys.readouterr().err
+    (tmp_path / "alone" / "pytorch_model.bin").write_bytes(b"")  # weights, and none that are read
+    assert main(["inspect", str(tmp_path / "alone")]) == 1
+    assert "save the model as safetensors" in capsys.readouterr().err
+
+    import builtins
+
+    imported = builtins.__import__
+
+    def without_torch(name, *rest, **named):
+        if name.split(".")[0] == "torch" or name == "molae.hf.shapes":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        return imported(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    config = str(tmp_path / "whole" / "config.json")
+    assert main(["inspect", config, "--size", "0.9"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "parameters not known" in out
+    assert "torch is not installed (pip install 'molae[hf]')" in out
+    assert "all, numbers" not in out
+    assert "for the experts" in out
+
+
+def test_what_transformers_would_read_in_another_way_is_not_counted(tmp_path, capsys):
+    """Its defaults must not stand for keys that it does not know."""
+    transformers_checkpoint(tmp_path, "qwen3_moe", config=SETTINGS, **SIZES)
+    path = tmp_path / "config.json"
+    config = read_config(path)
+    config["vocab_size"] += 1
+    built = tensors_of(config)
+    assert inspect_config("c", config, built).total_parameters == sum(
+        info.size for info in built.values()
+    )
+    del config["moe_intermediate_size"]
+    config["intermediate_size_of_experts"] = 4
+    with pytest.raises(CheckpointError, match="F is missing"):
+        inspect_config("c", config, tensors_of(config))
+    config["moe_intermediate_size"] = 4
+    with pytest.raises(CheckpointError, match="one of the two does not fit"):
+        inspect_config("c", config, built)
+
+
+def test_parts_beside_the_language_model(tmp_path):
+    """Next-token layers and a vision part are in a checkpoint's total, and not active."""
+    config = make_config("qwen3_moe")
+    tensors = make_tensors(config)
+    before = molae.inspect(write_checkpoint(tmp_path / "src", config, tensors))
+    assert before.notes == ()
+    tensors["model.layers.2.eh_proj.weight"] = np.zeros((2, 3), np.float32)
+    tensors["mtp.norm.weight"] = np.zeros(5, np.float32)
+    after = molae.inspect(write_checkpoint(tmp_path / "more", config, tensors))
+    assert after.total_parameters == before.total_parameters + 11
+    assert after.active_parameters == before.active_parameters
+    assert after.notes == (
+        "11 numbers of next-token layers are in the total, and not among the active.",
+    )
+    outer = {"model_type": "qwen3_5_moe", "text_config": config | {"model_type": "text"}}
+    outer["text_config"]["shared_expert_intermediate_size"] = 3
+    tensors = {n.replace("model.", "model.language_model.", 1): x for n, x in tensors.items()}
+    tensors["model.visual.norm.weight"] = np.zeros(7, np.float32)
+    for n in range(2):
+        at = f"model.language_model.layers.{n}.mlp.shared_expert"
+        tensors[f"{at}.gate_proj.weight"] = tensors[f"{at}.up_proj.weight"] = np.ones((3, 16), "f4")
+        tensors[f"{at}.down_proj.weight"] = np.ones((16, 3), np.float32)
+        tensors[f"{at}_gate.weight"] = np.ones((1, 16), np.float32)
+    seen = molae.inspect(write_checkpoint(tmp_path / "seen", outer, tensors))
+    assert seen.shared_parameters == 2 * 3 * 3 * 16
+    assert seen.total_parameters == after.total_parameters + 7 + seen.shared_parameters + 2 * 16
+    assert seen.notes == (
+        "11 numbers of next-token layers are in the total, and not among the active.",
+        "7 numbers of parts beside the language model are in the total, and not among the active.",
+    )

@@ -143,8 +143,9 @@ class MoeLayers:
     Layer l has experts iff first <= l <= last, l % every == offset (0 where there is none),
     (l + 1) % step == 0, and l is not in except. `every` may be a list of 0 and 1 for each layer.
     Where the config has the key of `types` (a text for each layer, ``"sparse"`` for those with
-    experts), of `pattern` (a text with a letter for each layer, E for those with experts) or of
-    `only` (the layers), this alone decides. No layer has experts where `enabled` is false.
+    experts) or of `only` (the layers), this alone decides. No layer has experts where `enabled` is
+    false. Where there is a `pattern`, the config must have its key, a text with a letter for each
+    layer, E for those with experts, and this alone decides.
     """
 
     first: str | None = None
@@ -171,7 +172,7 @@ class MoeLayers:
         if self.types and config.get(self.types) is not None:
             kinds = _each_layer(config, self.types, L, ("dense", "sparse"))
             return tuple(n for n in range(L) if kinds[n] == "sparse")
-        if self.pattern and config.get(self.pattern) is not None:
+        if self.pattern:
             return _pattern(config, self.pattern, L)
         if self.only and config.get(self.only) is not None:
             named = frozenset(_layers(config, self.only))
@@ -629,7 +630,7 @@ def _each_layer(
 
 def _pattern(config: Mapping[str, Any], key: str, L: int) -> tuple[int, ...]:
     """The layers for which a text has an E."""
-    value = config[key]
+    value = config.get(key)
     if not isinstance(value, str) or len(value) != L:
         raise CheckpointError(
             f"config.json: {key!r} is {shorten(value)}, expected a text with a letter for each "

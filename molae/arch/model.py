@@ -199,18 +199,25 @@ class Model:
         Counts
             ``total_parameters``: the numbers of a floating type in the checkpoint, tied
             embeddings once. ``expert_parameters``: those of the routed experts in
-            `moe_layers`. ``active_parameters``: all others plus K/E of the experts; in a
-            converted checkpoint the shared factors count by the chance that a token needs
-            them (see `molae.arch.counts.active_numbers`), rounded; of a token's compressed
-            experts what acts in their place alone.
+            `moe_layers`, their matrices. ``active_parameters``: all others, of the experts'
+            biases K/E, and `active_experts`.
         """
         skip = self.family.head if self._tied else None
         sizes = {n: t.size for n, t in self._tensors.items() if t.dtype in FLOATING and n != skip}
         total, own, factors = sum(sizes.values()), _expected(self), _factor_prefixes(self)
         experts = sum(size for n, size in sizes.items() if n in own or n.startswith(factors))
-        active = sum(self._active(layer, kind) for layer in self.moe_layers for kind in self.kinds)
-        active += sum(self._active_light(layer) for layer in self.moe_layers)
-        return Counts(total, experts, total - experts + round(active))
+        idle = sum(self._idle_vectors(layer) for layer in self.moe_layers)
+        return Counts(total, experts, total - experts - round(idle) + self.active_experts())
+
+    def active_experts(self) -> int:
+        """Numbers of the experts that a token meets: K/E of them.
+
+        In a converted checkpoint the shared factors count by the chance that a token needs them
+        (see `molae.arch.counts.active_numbers`), rounded; of a token's compressed experts what
+        acts in their place alone.
+        """
+        met = sum(self._active(layer, kind) for layer in self.moe_layers for kind in self.kinds)
+        return round(met) + sum(self._active_light(layer) for layer in self.moe_layers)
 
     def _active(self, layer: int, kind: str) -> float:
         K, F, D = (self.letters[x] for x in "KFD")
@@ -220,6 +227,20 @@ class Model:
             return K * F * D
         groups = [len(g) for g in split.groups]
         return active_numbers(groups, split.ranks, form=self.factored.form, K=K, F=F, D=D)
+
+    def _idle_vectors(self, layer: int) -> float:
+        """Numbers of what each expert has besides its matrices, of those a token does not meet."""
+        E, K = self.letters["E"], self.letters["K"] - self.num_compressed(layer)
+        prefix = self.experts_prefix(layer) + "."
+        names = [
+            _fill(tensor.name, self._block, layer)
+            for tensor in self.family.tensors
+            if tensor.shape[0] == "E"
+        ]
+        sizes = [
+            self._tensors[n].size for n in names if n.startswith(prefix) and n in self._tensors
+        ]
+        return sum(sizes) * (E - K) / E
 
     def _active_light(self, layer: int) -> int:
         if self.factored is None:
@@ -377,15 +398,19 @@ def _check_extent(
 
 
 def _best(candidates: list[Model]) -> Model:
-    """The block and layout that most names speak for."""
-    best, most = candidates[0], 0
+    """The block and layout that most names speak for; of equals, the one of which shapes do."""
+    best, most = candidates[0], (0, 0)
     for model in candidates:
-        score = sum(n in model._tensors for n in _expected(model))
+        expected = {n: own for n, own in _expected(model).items() if n in model._tensors}
         factors = _factor_prefixes(model)
-        score += sum(n.startswith(factors) for n in model._tensors)
-        if score > most:
-            best, most = model, score
-    if most == 0:
+        score = len(expected) + sum(n.startswith(factors) for n in model._tensors)
+        fitting = sum(
+            model._tensors[n].shape == _wanted_shape(model, tensor)
+            for n, (tensor, _, _) in expected.items()
+        )
+        if (score, fitting) > most:
+            best, most = model, (score, fitting)
+    if most[0] == 0:
         wanted = [next(iter(_expected(m)), m.experts_prefix(m.moe_layers[0])) for m in candidates]
         found = [n for n in best._tensors if "expert" in n] or list(best._tensors)
         raise UnknownFamilyError(
@@ -499,8 +524,12 @@ def _factor_dtype(model: Model) -> str:
     )
 
 
+def _wanted_shape(model: Model, tensor: Tensor) -> tuple[int, ...]:
+    return tuple(_extent(x, model.letters) for x in tensor.shape)
+
+
 def _check_shape(model: Model, tensor: Tensor, info: TensorInfo) -> None:
-    wanted = tuple(_extent(x, model.letters) for x in tensor.shape)
+    wanted = _wanted_shape(model, tensor)
     if info.shape != wanted:
         pairs = zip(tensor.shape, wanted, strict=True)
         text = ", ".join(x if x == str(n) else f"{x}={n}" for x, n in pairs)

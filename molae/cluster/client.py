@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from molae.cluster.worker import Answer, Order, Unfit, answer, describe_worker, write_shard
 from molae.convert.destination import WORKERS, apart_name, sweep_apart
-from molae.convert.executor import Divisible, Recipe
+from molae.convert.executor import Divisible
 from molae.convert.journal import Journal, differences
 from molae.convert.pipeline import shard_bytes
 from molae.convert.shards import Shard
@@ -190,7 +190,8 @@ class Workers:
             while run.pending or self._busy:
                 self._look(run.source, run.dst)
                 self._hand_out(run)
-                self._wait()
+                if not run.stage_ahead(len(self._workers)):
+                    self._wait()
                 for worker in self._done():
                     if worker.order is None:
                         self._judge(worker)
@@ -375,7 +376,9 @@ class _Run:
         self.name = uuid.uuid4().hex[:12]
         self.dst = dst
         self.source = str(work.checkpoint.path.resolve())
-        self._recipe: Recipe = work.recipe()
+        self._work, self._recipe = work, work.recipe()
+        #: Files with what shards need besides; None for one that needs nothing.
+        self._staged: dict[int, Path | None] = {}
         self._shards: Sequence[Shard] = work.shards
         self._journal, self._progress = journal, progress
         self.tries = 0
@@ -384,7 +387,7 @@ class _Run:
             number for number, shard in enumerate(work.shards) if shard.file not in journal.shards
         )
         self._bytes = {number: shard_bytes(work, work.shards[number]) for number in self.pending}
-        self._total = sum(info.nbytes for info in work.checkpoint.tensors.values())
+        self._total = work.checkpoint.stored_nbytes
         self._done = self._total - sum(self._bytes.values())
         self._left = len(self.pending)
         self.tell(f"{self._left} files")
@@ -396,9 +399,32 @@ class _Run:
         self.tries += 1
         file = self._shards[number].file
         path = self.dst / apart_name(file, self.name, self.tries)
+        staged = self._stage(number)
         return Order(
-            self.name, self.source, worker.facts, self._recipe, number, file, str(path), threads
+            run=self.name,
+            source=self.source,
+            facts=worker.facts,
+            recipe=self._recipe,
+            number=number,
+            file=file,
+            path=str(path),
+            staged=None if staged is None else str(staged),
+            threads=threads,
         )
+
+    def stage_ahead(self, count: int) -> bool:
+        """Stage the first of the next shards that is not yet, so that nobody waits for it; False
+        where there is none. No more are held than there are workers."""
+        for number in list(self.pending)[:count]:
+            if number not in self._staged:
+                return self._stage(number) is not None
+        return False
+
+    def _stage(self, number: int) -> Path | None:
+        if number not in self._staged:
+            path = self.dst / apart_name(self._shards[number].file, self.name, 0)
+            self._staged[number] = path if self._work.stage(number, path) else None
+        return self._staged[number]
 
     def take(
         self, number: int, path: Path, entry: dict[str, Any], worker: _Worker, threads: int
@@ -411,6 +437,8 @@ class _Run:
                 f"are {size}; let all machines see the same folder"
             )
         rename_durably(path, self.dst / entry["file"])
+        if (staged := self._staged.get(number)) is not None:
+            staged.unlink()
         facts = {
             "address": worker.address,
             "host": worker.facts["host"],

@@ -51,6 +51,8 @@ class Order:
         Of the shard.
     file, path : str
         The shard's name, and the file to make.
+    staged : str, optional
+        The file with what it needs besides.
     threads : int
         To compute with.
     """
@@ -62,6 +64,7 @@ class Order:
     number: int
     file: str
     path: str
+    staged: str | None
     threads: int
 
 
@@ -146,11 +149,12 @@ def write_shard(order: Order) -> dict[str, Any]:
         _check_same(order.facts)
         with num_threads(order.threads), open_checkpoint(Path(order.source)) as checkpoint:
             _check_source(checkpoint, order.facts["source"])
-            work = order.recipe.work(checkpoint)
-            shard = work.shards[order.number]
-            if shard.file != order.file:
-                raise Unfit(f"plans {shard.file} where {order.file} was asked for")
-            entry = write_one(work, shard, path, wanted)
+            staged = None if order.staged is None else Path(order.staged)
+            with order.recipe.work(checkpoint, staged) as work:
+                shard = work.shards[order.number]
+                if shard.file != order.file:
+                    raise Unfit(f"plans {shard.file} where {order.file} was asked for")
+                entry = write_one(work, shard, path, wanted)
         wanted()
     except BaseException:
         path.unlink(missing_ok=True)

@@ -36,7 +36,7 @@ from molae.fit.layer import REFITS, Gathered, Part, factor_parts, runnable
 from molae.io import Checkpoint, map_file, numpy_dtype
 from molae.ops import Projection
 
-__all__ = ["Calibrated", "Calibration", "in_order"]
+__all__ = ["Calibrated", "Calibration", "Trials", "in_order"]
 
 #: Group sizes that are tried where the settings leave them open; those above E are left out.
 GROUP_SIZES = (1, 2, 4, 8, 16, 32)
@@ -44,6 +44,9 @@ GROUP_SIZES = (1, 2, 4, 8, 16, 32)
 #: Tokens on which group sizes are compared.
 TRIED_TOKENS = 8192
 
+
+#: By layer and matrix type.
+Trials = Mapping[tuple[int, str], dict[str, Any]]
 
 #: Is told a layer's number, steps done, steps in all, and the last loss.
 Told = Callable[[int, int, int, float], object]
@@ -135,8 +138,8 @@ class Calibrated:
             else Measurements.load(stats, facts, model.letters["E"])
         )
         self._layers: Mapping[int, Mapping[str, Split]] = {}
-        self._looks: Mapping[tuple[int, str], Look] = {}
-        self._foreseen: Mapping[tuple[int, str], float] = {}
+        #: What was tried of a layer's type, and what was foreseen from it, as in a report's row.
+        self.trials: Trials = {}
         self._finished: dict[int, Path] = {}
         self._state: Path | None = None
         self._told: Told = lambda layer, done, steps, loss: None
@@ -167,7 +170,7 @@ class Calibrated:
             if not size > 0:
                 raise ArgumentError("size: leaves nothing beside compressed experts; take more")
         sizes, candidates = self._group_sizes(min(size, flops or 1.0))
-        looks = self._looks = self._measured(sizes)
+        looks = self._measured(sizes)
         curves = self._curves(looks)
         if self._config.uniform:
             ranks = {
@@ -176,15 +179,26 @@ class Calibrated:
             }
         else:
             ranks = self._spend(size, looks, curves)
-        self._foreseen = {
-            place: sum(float(c.lost[rank]) for c, rank in zip(curves[place], own, strict=False))
-            for place, own in ranks.items()
+        self.trials = {
+            place: {
+                "effects": [list(own) for own in zip(TRIAL_SIZES, look.effects, strict=True)],
+                "foreseen": sum(
+                    float(curve.lost[rank])
+                    for curve, rank in zip(curves[place], ranks[place], strict=False)
+                ),
+            }
+            for place, look in looks.items()
         }
         layers: dict[int, dict[str, Split]] = {}
         for (layer, kind), look in looks.items():
             layers.setdefault(layer, {})[kind] = Split(tuple(look.groups), ranks[layer, kind])
         self._layers = layers
         return Allocation("gauge", layers, candidates, compressed, self._light)
+
+    def take(self, allocation: Allocation, trials: Trials) -> None:
+        """Groups and ranks that were decided elsewhere, and what was tried for them."""
+        self._layers, self._counts = allocation.layers, allocation.compressed
+        self.trials = trials
 
     def _measured(self, sizes: Mapping[str, int]) -> dict[tuple[int, str], Look]:
         """Of every layer and type in groups of these sizes; what is not known yet is measured."""
@@ -338,12 +352,6 @@ class Calibrated:
                 "take a larger size or larger groups"
             )
         return tuple(max(rank, 1) for rank in ranks) + (0,) * idle
-
-    def trials_of(self, layer: int, kind: str) -> dict[str, Any]:
-        """What was tried of a type, and what was foreseen from it, as in a report's row."""
-        look = self._looks[layer, kind]
-        effects = [[size, effect] for size, effect in zip(TRIAL_SIZES, look.effects, strict=True)]
-        return {"effects": effects, "foreseen": self._foreseen[layer, kind]}
 
     def _curves(self, looks: Mapping[tuple[int, str], Look]) -> dict[tuple[int, str], list[Curve]]:
         """Of the groups that are to have a rank, in nats a token: from what the trials did."""

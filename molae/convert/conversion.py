@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from molae import __version__
 from molae.arch import Family, Model, describe, light_specs
 from molae.config import ConvertConfig
 from molae.convert.allocation import Allocation, complete_fused, split_numbers
-from molae.convert.calibrated import Calibrated, Calibration
+from molae.convert.calibrated import Calibrated, Calibration, Trials
 from molae.convert.card import convert_card
 from molae.convert.estimate import calibrated_seconds, fit_seconds, memory_bytes, scratch_bytes
 from molae.convert.executor import Recipe
@@ -30,6 +31,7 @@ from molae.convert.planning import Plan, spread, storage, summarize
 from molae.convert.probe import Probe
 from molae.convert.report import CompressedRow, HealRow, Rows, TypeRow
 from molae.convert.shards import COMPRESSED, Job, convert_shards, finished_layers
+from molae.convert.staging import StagedText, write_reading
 from molae.errors import ArgumentError
 from molae.factored import Factored, group_tensors
 from molae.io import DTYPES, Checkpoint, LazyArrays
@@ -39,17 +41,26 @@ __all__ = ["Conversion", "ConversionRecipe", "check_divisible"]
 
 @dataclass(frozen=True)
 class ConversionRecipe:
-    """How other processes do the work of a `Conversion`."""
+    """How other processes do the work of a `Conversion`; `facts` are of its text, and `trials` what
+    it was tried with."""
 
     source: str
     config: ConvertConfig
     family: Family | None
     allocation: Allocation
+    facts: Mapping[str, Any] | None
+    trials: Trials
 
-    def work(self, checkpoint: Checkpoint) -> Conversion:
-        return Conversion(
-            self.source, checkpoint, self.config, self.family, allocation=self.allocation
-        )
+    @contextlib.contextmanager
+    def work(self, checkpoint: Checkpoint, staged: Path | None) -> Iterator[Conversion]:
+        given = (self.source, checkpoint, self.config, self.family)
+        if staged is None or self.facts is None:
+            yield Conversion(*given, allocation=self.allocation)
+            return
+        with StagedText(self.facts, staged) as text:
+            # Nothing else of a text is asked for by a fit of one layer, at once.
+            calibration = cast("Calibration", text)
+            yield Conversion(*given, calibration, allocation=self.allocation, trials=self.trials)
 
 
 def check_divisible(config: ConvertConfig, calibrated: bool) -> None:
@@ -59,10 +70,18 @@ def check_divisible(config: ConvertConfig, calibrated: bool) -> None:
     ------
     ArgumentError
     """
-    if calibrated:
+    if not calibrated:
+        return
+    if not config.one_shot:
         raise ArgumentError(
             "scheduler: with a calibration text each layer is fitted to what the converted layers "
-            "before it hand on, so one process does it all; leave the scheduler out, or the text"
+            "before it hand on, so one process does it all; leave the scheduler out, or take "
+            "one_shot (--one-shot), whose layers do not wait for each other"
+        )
+    if config.compressed_experts:
+        raise ArgumentError(
+            "scheduler: compressed experts are judged by the whole model, which one process runs; "
+            "leave the scheduler out, or compressed_experts"
         )
 
 
@@ -84,6 +103,7 @@ class Conversion:
         calibration: Calibration | None = None,
         stats: Path | None = None,
         allocation: Allocation | None = None,
+        trials: Trials | None = None,
     ) -> None:
         self.source_name = source
         self.checkpoint = checkpoint
@@ -93,11 +113,14 @@ class Conversion:
         self.model: Model = describe(checkpoint, family=family)
         self.calibration = calibration
         self.calibrated: Calibrated | None = None
-        if allocation is not None:
-            pass  # decided elsewhere
-        elif calibration is not None:
+        if calibration is not None:
             self.calibrated = Calibrated(checkpoint, self.model, config, calibration, stats)
-            allocation = self.calibrated.allocate()
+            if allocation is None:
+                allocation = self.calibrated.allocate()
+            else:
+                self.calibrated.take(allocation, trials or {})
+        elif allocation is not None:
+            pass  # decided elsewhere
         elif (
             config.uniform
             or config.one_shot
@@ -132,7 +155,19 @@ class Conversion:
     def recipe(self) -> Recipe:
         """For other processes: all that is decided, so that they need not decide it again."""
         check_divisible(self.config, self.calibration is not None)
-        return ConversionRecipe(self.source_name, self.config, self.family, self.allocation)
+        facts = None if self.calibration is None else self.calibration.facts
+        trials = {} if self.calibrated is None else self.calibrated.trials
+        return ConversionRecipe(
+            self.source_name, self.config, self.family, self.allocation, facts, trials
+        )
+
+    def stage(self, number: int, path: Path) -> bool:
+        """What the experts of the shard's layer read in the text, if there is one."""
+        jobs = self.shards[number].jobs
+        if self.calibration is None or not jobs:
+            return False
+        write_reading(path, self.calibration.reading(jobs[0].layer))
+        return True
 
     @property
     def is_mapped(self) -> bool:
@@ -186,7 +221,8 @@ class Conversion:
                     tensors[part.name] = LazyArrays(len(group), partial(_member, matrices, group))
                 else:
                     tensors[part.name] = fitted.factors[g, part.role]
-        facts: dict[str, Any] = {**fitted.diagnostics, **self._trials(job.layer, kind)}
+        trials = {} if self.calibrated is None else self.calibrated.trials[job.layer, kind]
+        facts: dict[str, Any] = {**fitted.diagnostics, **trials}
         row = TypeRow(
             layer=job.layer,
             kind=kind,
@@ -205,10 +241,6 @@ class Conversion:
             **facts,
         )
         return tensors, [dataclasses.asdict(row), *self._healed(job.layer, seconds)]
-
-    def _trials(self, layer: int, kind: str) -> dict[str, Any]:
-        """Of a calibration: effects, and what was foreseen."""
-        return {} if self.calibrated is None else self.calibrated.trials_of(layer, kind)
 
     def _healed(self, layer: int, seconds: float) -> list[dict[str, Any]]:
         found = None if self.calibrated is None else self.calibrated.healed()
@@ -284,9 +316,17 @@ class Conversion:
             compressed=compressed,
             light=light.title if compressed else None,
             scratch_bytes=scratch_bytes(self),
-            parallel=len(self.shards) if self.calibration is None else 1,
+            parallel=len(self.shards) if self._is_divisible else 1,
             encoding=self.checkpoint.encoding,
         )
+
+    @property
+    def _is_divisible(self) -> bool:
+        try:
+            check_divisible(self.config, self.calibration is not None)
+        except ArgumentError:
+            return False
+        return True
 
     def _seconds(self) -> float:
         if self.calibrated is None or self.calibration is None:

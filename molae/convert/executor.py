@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +26,11 @@ Progress = Callable[[int, int, str], None]
 class Recipe(Protocol):
     """What another process needs to do the same work on the same checkpoint; can be pickled."""
 
-    def work(self, checkpoint: Checkpoint) -> pipeline.Work:
-        """The work, with everything decided as it was where the recipe comes from."""
+    def work(
+        self, checkpoint: Checkpoint, staged: Path | None
+    ) -> AbstractContextManager[pipeline.Work]:
+        """The work, with everything decided as it was where the recipe comes from. Of shards that
+        something was staged for, the one that has it in this file is done."""
 
 
 class Divisible(pipeline.Work, Protocol):
@@ -39,6 +43,21 @@ class Divisible(pipeline.Work, Protocol):
         ------
         ArgumentError
             Jobs depend on each other; the message says why and what to do.
+        """
+
+    def stage(self, number: int, path: Path) -> bool:
+        """Write what a shard needs besides the recipe and the checkpoint to a file.
+
+        Parameters
+        ----------
+        number : int
+            Of the shard; they are asked for in ascending order.
+        path : Path
+
+        Returns
+        -------
+        bool
+            False where it needs nothing; no file is written then.
         """
 
 

@@ -93,6 +93,9 @@ class Healing:
         """None: each layer is trained on what the trained ones before it hand on."""
         raise ArgumentError("heal: its layers wait for each other, so one process does it all")
 
+    def stage(self, number: int, path: Path) -> bool:
+        return False
+
     @property
     def settings(self) -> dict[str, Any]:
         return self.config.to_dict() | {

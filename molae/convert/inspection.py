@@ -46,8 +46,7 @@ class Inspection:
     expert_parameters : int
         Of the routed experts.
     active_experts : int
-        Those of them that a token meets; in a converted checkpoint as `molae.arch.Model.counts`
-        expects.
+        Those of them that a token meets; see `molae.arch.Model.active_experts`.
     active_parameters : int or None
         All that a token of a text meets; None as above.
     shared_parameters : int or None
@@ -287,8 +286,7 @@ def _facts(path: str, model: Model, decoded: int, compressed: int, light: str) -
         shapes={kind: model.shape(kind) for kind in model.kinds},
         total_parameters=counts.total_parameters,
         expert_parameters=counts.expert_parameters,
-        active_experts=counts.active_parameters
-        - (counts.total_parameters - counts.expert_parameters),
+        active_experts=model.active_experts(),
         active_parameters=counts.active_parameters,
         shared_parameters=_numbers(
             info for name, info in model.tensors.items() if _SHARED & set(name.split("."))

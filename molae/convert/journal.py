@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from molae.convert.report import JOURNAL, is_row
+from molae.convert.report import JOURNAL, is_row, is_worker
 from molae.errors import DestinationError
 from molae.io import parse_json, write_text_atomic
 from molae.io.writer import destination_error, write_all
@@ -80,6 +80,7 @@ class Journal:
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Record a finished shard, durably."""
+        entry = {**entry, "check": _check(entry)}
         line = (json.dumps(entry) + "\n").encode()
         try:
             with open(self._path, "r+b", buffering=0) as file:
@@ -133,9 +134,18 @@ def _is_shard(entry: Mapping[str, Any]) -> bool:
 def _is_complete(entry: Mapping[str, Any]) -> bool:
     """Whether a line says all that a finished shard's does."""
     kinds = {"bytes": int, "sha256": str, "inputs": dict, "rows": list}
-    return all(isinstance(entry.get(name), kind) for name, kind in kinds.items()) and all(
-        is_row(row) for row in entry["rows"]
+    said = {name: value for name, value in entry.items() if name != "check"}
+    return (
+        entry.get("check") == _check(said)
+        and all(isinstance(entry.get(name), kind) for name, kind in kinds.items())
+        and all(is_row(row) for row in entry["rows"])
+        and ("worker" not in entry or is_worker(entry["worker"]))
     )
+
+
+def _check(entry: Mapping[str, Any]) -> str:
+    """Tells a line of which a bit has turned: what it says goes into the result."""
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_names(value: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,8 +35,9 @@ class MaterializationRecipe:
     source: str
     family: Family | None
 
-    def work(self, checkpoint: Checkpoint) -> Materialization:
-        return Materialization(self.source, checkpoint, self.family)
+    @contextlib.contextmanager
+    def work(self, checkpoint: Checkpoint, staged: Path | None) -> Iterator[Materialization]:
+        yield Materialization(self.source, checkpoint, self.family)
 
 
 class Materialization:
@@ -68,6 +70,9 @@ class Materialization:
 
     def recipe(self) -> Recipe:
         return MaterializationRecipe(self.source_name, self.family)
+
+    def stage(self, number: int, path: Path) -> bool:
+        return False
 
     def resume(
         self, finished: Mapping[str, Path], state: Path, tell: Callable[[str], None]

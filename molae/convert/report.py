@@ -179,7 +179,7 @@ class WorkerRow:
     address: str
     host: str
     threads: int
-    build: dict[str, Any]
+    build: dict[str, str]
     differs: list[str]
     files: list[str]
 
@@ -207,6 +207,11 @@ def is_row(value: Any) -> bool:
     return made is not None and _is_made(made, value)
 
 
+def is_worker(value: Any) -> bool:
+    """Whether a journal's line can say that of who computed a file."""
+    return isinstance(value, dict) and _is_made(WorkerRow, {**value, "files": []})
+
+
 def _is_made(made: type, value: Any) -> bool:
     """Whether a dataclass of rows can be made of `value`."""
     if not isinstance(value, dict):
@@ -229,6 +234,8 @@ def _fits(value: Any, hint: Any) -> bool:
     inner = get_args(hint)
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_fits(own, inner[0]) for own in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(own, inner[1]) for own in value.values())
     if inner:
         return any(_fits(value, own) for own in inner)
     if isinstance(value, bool):

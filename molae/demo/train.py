@@ -255,7 +255,7 @@ def train(
     began, spent = 0, 0.0
     running = None
     if state is not None and state.exists():
-        saved = torch.load(state, map_location=device)
+        saved = torch.load(state, map_location=device, weights_only=True)
         if saved["settings"] == asdict(settings):
             began, spent, running = saved["step"], saved["seconds"], saved["running"]
             best, best_step, best_weights = (saved[key] for key in ("best", "best_step", "weights"))

@@ -107,7 +107,7 @@ def latent_model(
     factored = _fused(factored, family)
     config.quantization_config = MolaeConfig(**factored.to_dict())
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     place_experts(model, family, factored, raw)
     model.to_empty(device=device)
     text = config.get_text_config()

@@ -21,7 +21,8 @@ from molae.arch import Family, check_factors, describe, find_family
 from molae.arch.family import FUSED, Layout
 from molae.errors import ArgumentError, CheckpointError
 from molae.factored import QUANT_METHOD, Factored, Split
-from molae.hf.experts import LatentExperts, refuse_other_experts
+from molae.hf.activation import activation_of
+from molae.hf.experts import LatentExperts
 from molae.io import TensorInfo
 from molae.io.header import read_header
 
@@ -143,7 +144,7 @@ def place_experts(
             )
     for layer in moe_layers:
         kinds, n = factored.layers.get(layer, {}), factored.compressed.get(layer, 0)
-        if kinds or n or any(tensor.per_expert for tensor in layout.tensors):
+        if kinds or n or any(t.per_expert or not t.as_matrices for t in layout.tensors):
             path = _experts_path(model, family, layer)
             _replace(model, path, kinds, n, layout, factored, letters)
     return layout
@@ -159,9 +160,9 @@ def _replace(
     letters: Mapping[str, int],
 ) -> None:
     old: Any = model.get_submodule(path)
-    refuse_other_experts(old, path)
     first = next(old.parameters())
-    fused = layout.of_type("gate_proj").role == FUSED and "gate_proj" not in kinds
+    stored = layout.of_type("gate_proj")
+    fused = stored.role == FUSED and "gate_proj" not in kinds
     new = LatentExperts(
         letters["E"],
         letters["D"],
@@ -170,8 +171,11 @@ def _replace(
         up=kinds.get("up_proj"),
         down=kinds.get("down_proj"),
         form=factored.form,
-        activation=old.act_fn,
+        activation=activation_of(old),
         fused=fused,
+        transposed=stored.transposed,
+        interleaved=stored.interleaved,
+        bias=isinstance(getattr(old, "down_proj_bias", None), nn.Parameter),
         num_compressed=num_compressed,
         light=factored.light,
         device="meta",

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from molae.errors import ArgumentError, CheckpointError
+from safetensors import SafetensorError
+
+from molae.errors import ArgumentError, CheckpointError, MolaeError, shorten
+from molae.io.checkpoint import CONFIG, check_place, read_json
 from molae.io.hub import fetch, is_hub_id
 
-__all__ = ["find_folder", "first_line", "open_model", "open_tokenizer", "use_threads"]
+__all__ = [
+    "check_harmless",
+    "find_folder",
+    "first_line",
+    "open_model",
+    "open_tokenizer",
+    "use_threads",
+]
+
+ADAPTER = "adapter_config.json"
+
+#: Config entries by which Transformers may fetch code from the hub.
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 
 
 def find_folder(path: str | os.PathLike[str]) -> Path:
@@ -25,7 +41,40 @@ def find_folder(path: str | os.PathLike[str]) -> Path:
         folder = fetch(os.fspath(path))
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{path}: no checkpoint here (no config.json)")
+    config, _ = read_json(folder, CONFIG)
+    check_harmless(config or {}, folder)
     return folder
+
+
+def check_harmless(config: Mapping[str, Any], folder: Path | None = None) -> None:
+    """Refuse what would make Transformers read or run something that is not in the folder.
+
+    Code that comes with a checkpoint (``auto_map``) needs no check: it is never run, since
+    Transformers is always told not to.
+
+    Raises
+    ------
+    molae.errors.CheckpointError
+        An attention kernel of the hub is asked for, the folder holds an adapter, whose base may be
+        anywhere, or a link leads out of it.
+    """
+    for key in KERNELS:
+        asked = config.get(key)
+        for name in asked.values() if isinstance(asked, dict) else [asked]:
+            if isinstance(name, str) and not name.replace("_", "").isalnum():
+                raise CheckpointError(
+                    f"config.json: {key} {shorten(name)} names code that is not Transformers' own; "
+                    "remove the entry"
+                )
+    if folder is None:
+        return
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder}: holds an adapter ({ADAPTER}); merge it into its model first, or remove it"
+        )
+    for file in folder.iterdir():
+        if not file.name.startswith("."):
+            check_place(folder, file)
 
 
 def open_model(
@@ -63,9 +112,16 @@ def open_model(
     tokenizer = open_tokenizer(folder, path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            use_safetensors=True,  # other formats are pickles
+            trust_remote_code=False,
         )
-    except OSError as error:  # no weights, an unreadable shard
+    except MolaeError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # no weights, an unreadable shard
         raise CheckpointError(f"{path}: {first_line(error)}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -93,7 +149,7 @@ def open_tokenizer(folder: Path, name: str | os.PathLike[str] | None = None) -> 
     ):
         raise CheckpointError(f"{name}: no tokenizer here; copy that of the original")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name}: no tokenizer that Transformers can load; copy that of the original here "

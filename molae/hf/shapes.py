@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from molae.errors import CheckpointError, UnknownFamilyError
-from molae.hf.opening import first_line
+from molae.hf.opening import check_harmless, first_line
 from molae.io import DTYPES, TensorInfo
 
 __all__ = ["tensors_of"]
@@ -46,6 +46,8 @@ def tensors_of(config: Mapping[str, Any], *, known_as: str | None = None) -> dic
     nested = isinstance(text, Mapping)
     own: Mapping[str, Any] = text if isinstance(text, Mapping) else config
     kind = known_as or own.get("model_type")
+    for part in (config, own):
+        check_harmless(part)
     try:
         if _is_language(kind):
             net = _build(AutoModelForCausalLM, str(kind), own)
@@ -59,9 +61,9 @@ def tensors_of(config: Mapping[str, Any], *, known_as: str | None = None) -> dic
                 f"config.json: Transformers {_version()} knows no model_type "
                 f"{config.get('model_type')!r}"
             )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, UnknownFamilyError):
-            raise
+    except UnknownFamilyError:
+        raise
+    except Exception as error:  # each model's own code may fail in its own way
         raise CheckpointError(
             f"config.json: Transformers cannot build this model ({first_line(error)})"
         ) from error

@@ -17,10 +17,9 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from molae import ops
 from molae.arch import Model
 from molae.config import TYPES
-from molae.errors import CheckpointError, NonFiniteError
-from molae.hf.experts import refuse_other_experts
-from molae.hf.native import NAMES_BY_TYPE, activation_module
-from molae.hf.opening import first_line
+from molae.errors import ArgumentError, CheckpointError, MolaeError, NonFiniteError
+from molae.hf.activation import NAMES_BY_TYPE, activation_of
+from molae.hf.opening import check_harmless, first_line
 from molae.io import Checkpoint
 
 __all__ = ["LayerStream", "Light", "Projections", "StreamedExperts", "in_torch"]
@@ -118,6 +117,8 @@ class LayerStream:
     ------
     CheckpointError
         Transformers does not know the model, or builds it of other parts than are in the files.
+    ArgumentError
+        Its experts have biases.
 
     Notes
     -----
@@ -128,9 +129,16 @@ class LayerStream:
     def __init__(self, checkpoint: Checkpoint, model: Model) -> None:
         self._checkpoint, self._model = checkpoint, model
         try:
-            config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+            check_harmless(checkpoint.config, checkpoint.path)
+            config = AutoConfig.from_pretrained(
+                checkpoint.path, local_files_only=True, trust_remote_code=False
+            )
             with torch.device("meta"):
-                net: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                net: Any = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, trust_remote_code=False
+                )
+        except MolaeError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{checkpoint.path}: Transformers cannot build this model ({first_line(error)})"
@@ -324,9 +332,13 @@ class LayerStream:
                 old: Any = self._net.get_submodule(path)
             except AttributeError:
                 continue
-            refuse_other_experts(old, path)
-            act_fn = activation_module(getattr(old, "act_fn", None))
-            if act_fn is None or type(act_fn) not in NAMES_BY_TYPE:
+            if isinstance(getattr(old, "down_proj_bias", None), nn.Parameter):
+                raise ArgumentError(
+                    f"{type(self._net).__name__}: its experts have biases, which fits to what "
+                    "experts read do not know; convert it without a calibration text"
+                )
+            act_fn = activation_of(old)
+            if type(act_fn) not in NAMES_BY_TYPE:
                 break
             new = StreamedExperts(self._model.letters["E"], act_fn)
             self._net.set_submodule(path, new)

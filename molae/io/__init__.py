@@ -1,6 +1,13 @@
 """Checkpoints on disk: read safetensors lazily, write them without ever leaving half a file."""
 
-from molae.io.checkpoint import Checkpoint, map_file, natural_key, open_checkpoint, read_config
+from molae.io.checkpoint import (
+    Checkpoint,
+    lone_config,
+    map_file,
+    natural_key,
+    open_checkpoint,
+    read_config,
+)
 from molae.io.dtypes import COMPUTABLE, DTYPES, DType, dtype_name, numpy_dtype
 from molae.io.encoded import ENCODINGS
 from molae.io.header import TensorInfo, parse_json
@@ -26,6 +33,7 @@ __all__ = [
     "TensorSpec",
     "copy_file_atomic",
     "dtype_name",
+    "lone_config",
     "map_file",
     "natural_key",
     "numpy_dtype",

@@ -32,10 +32,12 @@ __all__ = [
     "SINGLE",
     "Checkpoint",
     "check_place",
+    "lone_config",
     "map_file",
     "natural_key",
     "open_checkpoint",
     "read_config",
+    "read_json",
 ]
 
 CONFIG = "config.json"
@@ -101,7 +103,7 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: not a folder; give the folder that holds {CONFIG}")
     for name in (CONFIG, INDEX, SINGLE):
         check_place(path, path / name)
-    config, config_sha = _read_json(path, CONFIG)
+    config, config_sha = read_json(path, CONFIG)
     if config is None:
         raise CheckpointError(f"{path}: no {CONFIG}; is this the checkpoint's own folder?")
     weight_map, index_sha = _weight_map(path)
@@ -113,6 +115,17 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(path, config, tensors, headers, config_sha, index_sha, encoded)
 
 
+def lone_config(path: str | os.PathLike[str]) -> Path | None:
+    """The ``config.json`` that was named, or that of a folder without weights; else None."""
+    path = Path(path)
+    if path.suffix == ".json" and not path.is_dir():
+        return path
+    if not (path / CONFIG).is_file():
+        return None
+    weights = any(own.name.lower().endswith(_WEIGHTS) for own in path.iterdir())
+    return None if weights else path / CONFIG
+
+
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A ``config.json`` without its checkpoint.
 
@@ -122,7 +135,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         It is not there, cannot be read, or is no JSON object.
     """
     path = Path(path)
-    config, _ = _read_json(path.parent, path.name)
+    config, _ = read_json(path.parent, path.name)
     if config is None:
         raise CheckpointError(f"{path}: cannot be read: no such file")
     return config
@@ -427,7 +440,7 @@ def _is_companion(p: Path) -> bool:
     return not (name == CONFIG or name.startswith((".", "consolidated")) or name.endswith(_WEIGHTS))
 
 
-def _read_json(
+def read_json(
     folder: Path, name: str, *, repeats: bool = True
 ) -> tuple[dict[str, Any] | None, str]:
     """One JSON object and the SHA-256 of its text; None where there is no such file."""
@@ -452,7 +465,7 @@ def _read_json(
 
 def _weight_map(folder: Path) -> tuple[dict[str, list[str]], str | None]:
     """The weight files in natural order with the names the index gives each; the index's hash."""
-    index, sha = _read_json(folder, INDEX, repeats=False)
+    index, sha = read_json(folder, INDEX, repeats=False)
     single = (folder / SINGLE).exists()
     if index is None:
         if single:

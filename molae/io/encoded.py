@@ -24,7 +24,7 @@ SCALE = "_scale_inv"
 BLOCKS, SCALES = "_blocks", "_scales"
 
 #: What scales of FP8 may be stored as; all of them are float32 numbers.
-SCALE_TYPES = ("F32", "BF16", "F16")
+SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 _AGAIN = "download the checkpoint again, or take the unquantized release"
 
@@ -76,9 +76,10 @@ def encoded_tensors(
         a kind that is not read; the message names the tensor or the entry.
     """
     quant = config.get("quantization_config")
-    method = quant.get("quant_method") if isinstance(quant, Mapping) else None
-    read = ENCODINGS.get(str(method))
-    return read(quant, tensors) if read and isinstance(quant, Mapping) else {}
+    if not isinstance(quant, Mapping):
+        return {}
+    read = ENCODINGS.get(str(quant.get("quant_method")))
+    return {} if read is None else read(quant, tensors)
 
 
 # ----------------------------------------------------------------------- FP8

@@ -127,7 +127,7 @@ def _by_type(
     *,
     y_label: str,
     top: float | None = None,
-    guides: Sequence[tuple[float, str]] = (),
+    guides: Sequence[float] = (),
     show: Callable[[float], str] = "{:.4f}".format,
     y_text: Callable[[float], str] = short,
 ) -> Markup | None:
@@ -189,10 +189,11 @@ def shares(report: Report) -> Markup | None:
         report,
         "shares",
         "What each layer keeps",
-        "Share of the numbers of each matrix type that is stored.",
+        f"Share of the numbers of each matrix type that is stored. Dotted: all experts, "
+        f"{percent(reached)}.",
         lambda row: row.stored_numbers / row.dense_numbers,
         y_label="share kept",
-        guides=((reached, f"all experts: {percent(reached)}"),),
+        guides=(reached,),
         show=percent,
         y_text="{:.0%}".format,
     )
@@ -302,7 +303,7 @@ def rank_maps(report: Report) -> list[Markup]:
         values = [(str(n), _columns(row.ranks)) for n, row in rows]
         most = max(len(row.ranks) for _, row in rows)
         order = ", the busiest experts first" if calibrated(report) else ""
-        merged = "" if most <= MOST_COLUMNS else f", {-(-most // MOST_COLUMNS)} together"
+        merged = "" if most <= MOST_COLUMNS else f", {_together(most)} together"
         title = f"Ranks of {name}"
         flat = [rank for _, row in rows for rank in row.ranks if rank is not None]
         cards.append(
@@ -318,6 +319,7 @@ def rank_maps(report: Report) -> list[Markup]:
                     bins,
                     x_label="group",
                     tip=lambda layer, column, value: f"layer {layer}, group {column}: {value:.4g}",
+                    column_names=_column_names(most),
                 ),
                 bins.legend(),
                 _spread_table([(n, row.ranks) for n, row in rows], "ranks, group by group"),
@@ -334,7 +336,15 @@ def _spread_table(
     `more` are further columns: a name, and a cell for each layer.
     """
     few = max(len(values) for _, values in rows) <= MOST_COLUMNS
-    heads = ("layer", "least", "tenth", "median", "nine tenths", "most", *(own[0] for own in more))
+    heads = (
+        "layer",
+        "least",
+        "tenth",
+        "median",
+        "nine tenths",
+        "most",
+        *(str(own[0]) for own in more),
+    )
     cells: list[list[object]] = []
     for at, (layer, values) in enumerate(rows):
         known = sorted(value for value in values if value is not None)
@@ -366,9 +376,18 @@ def _rank_bins(ranks: Sequence[int]) -> Bins:
     return Bins([float(e) for e in whole_edges], [f"q{n}" for n in range(7)], names)
 
 
+def _together(count: int) -> int:
+    """How many neighbours share a column."""
+    return max(1, -(-count // MOST_COLUMNS))
+
+
+def _column_names(count: int) -> list[str]:
+    return [str(first) for first in range(0, count, _together(count))]
+
+
 def _columns(values: Sequence[float | None]) -> list[float | None]:
     """At most `MOST_COLUMNS`: neighbours are put together by their mean."""
-    each = -(-len(values) // MOST_COLUMNS)
+    each = _together(len(values))
     if each <= 1:
         return list(values)
     found: list[float | None] = []
@@ -587,8 +606,9 @@ def load(report: Report) -> Markup | None:
             f"{len(tokens)} layers of {E} experts; {least:,} to {most:,} tokens an expert.",
             rows,
             LOADS,
-            x_label="expert",
+            x_label="expert, by use" if ordered else "expert",
             tip=tip,
+            column_names=_column_names(E),
         ),
         LOADS.legend(),
         _spread_table(

@@ -134,8 +134,7 @@ def _sections(report: Report) -> Iterable[Section | None]:
         "ranks",
         "Groups and ranks",
         "Experts of a group share one factor of this rank; each keeps a private one.",
-        [_types_table(report), f.shares(report), f.sensitivity(report)],
-        f.rank_maps(report),
+        [_types_table(report), f.shares(report), f.sensitivity(report), *f.rank_maps(report)],
     )
     yield _section(
         "errors",
@@ -161,36 +160,33 @@ def _sections(report: Report) -> Iterable[Section | None]:
         "Spectra",
         "How fast the singular values of a group's stacked experts fall says how much a shared "
         "factor can leave out.",
-        [f.effective_ranks(report)],
-        f.curves(report),
+        [f.effective_ranks(report), *f.curves(report)],
+    )
+    load = f.load(report)
+    yield _section(
+        "time", "Routing and time" if load else "Time", "", [load, f.layer_seconds(report)]
     )
     yield _section(
-        "routing", "Routing", "Busy experts are fitted to more tokens than idle ones.",
-        [f.load(report)],
-    )  # fmt: skip
-    yield _section("time", "Time", "", [f.layer_seconds(report)])
-    yield _section(
-        "run", "The run", "", [_settings_card(report), _versions_card(report), _files_card(report)]
+        "run",
+        "The run",
+        "",
+        [_settings_card(report), _versions_card(report), _files_card(report)],
+        layout="columns",
     )
 
 
 def _section(
-    key: str,
-    title: str,
-    lead: str,
-    cards: Iterable[Markup | None],
-    small: Iterable[Markup] = (),
+    key: str, title: str, lead: str, cards: Iterable[Markup | None], layout: str = "grid"
 ) -> Section | None:
-    """Cards side by side where there is room, and below them smaller ones; None without any."""
-    found, thirds = [own for own in cards if own is not None], list(small)
-    if not found and not thirds:
+    """Cards side by side where there is room; None without any."""
+    found = [own for own in cards if own is not None]
+    if not found:
         return None
     made = tag(
         "section",
         tag("h2", title, id=key),
         tag("p", lead, class_="lead") if lead else None,
-        tag("div", *found, class_="grid") if found else None,
-        tag("div", *thirds, class_="grid thirds") if thirds else None,
+        tag("div", *found, class_=layout),
         aria_labelledby=key,
     )
     return key, title, made
@@ -233,28 +229,35 @@ def _tiles(report: Report) -> Markup:
     plan = report.plan
     before, after = plan["before"], plan["after"]
     was, now = before["total_bytes"], after["total_bytes"]
-    tiles = [("Size", size_text(now), f"was {size_text(was)}")]
-    if now < was:
-        tiles.append(("Saved", size_text(was - now), f"{percent(1 - now / was)} of all bytes"))
+    saved = f", {size_text(was - now)} ({percent(1 - now / was)}) saved" if now < was else ""
+    tiles = [("Size", size_text(now), f"was {size_text(was)}{saved}")]
     asked = plan["size_asked"]
     tiles += [
         (
-            "Experts' numbers kept",
+            "Experts",
             percent(plan["size_reached"]),
-            "" if asked is None else f"{percent(asked)} asked for",
+            "of their numbers" + ("" if asked is None else f"; asked {percent(asked)}"),
         ),
         (
-            "Active parameters",
+            "Active",
             size_text(active_numbers(after), ""),
-            f"was {size_text(active_numbers(before), '')}, if routers pick evenly",
+            f"parameters a token; was {size_text(active_numbers(before), '')}",
         ),
-        ("Work in the experts", f"{plan['flops_ratio']:.3f}×", "operations a token"),
+        ("Work", f"{plan['flops_ratio']:.3f}×", "operations a token in the experts"),
     ]
     final = final_errors(report)
     if final:
-        tiles.append(("Layers' answers off", f"{mean_square(final.values()):.3f}", "relative"))
-    elif report.rows:
-        tiles.append(("Weights off", f"{report.error():.3f}", "relative"))
+        tiles.append(
+            (
+                "Layers off by",
+                f"{mean_square(final.values()):.3f}",
+                "relative error of their answers",
+            )
+        )
+    if (nats := foreseen(report)) is not None:
+        tiles.append(("Foreseen", f"{nats:.3g}", "nats a token; not measured"))
+    if report.rows and not final:
+        tiles.append(("Weights off by", f"{report.error():.3f}", "relative Frobenius error"))
     return tag(
         "dl",
         *(
@@ -299,18 +302,19 @@ def _harm(report: Report) -> Iterable[str]:
             f"(root mean square over {len(final)} layers); those of layer {worst} the most, "
             f"{final[worst]:.3f}."
         )
+    if (nats := foreseen(report)) is not None:
+        yield (
+            f"About {nats:.3g} nats a token were foreseen for the factors, as Kullback-Leibler "
+            "divergence of the next-token distributions: read off what one type of one layer did "
+            "while it alone was small, and added up, before any refit. It decided where the size "
+            "went; it was not measured on the result."
+        )
     if report.rows:
         worst_row = max(report.rows, key=lambda row: row.expert_error_max)
         yield (
             f"The weights are {report.error():.3f} off (relative Frobenius error, root mean square "
             f"over layers and types); those of the worst expert, in {worst_row.kind} of layer "
             f"{worst_row.layer}, {worst_row.expert_error_max:.3f}."
-        )
-    if (nats := foreseen(report)) is not None:
-        yield (
-            f"From what the model's answers did while one type of one layer was small, "
-            f"{nats:.3g} nats a token were foreseen: each as if alone, added up, before any "
-            "refit. It is a guide to where the size was spent, not a measurement of the result."
         )
 
 
@@ -320,18 +324,18 @@ def _error(final: Mapping[int, float]) -> str:
 
 def _advice(report: Report) -> Markup:
     if report.kind == "materialize":
-        first = "The result's text is measured by "
+        first = "The result's text is measured by:"
     elif calibrated(report):
         first = (
             "It was fitted to this very text, so other texts fare worse. What it does to the "
-            "model's text is measured by "
+            "model's text is measured by:"
         )
     else:
         first = (
             "No text ran through the model, so nothing here says how its answers changed. That "
-            "is measured by "
+            "is measured by:"
         )
-    return join((first, tag("code", "molae eval DST --text FILE --against SRC"), "."))
+    return join((first, tag("code", "molae eval DST --text FILE --against SRC")))
 
 
 # ------------------------------------------------------------------------ tables
@@ -374,13 +378,18 @@ def _types_table(report: Report) -> Markup | None:
     rows = []
     for kind, (_, name, _) in figures.LOOKS.items():
         if kind not in types:
-            rows.append((name, "as it was", "", "", whole(stored[kind]["dense"])))
+            rows.append((name, "as it was", "", "", size_text(stored[kind]["dense"], "")))
             continue
         own, numbers = types[kind], stored[kind]
         rows.append(
-            (name, _several(own["group_sizes"]), _several(own["ranks"]), whole(numbers["shared"]),
-             whole(numbers["private"] + numbers["dense"]))
-        )  # fmt: skip
+            (
+                name,
+                _several(own["group_sizes"]),
+                _several(own["ranks"]),
+                size_text(numbers["shared"], ""),
+                size_text(numbers["private"] + numbers["dense"], ""),
+            )
+        )
     tried = report.plan["candidates"]
     more: tuple[Markup, ...] = ()
     if tried:

@@ -43,6 +43,8 @@ margin:22px 0 0;padding:0}
 .tiles dd.fine{order:3;font-size:.8125rem;color:var(--dim)}
 .lost{margin:12px 0 0;padding:16px 18px;border-left:4px solid var(--accent)}
 .lost p:last-child,.lost ul:last-child{margin-bottom:0}
+.lost code{display:block;overflow-x:auto;white-space:nowrap;margin-top:4px;padding:5px 9px;
+background:var(--bg);border:1px solid var(--rule);border-radius:6px}
 .notes{margin:12px 0 0;padding:12px 18px 12px 34px;border-radius:10px;background:var(--note-bg);
 border:1px solid var(--rule)}
 .notes li::marker{color:var(--note)}
@@ -50,17 +52,17 @@ nav{margin:20px 0 0;font-size:.9375rem}
 nav a{margin-right:16px;white-space:nowrap}
 a{color:var(--accent)}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px;
-margin-top:14px;align-items:start}
+margin-top:14px}
 .card{margin:0;padding:16px 18px;min-width:0}
-.thirds{grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr))}
+.columns{columns:2 440px;column-gap:16px;margin-top:14px}
+.columns .card{break-inside:avoid;margin-bottom:16px}
 figcaption p,.card .sub{font-size:.875rem;margin-bottom:8px}
 svg{display:block;width:100%;height:auto}
 svg text{font-size:12px;fill:var(--ink);font-family:inherit}
-@media (min-width:521px){.thirds svg text{font-size:16px}.thirds svg text.label{font-size:15.5px}}
 .axis text{fill:var(--dim)}
 svg text.label{fill:var(--dim);font-size:11.5px}
 svg text.strong{font-weight:600}
-.grid path.grid,.grid path.guide,.card path.grid,.card path.guide{fill:none;stroke:var(--grid)}
+.card path.grid,.card path.guide{fill:none;stroke:var(--grid)}
 .card path.guide{stroke:var(--dim);stroke-dasharray:2 4}
 .line{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
 .dashed{stroke-dasharray:6 4}
@@ -99,10 +101,11 @@ footer{margin-top:48px;padding-bottom:36px;font-size:.875rem}
 @media (max-width:520px){main,header,footer{padding:0 14px}header{padding-top:22px}
 h1{font-size:1.4rem}.card{padding:14px 12px}section{margin-top:34px}
 .tiles{grid-template-columns:1fr 1fr;gap:8px}.tiles dd.big{font-size:1.2rem}
-svg text{font-size:13.5px}svg text.label{font-size:12.5px}}
+svg text{font-size:14.5px}svg text.label{font-size:14px}
+table{font-size:.8125rem}th,td{padding-right:10px}}
 @media print{:root{--bg:#fff;--note-bg:#fff}body{font-size:11pt}
 nav,details:not([open]){display:none}
 .card,.lost,.tiles div{break-inside:avoid}h2,h3{break-after:avoid}section{margin-top:22pt}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.grid{grid-template-columns:1fr 1fr}.thirds{grid-template-columns:1fr 1fr 1fr}}
+.grid{grid-template-columns:1fr 1fr}}
 """

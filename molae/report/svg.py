@@ -24,7 +24,7 @@ __all__ = [
 
 #: Width of every chart in its own units, which a phone shows at four fifths.
 WIDTH = 420
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 28, 40
 
 #: Points of a line that are marked one by one, and cells that are drawn one by one, each with
 #: its number at the pointer; more of them are lines and bands alone, for the page to stay small.
@@ -163,15 +163,16 @@ def line_chart(
     top: float | None = None,
     log_x: bool = False,
     log_y: bool = False,
-    guides: Sequence[tuple[float, str]] = (),
+    guides: Sequence[float] = (),
     x_text: Callable[[float], str] = short,
     y_text: Callable[[float], str] = short,
-    height: float = 236,
+    height: float = 250,
 ) -> Markup:
-    """Lines and dots over numbers. The vertical axis starts at 0, unless it is logarithmic."""
+    """Lines and dots over numbers. The vertical axis starts at 0, unless it is logarithmic;
+    `guides` are levels to compare with."""
     every = [point for own in series for point, _ in own.finite]
     xs = [x for x, _ in every] or [0.0]
-    ys = [y for _, y in every] + [y for y, _ in guides] or [0.0]
+    ys = [y for _, y in every] + list(guides) or [0.0]
     if log_y:
         rows = decades(min(ys), max(ys))
     else:
@@ -193,7 +194,7 @@ def line_chart(
         desc,
         height,
         _grid(x, y, columns, rows, x_label, y_label, height, x_text, y_text),
-        *(_guide(y(value), text) for value, text in guides),
+        *(tag("path", class_="guide", d=f"M{LEFT} {at(y(v))}H{WIDTH - RIGHT}") for v in guides),
         *(_line(own, x, y) for own in series),
     )
 
@@ -209,7 +210,6 @@ def _grid(
     x_text: Callable[[float], str],
     y_text: Callable[[float], str],
 ) -> Markup:
-    middle = at((height - BOTTOM + TOP) / 2)
     lines = "".join(f"M{LEFT} {at(y(row))}H{WIDTH - RIGHT}" for row in rows)
     return tag(
         "g",
@@ -219,26 +219,16 @@ def _grid(
             for row in rows
         ),
         *(
-            tag("text", x_text(column), x=at(x(column)), y=at(height - BOTTOM + 15),
+            tag("text", x_text(column), x=at(x(column)), y=at(height - BOTTOM + 17),
                 text_anchor="middle")
             for column in columns
         ),
         tag("text", x_label, x=at((LEFT + WIDTH - RIGHT) / 2), y=at(height - 4),
             text_anchor="middle", class_="label"),
-        tag("text", y_label, transform=f"translate(10 {middle}) rotate(-90)",
-            text_anchor="middle", class_="label"),
+        tag("text", y_label, x=4, y=12, class_="label"),
         class_="axis",
         aria_hidden="true",
     )  # fmt: skip
-
-
-def _guide(place: float, text: str) -> Markup:
-    """A level that the eye may compare with."""
-    return tag(
-        "g",
-        tag("path", class_="guide", d=f"M{LEFT} {at(place)}H{WIDTH - RIGHT}"),
-        tag("text", text, x=WIDTH - RIGHT, y=at(place - 4), text_anchor="end", class_="label"),
-    )
 
 
 def _line(own: Series, x: Scale, y: Scale) -> Markup:
@@ -349,7 +339,7 @@ def stacked_columns(
     x_label: str,
     y_label: str,
     text: Callable[[float], str],
-    height: float = 200,
+    height: float = 216,
 ) -> Markup:
     """Bars that stand, one a layer, of several parts each."""
     totals = [sum(part.values[n] for part in parts) for n in range(len(names))]
@@ -442,7 +432,7 @@ def heatmap(
             *(
                 tag("text", names[n], x=at(left + (n + 0.5) * cell_w), y=at(bottom + 13),
                     text_anchor="middle")
-                for n in range(0, most, step)
+                for n in range(0, min(most, len(names)), step)
             ),
             tag("text", x_label, x=at((left + WIDTH - RIGHT) / 2), y=at(bottom + 30),
                 text_anchor="middle", class_="label"),

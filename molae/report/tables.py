@@ -11,12 +11,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from molae.arch import Draft
 from molae.config import TYPES
 from molae.convert import Inspection, Plan, Report
 from molae.convert.planning import Storage
 from molae.report.units import size_text, time_text
 
-__all__ = ["inspect_view", "plan_view", "report_view"]
+__all__ = ["draft_view", "inspect_view", "plan_view", "report_view"]
 
 
 def plan_view(plan: Plan) -> RenderableType:
@@ -143,9 +144,9 @@ def inspect_view(found: Inspection) -> RenderableType:
             change = found.active_compressed / found.active_parameters - 1
             table.add_row("  so compressed", f"{found.active_compressed:,} ({change:+.1%})")
     if found.unsupported:
-        table.add_row("not converted", found.unsupported)
+        table.add_row("not converted", Text(found.unsupported))
     for note in found.notes:
-        table.add_row("note", note)
+        table.add_row("note", Text(note))
     factored = found.factored
     if factored is None:
         return table
@@ -165,6 +166,20 @@ def inspect_view(found: Inspection) -> RenderableType:
             cells.append("as it was" if split is None else _groups_text(split.groups, split.ranks))
         ranks.add_row(str(layer), *cells)
     return Group(table, ranks) if factored.layers else table
+
+
+def draft_view(draft: Draft, path: str, fault: str | None) -> RenderableType:
+    """What a draft rests on, and whether the checkpoint can be read with it."""
+    table = Table.grid(padding=(0, 2))
+    for title, lines in (("found", draft.found), ("to fill in", draft.missing)):
+        for line in lines:
+            table.add_row(title, Text(line))
+    end = (
+        f"Written to {path}. molae reads the checkpoint with --arch {path}: read it over first."
+        if fault is None
+        else f"Written to {path}. molae does not read the checkpoint with it yet: {fault}"
+    )
+    return Group(table, Text(end))
 
 
 def _known(count: int | None) -> str:

@@ -174,7 +174,8 @@ def _text_config(folder: Path) -> Any:
     """What a checkpoint's own configuration says of its language model."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return config.get_text_config()
 
 
 def _row_length(config: Any, length: int) -> int:

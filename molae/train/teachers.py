@@ -142,9 +142,13 @@ class KeptAnswers:
         counts = [int((rows[i]["labels"][1:] != IGNORED).sum()) for i in range(len(rows))]
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
-        self._tokens = np.load(folder / TOKENS, mmap_mode="r")
-        self._values = np.load(folder / VALUES, mmap_mode="r")
-        self._rest = np.load(folder / REST, mmap_mode="r") if (folder / REST).exists() else None
+        self._tokens = np.load(folder / TOKENS, mmap_mode="r", allow_pickle=False)
+        self._values = np.load(folder / VALUES, mmap_mode="r", allow_pickle=False)
+        self._rest = (
+            np.load(folder / REST, mmap_mode="r", allow_pickle=False)
+            if (folder / REST).exists()
+            else None
+        )
 
     def targets(self, inputs: Mapping[str, Any]) -> Callable[[slice], Target]:
         """See `molae.train.loss.Teacher`."""

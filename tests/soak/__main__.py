@@ -1,0 +1,75 @@
+"""``python -m soak``: the long runs, and the table of their results in docs/reliability.md.
+
+From the repository's folder, with ``tests`` in PYTHONPATH; ``make soak`` does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before NumPy and torch are loaded: children are forked, and a machine may be small.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MOLAE_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+
+def _fuzz(args: argparse.Namespace) -> Any:
+    from soak import fuzz
+
+    told = Path(os.environ["MOLAE_SOAK_TOLD"]) if "MOLAE_SOAK_TOLD" in os.environ else None
+    return fuzz.run(args.mutations, args.seed, told=told)
+
+
+def _kills(args: argparse.Namespace) -> Any:
+    from soak import kills
+
+    return kills.run(args.kills, args.seed)
+
+
+def _faults(args: argparse.Namespace) -> Any:
+    from soak import faults
+
+    return faults.run(args.calls, args.seed)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "fuzz": _fuzz,
+    "kills": _kills,
+    "faults": _faults,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="soak", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mutations", type=int, default=10_000)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--calls", type=int, default=10_000, help="system calls that fail")
+    parser.add_argument("--write", type=Path, help="the page whose table is to be written anew")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.parts) - set(PARTS)):
+        parser.error(f"no such part: {', '.join(unknown)}")
+    if not args.parts or "faults" in args.parts:
+        from soak.faults import preload
+
+        preload(["-m", "soak", *sys.argv[1:]])
+    faults = 0
+    for part in args.parts or PARTS:
+        found = PARTS[part](args).to_dict()
+        faults += len(found["faults"])
+        print(json.dumps({"part": part, **found}), flush=True)
+        if args.write is not None:
+            from soak import table
+
+            table.write(args.write, part, args.seed, found)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

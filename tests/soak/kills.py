@@ -1,0 +1,217 @@
+"""Runs killed (SIGKILL) at random moments, each then resumed: to the bytes of one that was not.
+
+All is imported once; each run is a forked child, so that the moments fall into the work and not
+into the imports. Between a kill and what resumes it, every file under its own name must be whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from checkpoints import add_companions, make_checkpoint
+from converting import REPORT, tree
+
+from molae import ConvertConfig, HealConfig, convert, heal, materialize
+from molae.convert import layer_state
+from molae.convert.destination import LOCK
+from molae.convert.journal import JOURNAL
+from molae.errors import DestinationError
+
+__all__ = ["PHASES", "Outcome", "run"]
+
+#: A run that takes longer hangs.
+SECONDS = 300.0
+
+Run = Callable[[Path], object]
+
+
+@dataclass
+class Outcome:
+    """Kills by the kind of run and by what they left, and what must not be."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    left: Counter[str] = field(default_factory=Counter)
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def run(count: int, seed: int) -> Outcome:
+    """So many kills, spread evenly over the kinds of runs."""
+    rng, found, started = random.Random(f"kills {seed}"), Outcome(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        runs = _runs(work)
+        for at, phase in enumerate(runs):
+            kills = count // len(runs) + (at < count % len(runs))
+            if kills:
+                _phase(found, phase, runs[phase], kills, work, rng)
+    found.seconds = time.perf_counter() - started
+    return found
+
+
+PHASES = ("data-free", "materialize", "calibrated", "compressed experts", "healed", "heal")
+
+
+def _runs(work: Path) -> dict[str, Run]:
+    from molae.hf.calibrate import Calibration
+
+    source = make_checkpoint(
+        work / "src", L=3, E=4, D=16, F=8, dtype="BF16", config={"eos_token_id": 2}
+    )
+    add_companions(source)
+    converted = work / "converted"
+    convert(source, converted, ConvertConfig(size=0.6, group_size=2))
+    tokens = np.random.default_rng(0).integers(0, 40, 1024)
+    layer_state.EVERY, layer_state.SHARE = 0.0, 0.0  # a state after every step
+
+    def calibration() -> Calibration:
+        scratch = work / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        return Calibration(source, tokens, sequences=16, length=64, folder=scratch)
+
+    def calibrated(**settings: Any) -> Run:
+        config = ConvertConfig(size=0.7, group_size=2, **settings)
+
+        def go(dst: Path) -> None:
+            with calibration() as own:
+                convert(source, dst, config, calibration=own)
+
+        return go
+
+    def heal_it(dst: Path) -> None:
+        with calibration() as own:
+            heal(converted, dst, source, HealConfig(passes=3), calibration=own)
+
+    return {
+        "data-free": lambda dst: convert(source, dst, ConvertConfig(size=0.5, group_size=2)),
+        "materialize": lambda dst: materialize(converted, dst),
+        "calibrated": calibrated(),
+        "compressed experts": calibrated(compressed_experts=1, light_module="narrow:2"),
+        "healed": calibrated(heal=3),
+        "heal": heal_it,
+    }
+
+
+def _phase(found: Outcome, phase: str, go: Run, kills: int, work: Path, rng: random.Random) -> None:
+    dst = work / "dst"
+    go(dst)  # here: what it imports on the way is there for all children
+    begun, taken = _finished(go, dst, work)
+    wanted, report = tree(dst), _without_times(dst)
+    for _ in range(kills):
+        shutil.rmtree(dst)
+        # Most of them after the work on the shards has begun.
+        moments = [
+            rng.uniform(begun if rng.random() < 0.7 else 0, taken)
+            for _ in range(1 + (rng.random() < 0.25))
+        ]
+        trouble = _killed_and_resumed(found, go, dst, work, moments, wanted, report)
+        found.kills[phase] += 1
+        if trouble:
+            found.faults.append({"phase": phase, "moments": moments, "fault": trouble})
+        dst.mkdir(exist_ok=True)
+    shutil.rmtree(dst)
+
+
+def _killed_and_resumed(
+    found: Outcome, go: Run, dst: Path, work: Path, moments: list[float],
+    wanted: dict[str, str], report: Any,
+) -> str:  # fmt: skip
+    for moment in moments:  # a resumed run may be killed too
+        child = _fork(go, dst, work)
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        there = tree(dst) if dst.exists() else {}
+        torn = [name for name, sha in there.items() if name in wanted and wanted[name] != sha]
+        if torn:
+            return f"not whole under its own name: {torn}"
+        found.left[_left(dst, there)] += 1
+        if (dst / REPORT).exists() and not (dst / JOURNAL).exists():
+            break
+    else:
+        _finished(go, dst, work)
+    now = tree(dst)
+    now.pop(LOCK, None)  # of a run that was killed on its way out
+    if now != wanted:
+        return (
+            f"other bytes: {sorted(n for n in now.keys() | wanted if now.get(n) != wanted.get(n))}"
+        )
+    return "" if _without_times(dst) == report else "another report"
+
+
+def _left(dst: Path, there: dict[str, str]) -> str:
+    """What a kill left, in words."""
+    if not there:
+        return "nothing yet"
+    if not (dst / JOURNAL).exists():
+        return "all" if (dst / REPORT).exists() else "a lock"
+    if (dst / layer_state.STATE).exists():
+        return "a layer half trained"
+    done = sum(name.endswith(".safetensors") for name in there)
+    return "no shard" if done == 0 else "some shards" if done < 3 else "all shards"
+
+
+def _fork(go: Run, dst: Path, work: Path) -> int:
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        try:
+            go(dst)
+        except DestinationError as error:
+            (work / "error").write_text(str(error))
+            raise
+        code = 0
+    except BaseException:
+        (work / "error").write_text(traceback.format_exc())
+    finally:
+        os._exit(code)
+
+
+def _finished(go: Run, dst: Path, work: Path) -> tuple[float, float]:
+    """Run to the end; seconds until there was a journal, and in all."""
+    if (dst / REPORT).exists() and not (dst / JOURNAL).exists():
+        shutil.rmtree(dst)
+    started, begun = time.monotonic(), 0.0
+    child = _fork(go, dst, work)
+    while time.monotonic() - started < SECONDS:
+        if not begun and (dst / JOURNAL).exists():
+            begun = time.monotonic() - started
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            if status != 0:
+                raise RuntimeError((work / "error").read_text())
+            return begun, time.monotonic() - started
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise RuntimeError(f"a run took more than {SECONDS} seconds")
+
+
+def _without_times(dst: Path) -> Any:
+    def bare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: bare(own) for key, own in value.items() if key != "seconds"}
+        return [bare(own) for own in value] if isinstance(value, list) else value
+
+    return bare(json.loads((dst / REPORT).read_text()))
