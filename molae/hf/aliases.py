@@ -24,7 +24,9 @@ def register_aliases() -> None:
     """
     for name, family in families().items():
         known = family.transformers
-        if known in CONFIG_MAPPING and name not in CONFIG_MAPPING and not family.unsupported:
+        if known is None or family.unsupported:
+            continue
+        if known in CONFIG_MAPPING and name not in CONFIG_MAPPING:
             _register(name, known)
 
 
