@@ -65,8 +65,8 @@ class StagedText:
         """The one that is in the file."""
         if anchored:
             raise CheckpointError(f"{self._path.name}: was read without the layers before it")
-        arrays = map_file(self._path)
-        activation: Any = arrays.pop(_ACTIVATION).tobytes().decode()
+        arrays: dict[str, Any] = dict(map_file(self._path))
+        activation = arrays.pop(_ACTIVATION).tobytes().decode()
         return LayerInput(**arrays, activation=activation, room=self._room)
 
     def advance(self, layer: int, *changed: object) -> None:
