@@ -4,10 +4,12 @@
 # valgrind), package, bench, docs (the pages of docs/api), soak (docs/reliability.md; hours), clean.
 #
 # PYTHON=python3.12       the interpreter that .venv is made with
+# JOBS=4                  processes that the tests run in
 # TORCH_INDEX=URL         another package index to look for torch in besides the usual one, such as
 #                         https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
+JOBS ?= 2
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,9 +22,10 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 demo: $(VENV)/installed
 	$(BIN)/molae demo
 
-# The installed package is tested, not the source tree: hence -P.
+# The installed package is tested, not the source tree: hence -P. A file's tests share what they set
+# up, so that each file stays in one process.
 test: $(VENV)/installed
-	$(BIN)/python -P -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -P -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
@@ -35,6 +38,7 @@ soak: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/python -P docs/make_api.py
+	$(BIN)/python -P docs/make_families.py
 
 # ------------------------------------------------------------------ the environment
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import RESULTS, ROOT, tables
+from benchmarks import RESULTS, ROOT, schedule, tables
 from benchmarks.compressed.tables import compressed
 from benchmarks.heal.tables import heal
 from benchmarks.quality.tables import quality
@@ -46,6 +46,7 @@ PAGES: Mapping[str, Sections] = {
         "heal": ("heal.json", heal),
         "heal-second": ("heal_second.json", heal),
     },
+    "docs/distributed.md": {"schedule": ("schedule.json", schedule.table)},
     "docs/performance.md": {
         "calibration": ("calibration.json", tables.benchmarks),
         "distill": ("distill.json", tables.benchmarks),

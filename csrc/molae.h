@@ -481,6 +481,26 @@ molae_status molae_experts_backward_f64(const molae_ctx *ctx, const molae_expert
                                         const molae_experts *l, int64_t N, int64_t K, void *ws,
                                         size_t ws_bytes, molae_errinfo *err);
 
+/* ------------------------------------------------ ops: weights of a few bits, decoded */
+
+/* out[i,j] = value(w[i,j]) scale[i / block_rows, j / block_cols], the product in float32 and, for
+ * BF16, rounded to nearest even. w: (rows,cols), FP8 e4m3 without infinities: a sign, 4 bits of
+ * exponent with bias 7, 3 of mantissa, 0x7F and 0xFF NaN. scale: (ceil(rows / block_rows),
+ * ceil(cols / block_cols)). out: (rows,cols) of `type`, F32 or BF16, overwritten; overlaps nothing.
+ * One multiplication a number, 1 byte read and 4 or 2 written. Errors: NONFINITE where a result is
+ * not finite, info is its place i cols + j; SHAPE, ARG. */
+molae_status molae_decode_fp8(const molae_ctx *ctx, void *out, molae_dtype type, const uint8_t *w,
+                              const float *scale, int64_t rows, int64_t cols, int64_t block_rows,
+                              int64_t block_cols, molae_errinfo *err);
+
+/* MXFP4: out[i, 32 g + 2 b] is the low four bits of blocks[i,g,b], out[i, 32 g + 2 b + 1] the high
+ * ones, as FP4 e2m1 (a sign, then 0 0.5 1 1.5 2 3 4 6), times 2^(scales[i,g] - 127); 255 is NaN.
+ * blocks: (rows,groups,16), scales: (rows,groups). out: (rows, 32 groups) as above; each is exact
+ * in either type. Errors as above. */
+molae_status molae_decode_mxfp4(const molae_ctx *ctx, void *out, molae_dtype type,
+                                const uint8_t *blocks, const uint8_t *scales, int64_t rows,
+                                int64_t groups, molae_errinfo *err);
+
 #ifdef __cplusplus
 }
 #endif

@@ -23,6 +23,7 @@ MODULES = (
     "molae.hf",
     "molae.hf.calibrate",
     "molae.train",
+    "molae.cluster",
     "molae.errors",
 )
 

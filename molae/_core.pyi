@@ -229,3 +229,22 @@ def empty(
     shape: int | tuple[int, ...], dtype: npt.DTypeLike, /
 ) -> npt.NDArray[Any]: ...  # as np.empty; large arrays in memory that is kept
 def release_scratch() -> None: ...
+
+# weight (R,C) bytes, scale (ceil, ceil) -> out (R,C); blocks (R,G,16), scales (R,G) bytes -> out
+# (R,32 G). out float32 or bfloat16.
+def decode_fp8(
+    out: npt.NDArray[Any],
+    weight: npt.NDArray[np.uint8],
+    scale: npt.NDArray[np.float32],
+    block_rows: int,
+    block_cols: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def decode_mxfp4(
+    out: npt.NDArray[Any],
+    blocks: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.uint8],
+    num_threads: int,
+    /,
+) -> None: ...

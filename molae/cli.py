@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "convert": _convert,
             "heal": _heal,
             "materialize": _materialize,
+            "report": _report,
             "eval": _eval,
             "generate": _generate,
             "finetune": _finetune,
@@ -74,27 +75,106 @@ class _UsageError(Exception):
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from molae.convert import inspect
-    from molae.convert.inspection import inspect_tensors
+    from molae.convert import inspect, plan
+    from molae.convert.inspection import inspect_config
+    from molae.convert.sketch import plan_config
+    from molae.io import lone_config, read_config
 
-    asked = {
-        "family": _family(args),
-        "compressed_experts": args.compressed_experts,
-        "light_module": args.light_module,
-    }
-    if Path(args.path).suffix == ".json":
-        from molae.hf.shapes import read_config, tensors_of
-
-        config = read_config(args.path)
-        found = inspect_tensors(args.path, config, tensors_of(config), **asked)
+    if args.draft is not None:
+        _draft(args)
+        return
+    settings = _inspect_settings(args)
+    family = _family(args)
+    asked: dict[str, Any] = {
+        "compressed_experts": args.compressed_experts, "light_module": args.light_module,
+    }  # fmt: skip
+    planned = None
+    if (path := lone_config(args.path)) is not None:
+        config = read_config(path)
+        given: dict[str, Any] = {"family": family}
+        tensors, given["unknown"] = _tensors(config, family)
+        found = inspect_config(args.path, config, tensors, **given, **asked)
+        if settings is not None:
+            planned = plan_config(args.path, config, tensors, settings, **given)
     else:
-        found = inspect(args.path, **asked)
+        found = inspect(args.path, family=family, **asked)
+        if settings is not None:
+            planned = plan(args.path, settings, family=family)
     if args.json:
-        _print_json(found.to_dict())
+        _print_json(found.to_dict() | ({"plan": planned.to_dict()} if planned else {}))
     else:
-        from molae.report.tables import inspect_view
+        from molae.report.tables import inspect_view, plan_view
 
         _console(sys.stdout).print(inspect_view(found))
+        if planned is not None:
+            _console(sys.stdout).print(plan_view(planned))
+
+
+def _draft(args: argparse.Namespace) -> None:
+    """Write a description of a family that molae does not know."""
+    from molae.arch import describe, draft_family, load_family
+    from molae.errors import CheckpointError, UnknownFamilyError
+    from molae.io import open_checkpoint
+
+    for name in ("arch", "size", "compressed_experts"):
+        if getattr(args, name):
+            raise _UsageError(f"--{name.replace('_', '-')}: not with --draft")
+    path = Path(args.draft)
+    if path.exists():
+        raise _UsageError(f"--draft: {path} is there already; name another file or remove it")
+    with open_checkpoint(args.path) as checkpoint:
+        draft = draft_family(checkpoint.config, checkpoint.tensors)
+        text = json.dumps(draft.description, indent=2) + "\n"
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+        fault = None
+        try:
+            describe(checkpoint, family=load_family(path), converted=True)
+        except (CheckpointError, UnknownFamilyError) as error:
+            fault = str(error)
+    if args.json:
+        facts = {"draft": draft.description, "found": draft.found, "missing": draft.missing}
+        _print_json({**facts, "written": str(path), "fault": fault})
+        return
+    from molae.report.tables import draft_view
+
+    _console(sys.stdout).print(draft_view(draft, str(path), fault))
+
+
+def _inspect_settings(args: argparse.Namespace) -> Any:
+    """The conversion to plan; None where none was asked for."""
+    from molae.config import ConvertConfig
+
+    if args.size is None:
+        if args.method != "latent" or args.group_size != "auto":
+            raise _UsageError("--method, --group-size: only with --size")
+        return None
+    return _checked(ConvertConfig, method=args.method, size=args.size, group_size=args.group_size)
+
+
+def _tensors(config: dict[str, Any], family: Any) -> tuple[Any, str]:
+    """What Transformers builds of a config; None, and why, where it does not."""
+    from molae.arch import find_family
+    from molae.errors import CheckpointError, UnknownFamilyError
+
+    family = family or find_family(config)
+    family.read_letters(config)  # whose complaints say more than those of Transformers
+    family.read_moe_layers(config)
+    try:
+        from molae.hf.shapes import tensors_of
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        return None, f"{error.name} is not installed (pip install 'molae[hf]')"
+    from molae.hf import hide_progress
+
+    hide_progress()
+    try:
+        return tensors_of(config, known_as=family.transformers), ""
+    except (CheckpointError, UnknownFamilyError) as error:
+        return None, str(error)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -110,7 +190,11 @@ def _convert(args: argparse.Namespace) -> None:
             )
         _show_plan(args, found)
         return
-    with _calibration(args, args.src) as calibration, _watcher(args) as watcher:
+    with (
+        _executor(args) as executor,
+        _calibration(args, args.src) as calibration,
+        _watcher(args) as watcher,
+    ):
         report = convert(
             args.src,
             args.dst,
@@ -120,8 +204,30 @@ def _convert(args: argparse.Namespace) -> None:
             family=_family(args),
             overwrite=args.overwrite,
             watcher=watcher,
+            executor=executor,
         )
-    _show_report(args, report)
+    _show_result(args, report)
+
+
+@contextlib.contextmanager
+def _executor(args: argparse.Namespace) -> Iterator[Any]:
+    """The workers that a run is shared among; or None."""
+    if args.scheduler is None:
+        if args.allow_mixed_workers:
+            raise _UsageError("--allow-mixed-workers: only with --scheduler")
+        if args.scheduler_timeout is not None:
+            raise _UsageError("--scheduler-timeout: only with --scheduler")
+        yield None
+        return
+    from molae.cluster import Workers
+    from molae.cluster.client import hide_logs
+
+    hide_logs()
+    timeout = {} if args.scheduler_timeout is None else {"timeout": args.scheduler_timeout}
+    with Workers(
+        args.scheduler, threads=args.threads, allow_mixed=args.allow_mixed_workers, **timeout
+    ) as workers:
+        yield workers
 
 
 @contextlib.contextmanager
@@ -199,7 +305,7 @@ def _heal(args: argparse.Namespace) -> None:
                 watcher=watcher,
                 **given,
             )
-    _show_report(args, report)
+    _show_result(args, report)
 
 
 def _heal_routers(args: argparse.Namespace) -> None:
@@ -244,11 +350,25 @@ def _materialize(args: argparse.Namespace) -> None:
         return
     if args.dst is None:
         raise _UsageError("materialize: DST is missing (only --dry-run goes without)")
-    with _watcher(args) as watcher:
+    with _executor(args) as executor, _watcher(args) as watcher:
         report = materialize(
-            args.src, args.dst, family=_family(args), overwrite=args.overwrite, watcher=watcher
+            args.src,
+            args.dst,
+            family=_family(args),
+            overwrite=args.overwrite,
+            watcher=watcher,
+            executor=executor,
         )
-    _show_report(args, report)
+    _show_result(args, report)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from molae.convert import Report
+
+    path = Path(args.dst)
+    report = Report.from_file(path)
+    page = Path(args.out) if args.out else path if path.is_dir() else path.parent
+    _show_report(args, report, _page(report, page))
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -411,11 +531,11 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def _family(args: argparse.Namespace) -> Any:
-    if args.family is None:
+    if args.arch is None:
         return None
     from molae.arch import load_family
 
-    return load_family(args.family)
+    return load_family(args.arch)
 
 
 # ----------------------------------------------------------------------- output
@@ -441,7 +561,18 @@ def _show_plan(args: argparse.Namespace, plan: Any) -> None:
         _console(sys.stdout).print(plan_view(plan))
 
 
-def _show_report(args: argparse.Namespace, report: Any) -> None:
+def _page(report: Any, path: Path) -> Path:
+    from molae.report.page import write_page
+
+    return write_page(report, path)
+
+
+def _show_result(args: argparse.Namespace, report: Any) -> None:
+    """Of a run that has written to DST: its page there, and its tables."""
+    _show_report(args, report, _page(report, Path(args.dst)), f"Written to {args.dst}")
+
+
+def _show_report(args: argparse.Namespace, report: Any, page: Path, *said: str) -> None:
     if args.json:
         _print_json(report.to_dict())
     elif not args.quiet:
@@ -449,7 +580,8 @@ def _show_report(args: argparse.Namespace, report: Any) -> None:
 
         console = _console(sys.stdout)
         console.print(report_view(report))
-        console.print(f"Written to {args.dst}", soft_wrap=True, highlight=False)
+        for line in (*said, f"To look at: {page}"):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _console(stream: Any) -> Console:

@@ -16,6 +16,7 @@ __all__ = [
     "ArgumentError",
     "CalibrationWarning",
     "CheckpointError",
+    "ClusterError",
     "ConvergenceWarning",
     "DestinationError",
     "MissingExtraError",
@@ -51,6 +52,10 @@ class UnknownFamilyError(CheckpointError):
 
 class DestinationError(MolaeError, OSError):
     """The place to write to cannot be used."""
+
+
+class ClusterError(MolaeError, RuntimeError):
+    """The processes that a run was to be shared among cannot do it."""
 
 
 class CalibrationWarning(UserWarning):

@@ -219,6 +219,7 @@ class Factored:
     entry is stored as the source stores it. `layout` is the name of the source's
     layout in the family's description. `compressed` says of each layer that has compressed
     experts how many of a token's they are, and `light` what acts in their place.
+    `arch` is the family's description where molae does not have it.
     """
 
     method: str
@@ -228,6 +229,7 @@ class Factored:
     molae_version: str
     compressed: Mapping[int, int] = field(default_factory=dict)
     light: LightModule = VECTORS
+    arch: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The value of ``quantization_config`` in ``config.json``."""
@@ -247,6 +249,7 @@ class Factored:
             },
             **({"compressed_experts": compressed} if compressed else {}),
             **({"light_units": self.light.units} if narrow else {}),
+            **({"arch": dict(self.arch)} if self.arch is not None else {}),
         }
 
     @classmethod
@@ -297,6 +300,7 @@ class Factored:
             molae_version=str(data.get("molae_version")),
             compressed=_read_compressed(compressed, K),
             light=LightModule(units),
+            arch=data.get("arch"),
         )
 
 

@@ -18,7 +18,7 @@ from molae.factored import Split
 from molae.io import open_checkpoint
 
 TYPES = ("gate_proj", "up_proj", "down_proj")
-REPORT = "molae-report.json"
+REPORT, PAGE = "molae-report.json", "molae-report.html"
 
 
 def read_json(path: Path) -> Any:
@@ -26,11 +26,11 @@ def read_json(path: Path) -> Any:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the report, which holds times."""
+    """SHA-256 of every file but the report and its page, which hold times."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != REPORT
+        if path.is_file() and path.name not in (REPORT, PAGE)
     }
 
 

@@ -122,6 +122,7 @@ PYTHON_LAYERS = {
     "convert": 3,
     "hf": 3,
     "train": 4,
+    "cluster": 4,
     "report": 4,
     "demo": 4,
     "arguments": 4,
@@ -134,6 +135,9 @@ STRANGERS = (("convert", "hf"), ("io", "fit"), ("arch", "fit"))
 
 TORCH = {"torch", "transformers", "accelerate", "peft", "trl", "datasets", "tokenizers"}
 TORCH_PLACES = r"molae/(hf|train)/.*|molae/demo/train\.py"
+
+DASK = {"dask", "distributed"}
+DASK_PLACES = r"molae/cluster/.*"
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -163,6 +167,8 @@ def python_faults(sources: Mapping[str, str]) -> list[str]:
             if name.startswith("."):
                 faults.append(f"{path}:{number}: relative import {name}")
             if root in TORCH and not re.fullmatch(TORCH_PLACES, path):
+                faults.append(f"{path}:{number}: imports {root}")
+            if root in DASK and not re.fullmatch(DASK_PLACES, path):
                 faults.append(f"{path}:{number}: imports {root}")
             if root != "molae" or parts[1] == "__init__":
                 continue

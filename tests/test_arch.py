@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from importlib import resources
 from pathlib import Path
@@ -24,6 +25,7 @@ from checkpoints import (
 )
 
 from molae.arch import describe, families, find_family, load_family
+from molae.arch.family import MoeLayers
 from molae.config import TYPES
 from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError
 from molae.factored import Factored, Split, group_tensors
@@ -345,9 +347,9 @@ def refused(path, *parts, error=CheckpointError):
 
 
 def test_an_unknown_family(tmp_path):
-    make_checkpoint(tmp_path, config={"model_type": "gpt_oss"})
+    make_checkpoint(tmp_path, config={"model_type": "dbrx"})
     refused(
-        tmp_path, "'gpt_oss' is unknown", "mixtral, olmoe, qwen2_moe, qwen3_moe",
+        tmp_path, "'dbrx' is unknown", "mixtral, olmoe, phimoe, qwen2_moe",
         "model.layers.0.mlp.experts.0.down_proj.weight", "and 21 more", "docs/formats.md",
         error=UnknownFamilyError,
     )  # fmt: skip
@@ -375,7 +377,7 @@ def test_a_known_family_with_other_names(tmp_path):
     write_checkpoint(tmp_path, config, renamed)
     refused(
         tmp_path, "family mixtral", "model.layers.0.block_sparse_moe.experts.0.w1.weight",
-        "the checkpoint has", "known families are mixtral, olmoe", error=UnknownFamilyError,
+        "the checkpoint has", "known families are ", "mixtral, olmoe", error=UnknownFamilyError,
     )  # fmt: skip
 
 
@@ -449,7 +451,7 @@ def test_experts_of_other_types(tmp_path):
         refused(tmp_path, name, *parts)
 
 
-@pytest.mark.parametrize("quant", [{"quant_method": "fp8"}, {"bits": 4}, "awq"])
+@pytest.mark.parametrize("quant", [{"quant_method": "gptq"}, {"bits": 4}, "awq"])
 def test_a_quantized_source(tmp_path, quant):
     make_checkpoint(tmp_path, config={"quantization_config": quant})
     method = quant.get("quant_method") if isinstance(quant, dict) else None
@@ -506,10 +508,25 @@ def test_shipped_families_follow_the_schema():
         f for f in resources.files("molae.arch").iterdir()
         if f.name.endswith(".json") and f.name != "family.schema.json"
     ]  # fmt: skip
-    assert sorted(f.name.removesuffix(".json") for f in files) == sorted(families())
+    assert {f.name.removesuffix(".json") for f in files} == {
+        family.model_type for family in families().values()
+    }
     for file in files:
         jsonschema.validate(json.loads(file.read_text()), SCHEMA)
-    assert set(families()) == set(FAMILIES)
+    assert set(families()) >= set(FAMILIES)
+    for name, family in families().items():
+        assert name in family.model_types
+        assert family.about["router"]
+        assert family.about["released"]
+
+
+def test_the_page_of_families_is_what_its_script_writes():
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("make_families", root / "docs/make_families.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text("utf-8") == script.page(), "run: make docs"
+    assert all(script.tried(family) for family in families().values())
 
 
 def spoiled():
@@ -540,6 +557,19 @@ def spoiled():
         yield case(f"no {key}", f"key '{key}' is missing", pop(key))
     yield case("no letter", "letters: F missing", lambda d: d["letters"].pop("F"))
     yield case("odd letter", "not one capital letter", put("k", "letters", "f"))
+    yield case(
+        "default of E", "no default", put({"keys": "e", "default": 1}, "letters", "E"), False
+    )
+    yield case(
+        "default less than 0", "0 or more", put({"keys": "s", "default": -1}, "letters", "S")
+    )
+    yield case("default without keys", "'keys' is missing", put({"default": 1}, "letters", "S"))
+    yield case("unknown layout", "expected one of per_expert, fused", put("x", "layouts", 0))
+    yield case("model types", "is there twice", put(["a", "a"], "model_type"), False)
+    yield case("optional experts", "always there", put(True, *tensor, "optional"), False)
+    yield case("optional text", "true or false", put("no", "tensors", 0, "optional"))
+    yield case("beneath no text", "expected a text", put(1, "beneath"))
+    yield case("unknown in about", "unknown key 'x'", put("y", "about", "x"))
     yield case("empty key list", "at least 1", put([], "letters", "F"))
     yield case("number as key", "expected a list", put(3, "letters", "F"))
     yield case("no blocks", "at least 1", put([], "blocks"))
@@ -598,13 +628,13 @@ def test_a_description_that_is_no_json_object(tmp_path, text):
 
 
 def test_a_new_family_is_one_file(tmp_path):
-    """The example of the documentation: Granite's names, under the block itself."""
+    """The example of the documentation: names like Granite's, under the block itself."""
     text = (Path(__file__).parents[1] / "docs" / "formats.md").read_text("utf-8")
     blocks = [part.partition("```")[0] for part in text.split("```json")[1:]]
-    description = json.loads(next(block for block in blocks if "granitemoe" in block))
+    description = json.loads(next(block for block in blocks if "linear_moe" in block))
     (tmp_path / "granite.json").write_text(json.dumps(description))
     jsonschema.validate(description, SCHEMA)
-    config = make_config("mixtral") | {"model_type": "granitemoe"}
+    config = make_config("mixtral") | {"model_type": "linear_moe"}
     names = {
         "mlp.experts.gate_up_proj": "block_sparse_moe.input_linear.weight",
         "mlp.experts.down_proj": "block_sparse_moe.output_linear.weight",
@@ -616,7 +646,7 @@ def test_a_new_family_is_one_file(tmp_path):
         head, _, tail = name.partition(".mlp.")
         tensors[f"{head}.{names['mlp.' + tail]}" if tail else name] = array
     write_checkpoint(tmp_path / "x", config, tensors)
-    with pytest.raises(UnknownFamilyError, match="'granitemoe' is unknown"):
+    with pytest.raises(UnknownFamilyError, match="'linear_moe' is unknown"):
         opened(tmp_path / "x")
     checkpoint, model = opened(tmp_path / "x", family=load_family(tmp_path / "granite.json"))
     assert model.experts_prefix(1) == "model.layers.1.block_sparse_moe"
@@ -633,6 +663,125 @@ def test_a_family_whose_first_layers_are_dense(tmp_path):
     assert family.read_moe_layers(config) == tuple(range(6))
     assert family.read_moe_layers(config | {"first_k_dense_replace": 3}) == (3, 4, 5)
     assert family.read_moe_layers(config | {"first_k_dense_replace": 1, "freq": 2}) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "config", "wanted"),
+    [
+        ({"first": "a", "last": "b", "step": "c"}, {"a": 1, "b": -1}, (1, 2, 3, 4, 5)),
+        ({"first": "a", "last": "b", "step": "c"}, {"a": 1, "b": 3, "c": 2}, (1, 3)),
+        ({"last": "b"}, {"b": None}, (0, 1, 2, 3, 4, 5)),
+        ({"every": "a"}, {"a": [0, 1, 0, 0, 1, 1]}, (1, 4, 5)),
+        ({"every": "a", "first": "b"}, {"a": [1] * 7, "b": 4}, (4, 5)),
+        ({"every": "a", "offset": "b"}, {"a": 2, "b": 1}, (1, 3, 5)),
+        ({"every": "a", "offset": "b"}, {"a": 3}, (0, 3)),
+        ({"only": "a", "first": "b"}, {"a": "0,2,5,9", "b": 4}, (0, 2, 5)),
+        ({"only": "a"}, {"a": [3]}, (3,)),
+        ({"only": "a", "first": "b"}, {"b": 4}, (4, 5)),
+        ({"types": "a", "first": "b"}, {"a": ["dense", *["sparse"] * 5], "b": 4}, (1, 2, 3, 4, 5)),
+        ({"types": "a", "first": "b"}, {"b": 4}, (4, 5)),
+        ({"enabled": "a"}, {"a": False}, ()),
+        ({"enabled": "a"}, {"a": True}, (0, 1, 2, 3, 4, 5)),
+    ],
+)
+def test_rules_for_layers_with_experts(keys, config, wanted):
+    assert MoeLayers(**keys).indices(config, 6) == wanted
+
+
+@pytest.mark.parametrize(
+    ("keys", "config", "text"),
+    [
+        ({"every": "a"}, {"a": [0, 1]}, "'a' is [0, 1], expected one of 0, 1 for each of the L=6"),
+        ({"every": "a"}, {"a": [0, 1, 2, 1, 1, 1]}, "expected one of 0, 1"),
+        ({"types": "a"}, {"a": ["moe"] * 6}, "expected one of 'dense', 'sparse'"),
+        ({"only": "a"}, {"a": "1;2"}, "expected a list of layers"),
+        ({"only": "a"}, {"a": [1.5]}, "expected a list of layers"),
+        ({"last": "a"}, {"a": -2}, "at least -1"),
+    ],
+)
+def test_rules_that_a_config_breaks(keys, config, text):
+    with pytest.raises(CheckpointError) as caught:
+        MoeLayers(**keys).indices(config, 6)
+    assert text in str(caught.value)
+
+
+DEEPSEEK = {
+    "model_type": "deepseek_v3", "hidden_size": 16, "moe_intermediate_size": 8,
+    "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1, "moe_layer_freq": 1, "n_shared_experts": 2,
+}  # fmt: skip
+
+
+def deepseek_tensors(shared):
+    names = {"mlp.gate.weight": (4, 16), "mlp.gate.e_score_correction_bias": (4,)}
+    for e in range(4):
+        names |= {f"mlp.experts.{e}.{k}_proj.weight": (8, 16) for k in ("gate", "up")}
+        names[f"mlp.experts.{e}.down_proj.weight"] = (16, 8)
+    if shared:
+        names |= {f"mlp.shared_experts.{k}_proj.weight": (8 * shared, 16) for k in ("gate", "up")}
+        names["mlp.shared_experts.down_proj.weight"] = (16, 8 * shared)
+    return table({f"model.layers.1.{name}": shape for name, shape in names.items()})
+
+
+def test_shared_experts_that_depend_on_the_config():
+    model = describe(DEEPSEEK, deepseek_tensors(2))
+    assert model.letters["S"] == 2
+    assert model.moe_layers == (1,)
+    assert model.roles(1)["shared_up_proj"] == "model.layers.1.mlp.shared_experts.up_proj.weight"
+    for none in ({"n_shared_experts": None}, {"n_shared_experts": 0}):
+        assert "shared_up_proj" not in describe(DEEPSEEK | none, deepseek_tensors(0)).roles(1)
+    with pytest.raises(CheckpointError, match=r"shared_experts\.gate_proj\.weight: absent"):
+        describe(DEEPSEEK, deepseek_tensors(0))
+    with pytest.raises(CheckpointError, match=r"expected shape \(SF=16, D=16\)"):
+        describe(DEEPSEEK, deepseek_tensors(3))
+    with pytest.raises(CheckpointError, match="S is -1"):
+        describe(DEEPSEEK | {"n_shared_experts": -1}, deepseek_tensors(0))
+
+
+def test_tensors_that_may_be_absent():
+    tensors = deepseek_tensors(2)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert describe(DEEPSEEK, tensors).roles(1)["router_bias"] == bias
+    del tensors[bias]
+    assert "router_bias" not in describe(DEEPSEEK, tensors).roles(1)
+    tensors |= table({bias: (5,)})
+    with pytest.raises(CheckpointError, match=r"expected shape \(E=4\) by config.json, got \(5,\)"):
+        describe(DEEPSEEK, tensors)
+
+
+def test_tensors_of_several_names():
+    text = resources.files("molae.arch").joinpath("ernie4_5_moe.json").read_text()
+    names = next(t["name"] for t in json.loads(text)["tensors"] if t["role"] == "router_bias")
+    config = DEEPSEEK | {
+        "model_type": "ernie4_5_moe", "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1,
+    }  # fmt: skip
+    for name in names:
+        name = name.replace("${block}", "model.layers.1.mlp")
+        found = describe(config, deepseek_tensors(0) | table({name: (1, 4)}))
+        assert found.roles(1)["router_bias"] == name
+
+
+def test_sizes_beneath_an_entry_of_the_config():
+    part = make_config("qwen2_moe", L=3) | {"mlp_only_layers": [1]}
+    part.pop("tie_word_embeddings")
+    whole = {"model_type": "qwen3_5_moe", "text_config": part, "hidden_size": 99}
+    family = find_family(whole)
+    flat = part | {"model_type": "qwen3_5_moe_text"}
+    assert find_family(flat) is family
+    for config in (whole, flat):
+        assert family.read_letters(config)["D"] == 16
+        assert family.read_moe_layers(config) == (0, 2)
+        assert not family.is_tied(config)
+    part["tie_word_embeddings"] = True
+    assert family.is_tied(whole)
+    assert not family.is_tied(whole | {"tie_word_embeddings": False})
+    with pytest.raises(CheckpointError, match="'text_config' is 3, expected an object"):
+        family.read_letters(whole | {"text_config": 3})
+
+
+def test_a_size_that_differs_between_layers():
+    with pytest.raises(CheckpointError, match="layers of different sizes are not supported"):
+        find_family(DEEPSEEK).read_letters(DEEPSEEK | {"moe_intermediate_size": [8, 9]})
 
 
 def test_a_bare_config_gives_sizes():

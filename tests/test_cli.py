@@ -122,7 +122,7 @@ def test_a_failure_is_one_clean_line_and_exit_code_1(run, source, tmp_path):
         (("convert", source, tmp_path / "dst", "--method", "magic"), "known are latent"),
         (("convert", source, source / "dst"), "inside the source"),
         (("materialize", source, tmp_path / "dst"), "an ordinary checkpoint"),
-        (("inspect", source, "--family", tmp_path / "no.json"), "cannot be read"),
+        (("inspect", source, "--arch", tmp_path / "no.json"), "cannot be read"),
     ):
         code, out, err = run(*argv)
         assert code == 1, argv

@@ -1,6 +1,7 @@
 """Conversion from end to end on tiny checkpoints: what is written, and how good it is."""
 
 import hashlib
+import json
 import warnings
 from importlib import resources
 
@@ -28,7 +29,7 @@ from molae.arch import load_family
 from molae.convert import METHODS, Report, inspect
 from molae.convert.conversion import Conversion
 from molae.convert.estimate import memory_bytes
-from molae.errors import NonFiniteError, UnknownFamilyError
+from molae.errors import CheckpointError, NonFiniteError, UnknownFamilyError
 from molae.factored import Split
 from molae.io import open_checkpoint
 
@@ -463,6 +464,31 @@ def test_a_family_of_ones_own(tmp_path):
     assert inspect(tmp_path / "dst", family=family).family == "mine"
     materialize(tmp_path / "dst", tmp_path / "back", family=family)
     assert tensors(tmp_path / "back").keys() == tensors(src).keys()
+
+
+def test_a_converted_checkpoint_describes_a_family_of_ones_own(tmp_path):
+    """It is read again without the JSON file, and not with another one."""
+    src = make_checkpoint(tmp_path / "src", "olmoe", config={"model_type": "mine"})
+    text = (resources.files("molae.arch") / "olmoe.json").read_text()
+    own, other = tmp_path / "mine.json", tmp_path / "other.json"
+    own.write_text(text.replace('"olmoe"', '"mine"'))
+    other.write_text(text.replace('"olmoe"', '"another"'))
+    convert(src, tmp_path / "dst", config_for("latent"), family=load_family(own))
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())
+    kept = config["quantization_config"]["arch"]
+    assert kept == {k: v for k, v in json.loads(own.read_text()).items() if k != "$schema"}
+    assert inspect(tmp_path / "dst").family == "mine"
+    with pytest.raises(CheckpointError, match="leave --arch out"):
+        inspect(tmp_path / "dst", family=load_family(other))
+    materialize(tmp_path / "dst", tmp_path / "back")
+    assert tensors(tmp_path / "back").keys() == tensors(src).keys()
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["model_type"] == "mine"
+    assert "quantization_config" not in back
+    del kept["letters"]["E"]
+    (tmp_path / "dst" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quantization_config.arch: letters: E missing"):
+        inspect(tmp_path / "dst")
 
 
 def test_types_of_the_format_are_those_of_the_source(tmp_path):

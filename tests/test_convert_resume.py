@@ -353,7 +353,10 @@ def test_a_torn_last_line_is_ignored_and_written_over(tmp_path):
         assert journal.header == {"a": 1}
         assert list(journal.shards) == ["x"]
         journal.add({"file": "z"})
-        assert (tmp_path / JOURNAL).read_text() == whole + '{"file": "z"}\n'
+        text = (tmp_path / JOURNAL).read_text()
+        assert text.startswith(whole)
+        assert text.count("\n") == 3
+        assert json.loads(text.splitlines()[2])["file"] == "z"
         assert list(Journal(tmp_path).shards) == ["x", "z"]
 
 

@@ -88,6 +88,8 @@ def test_c_in_order_passes():
     [
         ("molae/convert/a.py", "import torch"),
         ("molae/cli.py", "def f():\n    import transformers"),
+        ("molae/convert/a.py", "import distributed"),
+        ("molae/convert/a.py", "from molae.cluster import Workers"),
         ("molae/fit/a.py", "from molae.convert import plan"),
         ("molae/io/a.py", "import molae.cli"),
         ("molae/convert/a.py", "from molae.hf import evaluate"),
@@ -109,6 +111,7 @@ def test_python_in_order_passes():
         "molae/cli.py": "from molae import convert, hf, report, __version__",
         "molae/convert/a.py": "from molae.convert.plan import Plan\nfrom molae import fit",
         "molae/demo/train.py": "import torch",
+        "molae/cluster/a.py": "from distributed import Client\nfrom molae.convert import plan",
         "tests/ref/a.py": "import numpy as np",
     }
     assert layers.python_faults(good) == []

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 import hf_models
 import torch
 
+import molae.hf.activation
 import molae.hf.experts
 import molae.hf.forward
 import molae.hf.native
@@ -304,7 +305,7 @@ def test_kernels_and_torch_agree(name, form, some, monkeypatch):
         torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-13 * value.abs().max().item())
 
 
-@pytest.mark.parametrize("activation", sorted(molae.hf.native.NAMES))
+@pytest.mark.parametrize("activation", sorted(molae.hf.activation.NAMES))
 def test_every_activation_of_the_kernels(activation, monkeypatch):
     torch.manual_seed(0)
     experts = LatentExperts(

@@ -16,7 +16,8 @@ from molae.convert.report import TypeRow, total_error
 from molae.errors import CheckpointError
 from molae.factored import Split
 from molae.report.demo import demo_view
-from molae.report.tables import inspect_view, plan_view, report_view, size_text, time_text
+from molae.report.tables import inspect_view, plan_view, report_view
+from molae.report.units import size_text, time_text
 
 
 def shown(view):

@@ -189,6 +189,7 @@ core_exec(PyObject *mod)
         PyModule_AddFunctions(mod, mli_py_fit_methods) < 0 ||
         PyModule_AddFunctions(mod, mli_py_factor_methods) < 0 ||
         PyModule_AddFunctions(mod, mli_py_kern_methods) < 0 ||
+        PyModule_AddFunctions(mod, mli_py_decode_methods) < 0 ||
         PyModule_AddFunctions(mod, mli_py_ops_methods) < 0)
         return -1;
     /* molae threads over groups and experts; its own copy of OpenBLAS never does. */

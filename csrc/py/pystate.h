@@ -29,5 +29,6 @@ extern PyMethodDef mli_py_fit_methods[];
 extern PyMethodDef mli_py_factor_methods[];
 extern PyMethodDef mli_py_ops_methods[];
 extern PyMethodDef mli_py_kern_methods[];
+extern PyMethodDef mli_py_decode_methods[];
 
 #endif

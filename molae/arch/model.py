@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+import string
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -11,11 +13,18 @@ from typing import Any, Literal
 import numpy as np
 
 from molae.arch.counts import active_numbers
-from molae.arch.family import FUSED, Family, Layout, Tensor, families, find_family
+from molae.arch.family import (
+    Family,
+    Layout,
+    Tensor,
+    find_family,
+    known_families,
+    own_family,
+)
 from molae.config import TYPES
 from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError, shorten
 from molae.factored import Factored
-from molae.io import COMPUTABLE, Checkpoint, TensorInfo
+from molae.io import COMPUTABLE, ENCODINGS, Checkpoint, LazyArrays, TensorInfo
 from molae.io.dtypes import FLOATING
 
 __all__ = ["Counts", "Model", "describe"]
@@ -64,6 +73,16 @@ class Model:
     _tensors: Mapping[str, TensorInfo] = field(repr=False)
     _tied: bool = field(repr=False)
 
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All that the checkpoint holds, or would hold."""
+        return self._tensors
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The matrix types of an expert; a family that molae only inspects may lack gate."""
+        return tuple(kind for kind in TYPES if any(kind in t.types for t in self._layout.tensors))
+
     def experts_prefix(self, layer: int) -> str:
         """Prefix of the names of a layer's experts, such as ``model.layers.3.mlp.experts``."""
         return _fill(self.family.experts, self._block, layer)
@@ -81,7 +100,7 @@ class Model:
         """The matrix types that lie in the same tensors as `kind`, itself included."""
         return self._tensor(kind).types
 
-    def matrices(self, checkpoint: Checkpoint, layer: int, kind: str) -> list[np.ndarray]:
+    def matrices(self, checkpoint: Checkpoint, layer: int, kind: str) -> Sequence[np.ndarray]:
         """The experts' matrices of one type.
 
         Parameters
@@ -93,18 +112,76 @@ class Model:
 
         Returns
         -------
-        list of E ndarrays, each of `shape(kind)`
-            Read-only views of the mapped files, C-contiguous, no copies.
+        sequence of E ndarrays, each of `shape(kind)`
+            C-contiguous. Read-only views of the mapped files where `is_mapped`; else each is
+            made when it is asked for, by decoding or as a copy in the order that kernels read.
         """
+        stored, tensor = self._stored(checkpoint, layer, kind), self._tensor(kind)
+        if self.is_mapped(checkpoint):
+            return [tensor.view(own, kind) for own in stored]
+        return LazyArrays(len(stored), lambda e: np.ascontiguousarray(tensor.view(stored[e], kind)))
+
+    def is_mapped(self, checkpoint: Checkpoint) -> bool:
+        """Whether `matrices` are views of the files, which take no memory of the process."""
+        return checkpoint.encoding is None and all(t.as_matrices for t in self._layout.tensors)
+
+    def sources(
+        self, checkpoint: Checkpoint, layer: int, kind: str
+    ) -> Sequence[np.ndarray | memoryview]:
+        """What the files hold of `matrices`, views without copies: bytes where it is encoded."""
+        names, tensor = self.expert_tensors(layer, kind), self._tensor(kind)
+        if any(checkpoint.is_encoded(name) for name in names):
+            return [piece for name in names for piece in checkpoint.stored(name)]
+        return [tensor.view(own, kind) for own in self._stored(checkpoint, layer, kind)]
+
+    def _stored(self, checkpoint: Checkpoint, layer: int, kind: str) -> Sequence[np.ndarray]:
+        """Each expert's part of the tensors that hold a type."""
         names = self.expert_tensors(layer, kind)
-        arrays = [checkpoint.array(n) for n in names]
+        if not self._tensor(kind).per_expert:
+            return checkpoint.slices(names[0])
+        if any(checkpoint.is_encoded(name) for name in names):
+            return LazyArrays(len(names), lambda e: checkpoint.array(names[e]))
+        return [checkpoint.array(name) for name in names]
+
+    def put(self, kind: str, matrices: Sequence[np.ndarray]) -> np.ndarray:
+        """One expert's part of the tensors that hold a type, from the matrices of all types that
+        are stored together with it; the way back from `matrices`."""
         tensor = self._tensor(kind)
-        if not tensor.per_expert:
-            arrays = list(arrays[0])
-        if tensor.role == FUSED:
-            F = self.letters["F"]
-            arrays = [a[:F] if kind == "gate_proj" else a[F:] for a in arrays]
-        return arrays
+        if len(matrices) == 1 and tensor.as_matrices:
+            return matrices[0]
+        shape = self.part_shape(kind)
+        part = np.empty(shape, matrices[0].dtype)
+        tensor.joined(matrices, part)
+        return part
+
+    def part_shape(self, kind: str) -> tuple[int, int]:
+        """Shape of one expert's part of the tensors that hold a type."""
+        rows, cols = self.shape(kind)
+        tensor = self._tensor(kind)
+        rows *= len(tensor.types)
+        return (cols, rows) if tensor.transposed else (rows, cols)
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether the experts have biases."""
+        return any(t.role == "down_proj_bias" for t in self.family.tensors)
+
+    def biases(
+        self, checkpoint: Checkpoint, layer: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Of gate (E, F), up (E, F) and down (E, D), copies; None where experts have none."""
+        if not self.has_biases:
+            return None
+        names = self.roles(layer)
+        both = checkpoint.array(names["gate_up_proj_bias"])
+        F = self.letters["F"]
+        gate, up = (
+            (both[:, ::2], both[:, 1::2])
+            if self._tensor("gate_proj").interleaved
+            else (both[:, :F], both[:, F:])
+        )
+        down = np.array(checkpoint.array(names["down_proj_bias"]))
+        return np.ascontiguousarray(gate), np.ascontiguousarray(up), down
 
     def shape(self, kind: str) -> tuple[int, int]:
         """(rows, cols) of a type's matrices: (F, D) for gate and up, (D, F) for down."""
@@ -128,7 +205,13 @@ class Model:
     def roles(self, layer: int) -> dict[str, str]:
         """Names of a layer's other MoE tensors by role, such as ``router``."""
         self._check_layer(layer)
-        return {t.role: _fill(t.name, self._block, layer) for t in self.family.tensors}
+        found = {t.role: self._present(t, layer) for t in self.family.tensors}
+        return {role: name for role, name in found.items() if name is not None}
+
+    def _present(self, tensor: Tensor, layer: int) -> str | None:
+        """The name under which the checkpoint has one of the family's other tensors, if it does."""
+        names = (_fill(name, self._block, layer) for name in (tensor.name, *tensor.others))
+        return next((name for name in names if name in self._tensors), None)
 
     def counts(self) -> Counts:
         """Count the model's numbers.
@@ -138,18 +221,25 @@ class Model:
         Counts
             ``total_parameters``: the numbers of a floating type in the checkpoint, tied
             embeddings once. ``expert_parameters``: those of the routed experts in
-            `moe_layers`. ``active_parameters``: all others plus K/E of the experts; in a
-            converted checkpoint the shared factors count by the chance that a token needs
-            them (see `molae.arch.counts.active_numbers`), rounded; of a token's compressed
-            experts what acts in their place alone.
+            `moe_layers`, their matrices. ``active_parameters``: all others, of the experts'
+            biases K/E, and `active_experts`.
         """
         skip = self.family.head if self._tied else None
         sizes = {n: t.size for n, t in self._tensors.items() if t.dtype in FLOATING and n != skip}
         total, own, factors = sum(sizes.values()), _expected(self), _factor_prefixes(self)
         experts = sum(size for n, size in sizes.items() if n in own or n.startswith(factors))
-        active = sum(self._active(layer, kind) for layer in self.moe_layers for kind in TYPES)
-        active += sum(self._active_light(layer) for layer in self.moe_layers)
-        return Counts(total, experts, total - experts + round(active))
+        idle = sum(self._idle_vectors(layer) for layer in self.moe_layers)
+        return Counts(total, experts, total - experts - round(idle) + self.active_experts())
+
+    def active_experts(self) -> int:
+        """Numbers of the experts that a token meets: K/E of them.
+
+        In a converted checkpoint the shared factors count by the chance that a token needs them
+        (see `molae.arch.counts.active_numbers`), rounded; of a token's compressed experts what
+        acts in their place alone.
+        """
+        met = sum(self._active(layer, kind) for layer in self.moe_layers for kind in self.kinds)
+        return round(met) + sum(self._active_light(layer) for layer in self.moe_layers)
 
     def _active(self, layer: int, kind: str) -> float:
         K, F, D = (self.letters[x] for x in "KFD")
@@ -159,6 +249,20 @@ class Model:
             return K * F * D
         groups = [len(g) for g in split.groups]
         return active_numbers(groups, split.ranks, form=self.factored.form, K=K, F=F, D=D)
+
+    def _idle_vectors(self, layer: int) -> float:
+        """Numbers of what each expert has besides its matrices, of those a token does not meet."""
+        E, K = self.letters["E"], self.letters["K"] - self.num_compressed(layer)
+        prefix = self.experts_prefix(layer) + "."
+        names = [
+            _fill(tensor.name, self._block, layer)
+            for tensor in self.family.tensors
+            if tensor.shape[0] == "E"
+        ]
+        sizes = [
+            self._tensors[n].size for n in names if n.startswith(prefix) and n in self._tensors
+        ]
+        return sum(sizes) * (E - K) / E
 
     def _active_light(self, layer: int) -> int:
         if self.factored is None:
@@ -226,6 +330,16 @@ def describe(
         tensors = source.tensors
     if family is None:
         family = _find(config, tensors)
+    elif own_family(config) not in (None, family):
+        raise CheckpointError(
+            "config.json: the checkpoint was converted with another description of its family, "
+            "which it holds; leave --arch out"
+        )
+    if family.unsupported and not converted:
+        raise UnknownFamilyError(
+            f"family {family.model_type}: {family.unsupported}; molae inspects it, and does not "
+            "convert it"
+        )
     _check_quantization(config, converted)
     letters = family.read_letters(config)
     layers = family.read_moe_layers(config)
@@ -235,8 +349,9 @@ def describe(
             f"molae converts mixture-of-experts models only"
         )
     quant = config.get("quantization_config")
-    factored = Factored.from_dict(quant, letters) if quant else None
-    tied = config.get("tie_word_embeddings") is True
+    method = quant.get("quant_method") if quant else None
+    factored = Factored.from_dict(quant, letters) if quant and method not in ENCODINGS else None
+    tied = family.is_tied(config)
     candidates = [
         Model(family, letters, layers, layout.name, "", factored, block, layout, tensors, tied)
         for block in family.blocks
@@ -268,8 +383,8 @@ def _find(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Famil
         else:
             hint = f"no tensor is named like an expert's, the names are like {_some(tensors)}"
         raise UnknownFamilyError(
-            f"{e}; {hint}; a family of a known layout needs only a JSON description, "
-            f"see docs/formats.md"
+            f"{e}; {hint}; describe the family in a JSON file and give it with --arch FILE "
+            f"('molae inspect CHECKPOINT --draft FILE' drafts one, see docs/formats.md)"
         ) from None
 
 
@@ -278,9 +393,12 @@ def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:
     if not quant:
         return
     method = quant.get("quant_method") if isinstance(quant, dict) else None
+    if method in ENCODINGS:
+        return
     if method != "molae":
         raise CheckpointError(
             f"config.json: the checkpoint is quantized (quant_method {shorten(method)}); "
+            f"{' and '.join(ENCODINGS)} are read; "
             f"dequantize it to BF16 first, or take the unquantized release"
         )
     if not converted:
@@ -302,21 +420,25 @@ def _check_extent(
 
 
 def _best(candidates: list[Model]) -> Model:
-    """The block and layout that most names speak for."""
-    best, most = candidates[0], 0
+    """The block and layout that most names speak for; of equals, the one of which shapes do."""
+    best, most = candidates[0], (0, 0)
     for model in candidates:
-        score = sum(n in model._tensors for n in _expected(model))
+        expected = {n: own for n, own in _expected(model).items() if n in model._tensors}
         factors = _factor_prefixes(model)
-        score += sum(n.startswith(factors) for n in model._tensors)
-        if score > most:
-            best, most = model, score
-    if most == 0:
+        score = len(expected) + sum(n.startswith(factors) for n in model._tensors)
+        fitting = sum(
+            model._tensors[n].shape == _wanted_shape(model, tensor)
+            for n, (tensor, _, _) in expected.items()
+        )
+        if (score, fitting) > most:
+            best, most = model, (score, fitting)
+    if most[0] == 0:
         wanted = [next(iter(_expected(m)), m.experts_prefix(m.moe_layers[0])) for m in candidates]
         found = [n for n in best._tensors if "expert" in n] or list(best._tensors)
         raise UnknownFamilyError(
             f"family {best.family.model_type}: no tensor has a name it knows, such as "
             f"{_some(wanted)}; the checkpoint has {_some(found)}; known families are "
-            f"{', '.join(families())}"
+            f"{known_families()}"
         )
     return best
 
@@ -354,14 +476,16 @@ def _check_blocks(model: Model) -> None:
     known = set(_expected(model))
     for layer in model.moe_layers:
         for tensor in family.tensors:
-            name = _fill(tensor.name, model._block, layer)
-            known.add(name)
-            if name not in tensors:
+            name = model._present(tensor, layer)
+            if name is not None:
+                known.add(name)
+                _check_shape(model, tensor, tensors[name])
+            elif not tensor.optional and all(_extent(x, model.letters) for x in tensor.shape):
+                name = _fill(tensor.name, model._block, layer)
                 raise CheckpointError(
                     f"{name}: absent from the checkpoint ({tensor.role} of layer {layer}); "
                     f"download it again"
                 )
-            _check_shape(model, tensor, tensors[name])
     strange = [n for n in tensors if n not in known and _is_strange(model, n)]
     if strange:
         where = model.layer_of(strange[0])
@@ -370,7 +494,7 @@ def _check_blocks(model: Model) -> None:
             f"family {family.model_type}: {len(strange)} tensors that it does not know, such as "
             f"{_some(strange)}; config.json says E={E} and that layer {where} has "
             f"{'' if where in model.moe_layers else 'no '}experts; known families are "
-            f"{', '.join(families())}"
+            f"{known_families()}"
         )
 
 
@@ -422,8 +546,12 @@ def _factor_dtype(model: Model) -> str:
     )
 
 
+def _wanted_shape(model: Model, tensor: Tensor) -> tuple[int, ...]:
+    return tuple(_extent(x, model.letters) for x in tensor.shape)
+
+
 def _check_shape(model: Model, tensor: Tensor, info: TensorInfo) -> None:
-    wanted = tuple(_extent(x, model.letters) for x in tensor.shape)
+    wanted = _wanted_shape(model, tensor)
     if info.shape != wanted:
         pairs = zip(tensor.shape, wanted, strict=True)
         text = ", ".join(x if x == str(n) else f"{x}={n}" for x, n in pairs)
@@ -436,9 +564,8 @@ def _check_shape(model: Model, tensor: Tensor, info: TensorInfo) -> None:
 
 
 def _extent(text: str, letters: Mapping[str, int]) -> int:
-    if text[-1].isalpha():
-        return int(text[:-1] or 1) * letters[text[-1]]
-    return int(text)
+    number = text.rstrip(string.ascii_uppercase)
+    return math.prod((letters[x] for x in text[len(number) :]), start=int(number or 1))
 
 
 def _fill(template: str, block: str, layer: int, experts: str = "") -> str:

@@ -14,26 +14,29 @@ from typing import Any
 from molae.arch import Family
 from molae.config import ConvertConfig, HealConfig
 from molae.convert.calibrated import Calibration
-from molae.convert.conversion import Conversion
+from molae.convert.conversion import Conversion, check_divisible
 from molae.convert.destination import check_apart, check_usable
 from molae.convert.execution import Watcher, execute
+from molae.convert.executor import Executor
 from molae.convert.healing import Healing
 from molae.convert.inspection import Inspection, inspect
 from molae.convert.materialization import Materialization
 from molae.convert.methods import METHODS
 from molae.convert.planning import Plan
-from molae.convert.report import HealRow, Report, TypeRow
+from molae.convert.report import HealRow, Report, TypeRow, WorkerRow
 from molae.io import open_checkpoint
 
 __all__ = [
     "METHODS",
     "Calibration",
+    "Executor",
     "HealRow",
     "Inspection",
     "Plan",
     "Report",
     "TypeRow",
     "Watcher",
+    "WorkerRow",
     "convert",
     "heal",
     "inspect",
@@ -56,6 +59,7 @@ def convert(
     family: Family | None = None,
     overwrite: bool = False,
     watcher: Watcher | None = None,
+    executor: Executor | None = None,
 ) -> Report:
     """Make a smaller checkpoint from a mixture-of-experts checkpoint.
 
@@ -80,6 +84,8 @@ def convert(
         unfinished run that does not differ goes on all the same.
     watcher : Watcher, optional
         Is told the plan and the progress.
+    executor : Executor, optional
+        Who computes the layers, such as a `molae.cluster.Workers`; by default this process.
 
     Returns
     -------
@@ -112,13 +118,17 @@ def convert(
     >>> report.plan["size_reached"] <= 0.6
     True
     """
+    if executor is not None:
+        check_divisible(config or ConvertConfig(), calibration is not None)
     with open_checkpoint(src) as checkpoint:
         check_apart(checkpoint.path, Path(dst))
         check_usable(Path(dst), overwrite=overwrite)  # before the work of planning
         conversion = Conversion(
             os.fspath(src), checkpoint, config or ConvertConfig(), family, calibration, _path(stats)
         )
-        return execute(conversion, Path(dst), overwrite=overwrite, watcher=watcher)
+        return execute(
+            conversion, Path(dst), overwrite=overwrite, watcher=watcher, executor=executor
+        )
 
 
 def plan(
@@ -259,6 +269,7 @@ def materialize(
     family: Family | None = None,
     overwrite: bool = False,
     watcher: Watcher | None = None,
+    executor: Executor | None = None,
 ) -> Report:
     """Multiply the factors of a converted checkpoint out to an ordinary one.
 
@@ -269,7 +280,7 @@ def materialize(
     ----------
     src : str or path
         Folder that `convert` wrote, or a hub id of such a one.
-    dst, family, overwrite, watcher
+    dst, family, overwrite, watcher, executor
         As in `convert`.
 
     Returns
@@ -301,7 +312,7 @@ def materialize(
         check_apart(checkpoint.path, Path(dst))
         check_usable(Path(dst), overwrite=overwrite)
         task = Materialization(os.fspath(src), checkpoint, family)
-        return execute(task, Path(dst), overwrite=overwrite, watcher=watcher)
+        return execute(task, Path(dst), overwrite=overwrite, watcher=watcher, executor=executor)
 
 
 def plan_materialize(src: Source, *, family: Family | None = None) -> Plan:

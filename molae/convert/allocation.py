@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from molae.arch import Model
 from molae.config import TYPES, ConvertConfig
@@ -18,6 +18,7 @@ from molae.fit import stored_numbers
 __all__ = [
     "Allocation",
     "Candidate",
+    "Measure",
     "complete_fused",
     "gauge_ranks",
     "group_size",
@@ -31,14 +32,21 @@ class Candidate:
     """One group size that was tried for one matrix type, and what it would cost.
 
     `error` is the relative Frobenius error that the spectra predict at the rank
-    which the size allows, over the experts that were looked at.
+    which the size allows, over the experts that were looked at; None where there
+    were no weights to look at.
     """
 
     kind: str
     group_size: int
     rank: int
-    error: float
+    error: float | None
     chosen: bool
+
+
+class Measure(Protocol):
+    """Says which group sizes there are to choose from, and which loses least."""
+
+    def candidates(self, kind: str, size: float) -> tuple[Candidate, ...]: ...
 
 
 @dataclass(frozen=True)

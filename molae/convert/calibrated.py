@@ -20,8 +20,8 @@ from molae import fit
 from molae.arch import Model, dense_flops
 from molae.config import TYPES, ConvertConfig
 from molae.convert.allocation import Allocation, Candidate, gauge_ranks, group_size
-from molae.convert.budget import Flops, spend
-from molae.convert.fitting import Fitted, Groups, Matrices
+from molae.convert.budget import Curve, Flops, spend
+from molae.convert.fitting import Fitted, Groups, Matrices, energy_curve
 from molae.convert.footprint import Footprint
 from molae.convert.layer_state import LayerState
 from molae.convert.light import FittedLight, Light, fit_light, nothing, spread_counts
@@ -36,7 +36,7 @@ from molae.fit.layer import REFITS, Gathered, Part, factor_parts, runnable
 from molae.io import Checkpoint, map_file, numpy_dtype
 from molae.ops import Projection
 
-__all__ = ["Calibrated", "Calibration", "in_order"]
+__all__ = ["Calibrated", "Calibration", "Trials", "in_order"]
 
 #: Group sizes that are tried where the settings leave them open; those above E are left out.
 GROUP_SIZES = (1, 2, 4, 8, 16, 32)
@@ -44,6 +44,9 @@ GROUP_SIZES = (1, 2, 4, 8, 16, 32)
 #: Tokens on which group sizes are compared.
 TRIED_TOKENS = 8192
 
+
+#: By layer and matrix type.
+Trials = Mapping[tuple[int, str], dict[str, Any]]
 
 #: Is told a layer's number, steps done, steps in all, and the last loss.
 Told = Callable[[int, int, int, float], object]
@@ -123,6 +126,11 @@ class Calibrated:
                 f"compressed_experts: expected 0 to K - 1 = {model.letters['K'] - 1}, got "
                 f"{config.compressed_experts}"
             )
+        if config.compressed_experts and model.has_biases:
+            raise ArgumentError(
+                "compressed_experts: the experts of this model have biases, and what acts in the "
+                "place of compressed ones knows none; leave it out"
+            )
         self.footprint = Footprint.of(checkpoint, model, config)
         facts = {
             "checkpoint": checkpoint.fingerprint(),
@@ -135,6 +143,8 @@ class Calibrated:
             else Measurements.load(stats, facts, model.letters["E"])
         )
         self._layers: Mapping[int, Mapping[str, Split]] = {}
+        #: What was tried of a layer's type, and what was foreseen from it, as in a report's row.
+        self.trials: Trials = {}
         self._finished: dict[int, Path] = {}
         self._state: Path | None = None
         self._told: Told = lambda layer, done, steps, loss: None
@@ -166,18 +176,34 @@ class Calibrated:
                 raise ArgumentError("size: leaves nothing beside compressed experts; take more")
         sizes, candidates = self._group_sizes(min(size, flops or 1.0))
         looks = self._measured(sizes)
+        curves = self._curves(looks)
         if self._config.uniform:
             ranks = {
                 (layer, kind): self._even_ranks(kind, look.groups, size, look.idle)
                 for (layer, kind), look in looks.items()
             }
         else:
-            ranks = self._spend(size, looks)
+            ranks = self._spend(size, looks, curves)
+        self.trials = {
+            place: {
+                "effects": [list(own) for own in zip(TRIAL_SIZES, look.effects, strict=True)],
+                "foreseen": sum(
+                    float(curve.lost[rank])
+                    for curve, rank in zip(curves[place], ranks[place], strict=False)
+                ),
+            }
+            for place, look in looks.items()
+        }
         layers: dict[int, dict[str, Split]] = {}
         for (layer, kind), look in looks.items():
             layers.setdefault(layer, {})[kind] = Split(tuple(look.groups), ranks[layer, kind])
         self._layers = layers
         return Allocation("gauge", layers, candidates, compressed, self._light)
+
+    def take(self, allocation: Allocation, trials: Trials) -> None:
+        """Groups and ranks that were decided elsewhere, and what was tried for them."""
+        self._layers, self._counts = allocation.layers, allocation.compressed
+        self.trials = trials
 
     def _measured(self, sizes: Mapping[str, int]) -> dict[tuple[int, str], Look]:
         """Of every layer and type in groups of these sizes; what is not known yet is measured."""
@@ -310,7 +336,8 @@ class Calibrated:
 
     def _stacks(self, layer: int) -> dict[str, list[np.ndarray]]:
         """A layer's matrices by type, as stored."""
-        return {kind: self._model.matrices(self._checkpoint, layer, kind) for kind in TYPES}
+        # Those that are no views are made once, not each time that one is looked at.
+        return {kind: list(self._model.matrices(self._checkpoint, layer, kind)) for kind in TYPES}
 
     def _grouped(self, energies: Energies, k: int) -> tuple[Groups, int]:
         """Groups of k, and how many at their end are to have no rank."""
@@ -331,16 +358,24 @@ class Calibrated:
             )
         return tuple(max(rank, 1) for rank in ranks) + (0,) * idle
 
-    def _spend(
-        self, size: float, looks: Mapping[tuple[int, str], Look]
-    ) -> dict[tuple[int, str], tuple[int, ...]]:
-        """Ranks that cost the model's answers least, by the curves and what the trials did."""
-        E, F, D = (self._model.letters[x] for x in "EFD")
+    def _curves(self, looks: Mapping[tuple[int, str], Look]) -> dict[tuple[int, str], list[Curve]]:
+        """Of the groups that are to have a rank, in nats a token: from what the trials did."""
         usual = {
             share: float(np.median([look.effects[n] for look in looks.values()]))
             for n, share in enumerate(TRIAL_SIZES)
         }
-        curves = [curve for look in looks.values() for curve in look.curves(F, D, usual)]
+        F, D = self._model.letters["F"], self._model.letters["D"]
+        return {place: look.curves(F, D, usual) for place, look in looks.items()}
+
+    def _spend(
+        self,
+        size: float,
+        looks: Mapping[tuple[int, str], Look],
+        of_looks: Mapping[tuple[int, str], Sequence[Curve]],
+    ) -> dict[tuple[int, str], tuple[int, ...]]:
+        """Ranks that cost the model's answers least, by these curves."""
+        E, F, D = (self._model.letters[x] for x in "EFD")
+        curves = [curve for place in looks for curve in of_looks[place]]
         flops = None
         if self._config.flops is not None:
             K = self._model.letters["K"]
@@ -530,4 +565,5 @@ def _fitted(
         output_error=float(np.sqrt(output)),
         layer_error=layer_error,
         tokens=tokens,
+        energy_curve=energy_curve(factors.spectrum),
     )

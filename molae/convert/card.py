@@ -25,6 +25,7 @@ def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> st
         "",
         f"The routed experts of this {plan.family} checkpoint are stored as shared latent factors.",
         f"Made by molae {__version__}, method `{plan.method}` ({plan.form} form), {data}.",
+        *_decoded(plan),
         *(
             [_sentence(f"{plan.compressed_text}; {plan.light} act in their place.")]
             if compressed
@@ -60,7 +61,7 @@ def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> st
             "A weight error says little about the text a model writes: measure that too.",
             "",
         ]
-    elif not compressed:
+    elif not compressed and plan.encoding is None:
         lines += ["Nothing was changed: every tensor has the source's bytes.", ""]
     lines += [
         *_loading(compressed),
@@ -69,6 +70,10 @@ def convert_card(plan: Plan, rows: Sequence[TypeRow], kept: Sequence[str]) -> st
         *_licence(kept),
     ]
     return "\n".join(lines)
+
+
+def _decoded(plan: Plan) -> list[str]:
+    return [] if plan.encoding is None else [plan.encoding_text]
 
 
 def heal_card(plan: Plan, rows: Sequence[HealRow], kept: Sequence[str]) -> str:

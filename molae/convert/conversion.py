@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,9 +18,10 @@ from molae import __version__
 from molae.arch import Family, Model, describe, light_specs
 from molae.config import ConvertConfig
 from molae.convert.allocation import Allocation, complete_fused, split_numbers
-from molae.convert.calibrated import Calibrated, Calibration
+from molae.convert.calibrated import Calibrated, Calibration, Trials
 from molae.convert.card import convert_card
 from molae.convert.estimate import calibrated_seconds, fit_seconds, memory_bytes, scratch_bytes
+from molae.convert.executor import Recipe
 from molae.convert.jsontext import json_text
 from molae.convert.layer_state import training_told
 from molae.convert.methods import find_method
@@ -27,17 +31,65 @@ from molae.convert.planning import Plan, spread, storage, summarize
 from molae.convert.probe import Probe
 from molae.convert.report import CompressedRow, HealRow, Rows, TypeRow
 from molae.convert.shards import COMPRESSED, Job, convert_shards, finished_layers
+from molae.convert.staging import StagedText, write_reading
 from molae.errors import ArgumentError
 from molae.factored import Factored, group_tensors
-from molae.io import DTYPES, Checkpoint
+from molae.io import DTYPES, Checkpoint, LazyArrays
 
-__all__ = ["Conversion"]
+__all__ = ["Conversion", "ConversionRecipe", "check_divisible"]
+
+
+@dataclass(frozen=True)
+class ConversionRecipe:
+    """How other processes do the work of a `Conversion`; `facts` are of its text, and `trials` what
+    it was tried with."""
+
+    source: str
+    config: ConvertConfig
+    family: Family | None
+    allocation: Allocation
+    facts: Mapping[str, Any] | None
+    trials: Trials
+
+    @contextlib.contextmanager
+    def work(self, checkpoint: Checkpoint, staged: Path | None) -> Iterator[Conversion]:
+        given = (self.source, checkpoint, self.config, self.family)
+        if staged is None or self.facts is None:
+            yield Conversion(*given, allocation=self.allocation)
+            return
+        with StagedText(self.facts, staged) as text:
+            # Nothing else of a text is asked for by a fit of one layer, at once.
+            calibration = cast("Calibration", text)
+            yield Conversion(*given, calibration, allocation=self.allocation, trials=self.trials)
+
+
+def check_divisible(config: ConvertConfig, calibrated: bool) -> None:
+    """Refuse a conversion whose layers wait for each other.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if not calibrated:
+        return
+    if not config.one_shot:
+        raise ArgumentError(
+            "scheduler: with a calibration text each layer is fitted to what the converted layers "
+            "before it hand on, so one process does it all; leave the scheduler out, or take "
+            "one_shot (--one-shot), whose layers do not wait for each other"
+        )
+    if config.compressed_experts:
+        raise ArgumentError(
+            "scheduler: compressed experts are judged by the whole model, which one process runs; "
+            "leave the scheduler out, or compressed_experts"
+        )
 
 
 class Conversion:
     """The work of `molae.convert`: what each job computes and what the folder says of it.
 
-    Making one opens nothing and writes nothing; it decides groups and ranks.
+    Making one opens nothing and writes nothing; it decides groups and ranks, unless an
+    `allocation` is given.
     """
 
     kind = "convert"
@@ -50,17 +102,25 @@ class Conversion:
         family: Family | None = None,
         calibration: Calibration | None = None,
         stats: Path | None = None,
+        allocation: Allocation | None = None,
+        trials: Trials | None = None,
     ) -> None:
         self.source_name = source
         self.checkpoint = checkpoint
         self.config = config
+        self.family = family
         self.method = find_method(config.method)
         self.model: Model = describe(checkpoint, family=family)
         self.calibration = calibration
         self.calibrated: Calibrated | None = None
         if calibration is not None:
             self.calibrated = Calibrated(checkpoint, self.model, config, calibration, stats)
-            allocation = self.calibrated.allocate()
+            if allocation is None:
+                allocation = self.calibrated.allocate()
+            else:
+                self.calibrated.take(allocation, trials or {})
+        elif allocation is not None:
+            pass  # decided elsewhere
         elif (
             config.uniform
             or config.one_shot
@@ -92,6 +152,28 @@ class Conversion:
         self.stack_bytes = E * F * D * DTYPES["F32"].itemsize
         self.room = int(1.25 * self.stack_bytes)
 
+    def recipe(self) -> Recipe:
+        """For other processes: all that is decided, so that they need not decide it again."""
+        check_divisible(self.config, self.calibration is not None)
+        facts = None if self.calibration is None else self.calibration.facts
+        trials = {} if self.calibrated is None else self.calibrated.trials
+        return ConversionRecipe(
+            self.source_name, self.config, self.family, self.allocation, facts, trials
+        )
+
+    def stage(self, number: int, path: Path) -> bool:
+        """What the experts of the shard's layer read in the text, if there is one."""
+        jobs = self.shards[number].jobs
+        if self.calibration is None or not jobs:
+            return False
+        write_reading(path, self.calibration.reading(jobs[0].layer))
+        return True
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the experts' matrices are views of the files."""
+        return self.model.is_mapped(self.checkpoint)
+
     @property
     def settings(self) -> dict[str, Any]:
         facts = {} if self.calibration is None else {"calibration": dict(self.calibration.facts)}
@@ -102,10 +184,10 @@ class Conversion:
         """What must not change for a run to go on."""
         return self.allocation.digest()
 
-    def source(self, job: Job) -> Sequence[np.ndarray]:
+    def source(self, job: Job) -> Sequence[np.ndarray | memoryview]:
         if job.kinds == (COMPRESSED,):
             return []
-        return self.model.matrices(self.checkpoint, job.layer, job.kinds[0])
+        return self.model.sources(self.checkpoint, job.layer, job.kinds[0])
 
     def resume(
         self, finished: Mapping[str, Path], state: Path, tell: Callable[[str], None]
@@ -136,9 +218,11 @@ class Conversion:
         for g, (group, rank) in enumerate(zip(split.groups, split.ranks, strict=True)):
             for part in group_tensors(prefix, kind, g, len(group), rank, F=F, D=D, form=form):
                 if part.role == "dense":
-                    tensors[part.name] = [matrices[i] for i in group]
+                    tensors[part.name] = LazyArrays(len(group), partial(_member, matrices, group))
                 else:
                     tensors[part.name] = fitted.factors[g, part.role]
+        trials = {} if self.calibrated is None else self.calibrated.trials[job.layer, kind]
+        facts: dict[str, Any] = {**fitted.diagnostics, **trials}
         row = TypeRow(
             layer=job.layer,
             kind=kind,
@@ -153,7 +237,8 @@ class Conversion:
             output_error=fitted.output_error,
             layer_error=fitted.layer_error,
             tokens=fitted.tokens,
-            **fitted.diagnostics,
+            energy_curve=fitted.energy_curve,
+            **facts,
         )
         return tensors, [dataclasses.asdict(row), *self._healed(job.layer, seconds)]
 
@@ -188,11 +273,14 @@ class Conversion:
             molae_version=__version__,
             compressed=self.allocation.compressed,
             light=self.allocation.light,
+            arch=self.model.family.description,
         )
 
     def config_text(self) -> str:
         """The result's ``config.json``: the source's, and what molae adds at its end."""
         config = dict(self.checkpoint.config)
+        if self.checkpoint.encoding is not None:  # nothing is encoded any more
+            del config["quantization_config"]
         if (factored := self.factored()) is not None:
             config["quantization_config"] = factored.to_dict()
         return json_text(config)
@@ -228,9 +316,23 @@ class Conversion:
             compressed=compressed,
             light=light.title if compressed else None,
             scratch_bytes=scratch_bytes(self),
+            parallel=len(self.shards) if self._is_divisible else 1,
+            encoding=self.checkpoint.encoding,
         )
+
+    @property
+    def _is_divisible(self) -> bool:
+        try:
+            check_divisible(self.config, self.calibration is not None)
+        except ArgumentError:
+            return False
+        return True
 
     def _seconds(self) -> float:
         if self.calibrated is None or self.calibration is None:
             return fit_seconds(self)
         return calibrated_seconds(self, math.prod(self.calibration.sequences.shape))
+
+
+def _member(matrices: Sequence[np.ndarray], group: Sequence[int], at: int) -> np.ndarray:
+    return matrices[group[at]]

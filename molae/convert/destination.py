@@ -5,20 +5,58 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from molae.convert.journal import JOURNAL, Journal, differences
-from molae.convert.report import REPORT
+from molae.convert.report import PAGE, REPORT
 from molae.errors import DestinationError, MolaeError
 from molae.io import parse_json
 from molae.io.writer import PART, destination_error
 
-__all__ = ["LOCK", "check_apart", "check_usable", "locked", "named_troubles", "prepare"]
+__all__ = [
+    "LOCK",
+    "WORKERS",
+    "apart_name",
+    "check_apart",
+    "check_usable",
+    "locked",
+    "named_troubles",
+    "prepare",
+    "sweep_apart",
+]
 
 LOCK = ".molae-lock"
+
+#: Is there while other processes compute for a run, and says which run that is.
+WORKERS = ".molae-workers"
+
+#: The end of the name of a file that one of them writes.
+_APART = re.compile(r"\.[0-9a-f]{12}-[0-9]+$")
+
+
+def apart_name(file: str, run: str, number: int) -> str:
+    """What a file is called while a worker writes it: no two tries have the same name.
+
+    Parameters
+    ----------
+    file : str
+    run : str
+        Twelve hexadecimal digits.
+    number : int
+        Of the try.
+    """
+    return f"{file}.{run}-{number}"
+
+
+def sweep_apart(dst: Path) -> None:
+    """Remove what workers have left: files of tries whose results nobody took."""
+    for path in dst.iterdir():
+        if _APART.search(path.name.removesuffix(PART)):
+            path.unlink(missing_ok=True)
 
 
 def check_apart(src: Path, dst: Path) -> None:
@@ -111,7 +149,8 @@ def check_usable(dst: Path, *, overwrite: bool) -> set[str]:
         raise DestinationError(f"{dst}: is a file; choose a folder")
     journal = Journal(dst)
     present = _files_below(dst)
-    own = present & _own_names(dst, journal)
+    names = _own_names(dst, journal)
+    own = {n for n in present if n in names or _APART.sub("", n.removesuffix(PART)) in names}
     if foreign := sorted(present - own):
         raise DestinationError(
             f"{dst}: not empty: holds {_some(foreign)}, which molae did not write; "
@@ -155,7 +194,7 @@ def prepare(dst: Path, header: dict[str, Any], *, overwrite: bool, needed: int) 
             f"{dst}: holds an unfinished run that differs: {'; '.join(differing[:5])}. "
             "Run the same command as then to finish it, or start anew with --overwrite"
         )
-    _check_room(dst, needed, sum((dst / name).stat().st_size for name in own))
+    _check_room(dst, needed, sum(_size(dst / name) for name in own))
     if journal.header is not None and not differing:
         _keep_finished(dst, journal, own)
     else:
@@ -174,7 +213,7 @@ def _files_below(dst: Path) -> set[str]:
 
 def _own_names(dst: Path, journal: Journal) -> set[str]:
     """Names that a run of molae wrote or may have been writing."""
-    names = {LOCK, JOURNAL} | _reported_names(dst / REPORT)
+    names = {LOCK, JOURNAL, WORKERS} | _reported_names(dst / REPORT)
     if journal.header is not None:
         names |= set(journal.header.get("files", ()))  # a list of texts, `Journal` saw to it
     return names | {name + PART for name in names}
@@ -188,7 +227,7 @@ def _reported_names(path: Path) -> set[str]:
     if not isinstance(report, dict) or not report.get("molae_report"):
         return set()
     files = report.get("files")
-    return {REPORT, *files} if isinstance(files, dict) else set()
+    return {REPORT, PAGE, *files} if isinstance(files, dict) else set()
 
 
 def _check_room(dst: Path, needed: int, own: int) -> None:
@@ -205,8 +244,8 @@ def _keep_finished(dst: Path, journal: Journal, own: set[str]) -> None:
         if not whole:
             journal.forget(name)
     for name in own:
-        if name.endswith(PART):
-            (dst / name).unlink()
+        if name.endswith(PART) or _APART.search(name) or name == WORKERS:
+            (dst / name).unlink(missing_ok=True)
 
 
 def _remove(dst: Path, own: set[str]) -> None:
@@ -214,10 +253,18 @@ def _remove(dst: Path, own: set[str]) -> None:
     last = (REPORT, JOURNAL)
     ordered = sorted(own - {LOCK, *last}) + [name for name in last if name in own]
     for name in ordered:
-        (dst / name).unlink()
+        (dst / name).unlink(missing_ok=True)
         for folder in Path(name).parents[:-1]:
             with contextlib.suppress(OSError):  # not empty yet
                 (dst / folder).rmdir()
+
+
+def _size(path: Path) -> int:
+    """0 where it is gone: a worker of an interrupted run removes what it no longer needs."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _some(names: list[str]) -> str:

@@ -21,14 +21,23 @@ from molae.fit.arguments import renumbered
 from molae.fit.compressed import PASSES as VECTOR_PASSES
 from molae.fit.layer import REFITS
 from molae.fit.narrow import PASSES as NARROW_PASSES
+from molae.io import DTYPES
 from molae.ops import Projection, latent_experts_forward
 from molae.ops.projection import latent_width
 from molae.threads import get_num_threads
 
 if TYPE_CHECKING:
     from molae.convert.conversion import Conversion
+    from molae.convert.sketch import Sketch
 
-__all__ = ["calibrated_seconds", "fit_seconds", "memory_bytes", "scratch_bytes"]
+__all__ = [
+    "calibrated_seconds",
+    "fit_seconds",
+    "group_bytes",
+    "group_flops",
+    "memory_bytes",
+    "scratch_bytes",
+]
 
 
 def fit_seconds(conversion: Conversion) -> float:
@@ -120,7 +129,7 @@ def _factor_like(kind: str, W: Sequence[np.ndarray], split: Split) -> None:
     )
 
 
-def _splits_by_kind(conversion: Conversion) -> dict[str, list[tuple[int, Split]]]:
+def _splits_by_kind(conversion: Conversion | Sketch) -> dict[str, list[tuple[int, Split]]]:
     found: dict[str, list[tuple[int, Split]]] = {}
     for layer, kinds in conversion.allocation.layers.items():
         for kind, split in kinds.items():
@@ -135,13 +144,21 @@ def _some_groups(split: Split, count: int) -> Split:
 
 
 def _flops(conversion: Conversion, split: Split) -> float:
-    """Operations to factor one layer's matrix type, as ``csrc/molae.h`` counts them."""
     F, D = conversion.model.letters["F"], conversion.model.letters["D"]
-    total = 0.0
-    for _, group, rank in split.latent_groups():
-        rows = len(group) * F
-        total += rows * D * min(rows, D) + 9 * min(rows, D) ** 3 + 4 * rows * D * rank
-    return total
+    return sum(group_flops(len(group), rank, F=F, D=D) for _, group, rank in split.latent_groups())
+
+
+def group_flops(k: int, rank: int, *, F: int, D: int) -> float:
+    """Operations to factor a group of k experts, as ``csrc/molae.h`` counts them; with rank 0 to
+    find its spectrum."""
+    rows, least = k * F, min(k * F, D)
+    return float(rows * D * least + 9 * least**3 + 4 * rows * D * rank)
+
+
+def group_bytes(k: int, rank: int, *, F: int, D: int) -> int:
+    """Workspace while a group of k experts is factored."""
+    own = 4 * (4 * min(k * F, D) ** 2 + 3 * rank * D + rank * rank)
+    return own + (4 * k * F * D if k * F < D else 0)
 
 
 def scratch_bytes(conversion: Conversion) -> int:
@@ -160,7 +177,7 @@ def scratch_bytes(conversion: Conversion) -> int:
     )
 
 
-def memory_bytes(conversion: Conversion) -> int:
+def memory_bytes(conversion: Conversion | Sketch) -> int:
     """Estimate of the peak of anonymous memory.
 
     The factors of one matrix type, those of another that wait to be written, and the
@@ -171,15 +188,16 @@ def memory_bytes(conversion: Conversion) -> int:
     largest = max((sum(s.nbytes for s in job.specs) for shard in conversion.shards
                    for job in shard.jobs), default=0)  # fmt: skip
     results = max(largest, min(2 * largest, conversion.room))
-    workspace = 0
+    workspace = most = 0
     for splits in _splits_by_kind(conversion).values():
         for _, split in splits:
             each = [
-                4 * (4 * min(len(group) * F, D) ** 2 + 3 * rank * D + rank * rank)
-                + (4 * len(group) * F * D if len(group) * F < D else 0)
-                for _, group, rank in split.latent_groups()
+                group_bytes(len(group), rank, F=F, D=D) for _, group, rank in split.latent_groups()
             ]
+            most = max([most, *(len(group) for group in split.groups)])
             workspace = max(workspace, sum(sorted(each)[-get_num_threads() :]))
     if conversion.calibrated is not None:
         return results + conversion.calibrated.footprint.nbytes
+    if not conversion.is_mapped:  # the groups at work, and one that is written
+        workspace += (get_num_threads() * most + 1) * F * D * DTYPES[model.dtype].itemsize
     return BASE_BYTES + results + workspace

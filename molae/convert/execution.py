@@ -14,15 +14,15 @@ import numpy as np
 
 from molae import __version__
 from molae.arch import Model
-from molae.convert import pipeline
 from molae.convert.companions import companion_names
 from molae.convert.destination import locked, named_troubles, prepare
+from molae.convert.executor import Divisible, Executor, Here, build_facts
 from molae.convert.journal import Journal, file_sha256
 from molae.convert.jsontext import json_text
 from molae.convert.layer_state import STATE
 from molae.convert.loss_plot import PICTURE, plot_losses
 from molae.convert.planning import Plan
-from molae.convert.report import REPORT, Report, Rows, sorted_rows
+from molae.convert.report import PAGE, REPORT, Report, Rows, sorted_rows, worker_rows
 from molae.convert.shards import INDEX, index_text
 from molae.info import show_config
 from molae.io import copy_file_atomic, write_text_atomic
@@ -33,7 +33,7 @@ __all__ = ["CARD", "Task", "Watcher", "execute"]
 CARD = "README.md"
 
 
-class Task(pipeline.Work, Protocol):
+class Task(Divisible, Protocol):
     """A run: the work on the shards, and the small files around them."""
 
     kind: str
@@ -69,8 +69,17 @@ class Watcher:
         """The result is whole."""
 
 
-def execute(task: Task, dst: Path, *, overwrite: bool, watcher: Watcher | None) -> Report:
+def execute(
+    task: Task,
+    dst: Path,
+    *,
+    overwrite: bool,
+    watcher: Watcher | None,
+    executor: Executor | None = None,
+) -> Report:
     """Write the result of `task` to `dst`, or what an interrupted run has left to be done.
+
+    `executor` computes the shards; by default this process.
 
     Raises
     ------
@@ -78,17 +87,20 @@ def execute(task: Task, dst: Path, *, overwrite: bool, watcher: Watcher | None) 
         See `molae.convert.destination`.
     """
     start = time.perf_counter()
+    executor = executor or Here()
+    executor.begin(task)
     plan = task.plan(timed=watcher is not None)
     watcher = watcher or Watcher()
     watcher.planned(plan)
-    companions = companion_names(task.checkpoint, taken=(CARD, CONFIG, INDEX, PICTURE, REPORT))
+    taken = (CARD, CONFIG, INDEX, PICTURE, REPORT, PAGE)
+    companions = companion_names(task.checkpoint, taken=taken)
     header = _header(task, companions)
     needed = plan.disk_bytes + sum(path.stat().st_size for path in companions.values())
     with named_troubles(dst), locked(dst):
         journal = prepare(dst, header, overwrite=overwrite, needed=needed)
         if journal.shards:
             watcher.resumed(len(journal.shards))
-        pipeline.run(task, dst, journal, watcher.advanced)
+        executor.run(task, dst, journal, watcher.advanced)
         report = _finish(task, plan, dst, journal, companions, start)
         journal.remove()
     watcher.finished(report)
@@ -97,7 +109,6 @@ def execute(task: Task, dst: Path, *, overwrite: bool, watcher: Watcher | None) 
 
 def _header(task: Task, companions: Mapping[str, Path]) -> dict[str, Any]:
     """What must be the same for a run to go on where another stopped."""
-    facts = show_config("dict")
     return {
         "molae_journal": 1,
         "kind": task.kind,
@@ -106,12 +117,7 @@ def _header(task: Task, companions: Mapping[str, Path]) -> dict[str, Any]:
         "groups_and_ranks": task.digest,
         "source": task.checkpoint.fingerprint(),
         "molae": __version__,
-        "build": {
-            "blas": f"{facts['blas']['name']} {facts['blas']['version']}",
-            "blas_core": facts["blas"]["core"],
-            "isa": facts["kernels"]["isa"],
-            "numpy": np.__version__,
-        },
+        "build": build_facts(),
         "files": [
             *(shard.file for shard in task.shards),
             STATE,
@@ -121,6 +127,7 @@ def _header(task: Task, companions: Mapping[str, Path]) -> dict[str, Any]:
             CONFIG,
             PICTURE,
             REPORT,
+            PAGE,
         ],
     }
 
@@ -162,6 +169,7 @@ def _finish(
         },
         files=files,
         seconds=time.perf_counter() - start,
+        workers=worker_rows(entries),
         **rows,
     )
     write_text_atomic(dst / REPORT, json_text(report.to_dict()))

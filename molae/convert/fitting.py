@@ -20,10 +20,9 @@ from molae.threads import get_num_threads
 if TYPE_CHECKING:
     from molae.arch import Model
     from molae.config import ConvertConfig
-    from molae.convert.allocation import Allocation
-    from molae.convert.probe import Probe
+    from molae.convert.allocation import Allocation, Measure
 
-__all__ = ["Fitted", "Groups", "Matrices", "Method", "fit_shared", "fit_two_steps"]
+__all__ = ["Fitted", "Groups", "Matrices", "Method", "energy_curve", "fit_shared", "fit_two_steps"]
 
 Matrices = Sequence[np.ndarray]
 Groups = list[tuple[int, ...]]
@@ -54,6 +53,8 @@ class Fitted:
         Relative error of the layer's answers there before a refit and after each.
     tokens : list of int, optional
         Of that text, by expert.
+    energy_curve : list of float, optional
+        See `energy_curve`.
     """
 
     factors: Mapping[tuple[int, str], np.ndarray]
@@ -63,6 +64,7 @@ class Fitted:
     output_error: float | None = None
     layer_error: list[float] | None = None
     tokens: list[int] | None = None
+    energy_curve: list[float] | None = None
 
     @property
     def total_error(self) -> float:
@@ -82,7 +84,7 @@ class Method:
     name: str
     form: Form
     summary: str
-    allocate: Callable[[Model, ConvertConfig, Probe], Allocation]
+    allocate: Callable[[Model, ConvertConfig, Measure], Allocation]
     fit: Callable[[Matrices, Split, Side], Fitted]
 
 
@@ -150,6 +152,7 @@ def _fit(matrices: Matrices, split: Split, side: Side, solve: Solver) -> Fitted:
         "used_svd": [False] * G,
     }
     factors: dict[tuple[int, str], np.ndarray] = {}
+    spectra: list[np.ndarray] = []
     latent = list(split.latent_groups())
     step = get_num_threads()
     for batch in (latent[at : at + step] for at in range(0, len(latent), step)):
@@ -161,6 +164,7 @@ def _fit(matrices: Matrices, split: Split, side: Side, solve: Solver) -> Fitted:
                 [matrices[i] for i in experts], list(groups), [rank for _, _, rank in batch], side
             )
         energy[experts] = result.energy
+        spectra += result.spectrum
         for at, (g, _, rank) in enumerate(batch):
             for name, values in facts.items():
                 values[g] = getattr(result, name)[at].item()
@@ -173,7 +177,26 @@ def _fit(matrices: Matrices, split: Split, side: Side, solve: Solver) -> Fitted:
         if left is None:
             for i in group:
                 energy[i] = _energy(matrices[i], i)
-    return Fitted(factors, error, energy, facts)
+    return Fitted(factors, error, energy, facts, energy_curve=energy_curve(spectra))
+
+
+#: Into how many steps `energy_curve` divides the ranks.
+CURVE_STEPS = 32
+
+
+def energy_curve(spectra: Sequence[np.ndarray]) -> list[float] | None:
+    """Share of the squared singular values of all groups beyond i/32 of each one's largest rank.
+
+    From 1 at i = 0 to 0 at i = 32, to four digits; None of no groups, or where all are zero.
+    """
+    beyond = np.zeros(CURVE_STEPS + 1)
+    for values in spectra:
+        squares = np.square(np.asarray(values, dtype=np.float64))
+        tails = np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
+        beyond += tails[np.arange(CURVE_STEPS + 1) * len(squares) // CURVE_STEPS]
+    if not beyond[0] > 0:
+        return None
+    return [float(f"{share:.4g}") for share in beyond / beyond[0]]
 
 
 @contextlib.contextmanager

@@ -77,17 +77,24 @@ class Footprint:
         ArgumentError
             There is no room for the groups asked for, or none for the refit.
         """
-        vocab = int(checkpoint.config.get("vocab_size", 0))
-        plan = cls.of_sizes(model.letters, model.dtype, config, vocab)
+        vocab = int(model.family.settings(checkpoint.config).get("vocab_size", 0))
+        copied = not model.is_mapped(checkpoint)
+        plan = cls.of_sizes(model.letters, model.dtype, config, vocab, copied=copied)
         if config.max_memory is None:
             return plan
         return plan._within(int(config.max_memory), config)
 
     @classmethod
     def of_sizes(
-        cls, letters: Mapping[str, int], dtype: str, config: ConvertConfig, vocab: int = 0
+        cls,
+        letters: Mapping[str, int],
+        dtype: str,
+        config: ConvertConfig,
+        vocab: int = 0,
+        *,
+        copied: bool = False,
     ) -> Footprint:
-        """Of layers of these sizes, all experts at once."""
+        """Of layers of these sizes, all experts at once; `copied`: not read where they lie."""
         E, F, D = (letters[letter] for letter in "EFD")
         size = config.target_size or 1.0
         stack = E * F * D
@@ -97,7 +104,7 @@ class Footprint:
         tokens = _tokens(letters, rank)
         a_thread = 8 * (7 * D * D + 2 * max(D, F) ** 2 + 2 * F * F + 4 * F * D + rank * (F + D))
         factors = int((3 * size + sum(TRIAL_SIZES)) * stack) * DTYPES[dtype].itemsize
-        wide = 12 * stack if dtype == "F16" else 0
+        wide = 12 * stack if dtype == "F16" or copied else 0
         fixed = BASE_BYTES + TORCH_BYTES + ends + tokens + factors + wide
         roots = 2 * E * F * F + 3 * E * min(rank, D) ** 2  # and what they are roots of
         refit = 4 * (VECTORS * private + roots) if config.refit else 0
@@ -153,7 +160,7 @@ def healing_bytes(checkpoint: Checkpoint, model: Model) -> int:
     trained, one at a time."""
     assert model.factored is not None
     D = model.letters["D"]
-    vocab = int(checkpoint.config.get("vocab_size", 0))
+    vocab = int(model.family.settings(checkpoint.config).get("vocab_size", 0))
     largest = max(
         sum(split_numbers(split, F=model.letters["F"], D=D, form=model.factored.form)
             for split in kinds.values())

@@ -16,6 +16,7 @@ from molae.arch import Family, Model, check_factors, describe, factored_specs
 from molae.config import TYPES, HealConfig
 from molae.convert.calibrated import Calibration, in_order
 from molae.convert.card import heal_card
+from molae.convert.executor import Recipe
 from molae.convert.footprint import healing_bytes
 from molae.convert.jsontext import json_text
 from molae.convert.layer_state import LayerState, training_told
@@ -74,6 +75,8 @@ class Healing:
             )
         self.factored: Factored = self.model.factored
         check_factors(self.model, checkpoint.tensors)
+        if self.model.family.description is not None:  # which the original does not hold
+            family = self.model.family
         _check_pair(self.model, checkpoint, describe(teacher, family=family), teacher)
         self.shards = heal_shards(checkpoint, self.model)
         E, F, D = (self.model.letters[letter] for letter in "EFD")
@@ -86,6 +89,13 @@ class Healing:
         self._trained: dict[str, Projection] = {}
         #: The last layer that the text has passed.
         self._behind = -1
+
+    def recipe(self) -> Recipe:
+        """None: each layer is trained on what the trained ones before it hand on."""
+        raise ArgumentError("heal: its layers wait for each other, so one process does it all")
+
+    def stage(self, number: int, path: Path) -> bool:
+        return False
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -16,14 +16,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from molae.convert.report import is_row
+from molae.convert.report import JOURNAL, is_row, is_worker
 from molae.errors import DestinationError
 from molae.io import parse_json, write_text_atomic
 from molae.io.writer import destination_error, write_all
 
 __all__ = ["JOURNAL", "Journal", "differences"]
-
-JOURNAL = ".molae-journal.jsonl"
 
 _PLAIN = re.compile(r"\w[\w.-]*")
 
@@ -141,6 +139,7 @@ def _is_complete(entry: Mapping[str, Any]) -> bool:
         entry.get("check") == _check(said)
         and all(isinstance(entry.get(name), kind) for name, kind in kinds.items())
         and all(is_row(row) for row in entry["rows"])
+        and ("worker" not in entry or is_worker(entry["worker"]))
     )
 
 
@@ -159,13 +158,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    prefix: str = "",
+    words: tuple[str, str] = ("then", "now"),
+) -> list[str]:
     """Where two headers differ, as short texts: 'settings.size: 0.75 then, 0.5 now'."""
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         was, now = old.get(key), new.get(key)
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            found += differences(was, now, f"{prefix}{key}.")
+            found += differences(was, now, f"{prefix}{key}.", words)
         elif was != now:
-            found.append(f"{prefix}{key}: {was!r} then, {now!r} now")
+            found.append(f"{prefix}{key}: {was!r} {words[0]}, {now!r} {words[1]}")
     return found

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from molae.arch import Model
 from molae.config import TYPES, ConvertConfig
-from molae.convert.allocation import Allocation, Candidate, gauge_ranks, group_size
+from molae.convert.allocation import (
+    Allocation,
+    Candidate,
+    Measure,
+    gauge_ranks,
+    group_size,
+)
 from molae.convert.fitting import Method, fit_shared
-from molae.convert.probe import GROUP_SIZES, Probe
+from molae.convert.probe import GROUP_SIZES
 from molae.errors import ArgumentError
 from molae.factored import Form, Split, index_groups
 from molae.fit import stored_numbers
@@ -21,7 +27,7 @@ __all__ = ["METHOD"]
 FORM: Form = "gauge"
 
 
-def allocate(model: Model, config: ConvertConfig, probe: Probe) -> Allocation:
+def allocate(model: Model, config: ConvertConfig, probe: Measure) -> Allocation:
     """Groups and ranks for every layer and type.
 
     Raises

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 from molae import fit
 from molae.arch import Family, Model, check_factors, describe, factored_specs
 from molae.convert.card import materialize_card
+from molae.convert.executor import Recipe
 from molae.convert.footprint import BASE_BYTES
 from molae.convert.jsontext import json_text
 from molae.convert.pipeline import Data
@@ -19,9 +23,21 @@ from molae.convert.report import Rows
 from molae.convert.shards import Job, materialize_shards
 from molae.errors import CheckpointError, NonFiniteError, ShapeError
 from molae.factored import Factored, group_tensors
-from molae.io import DTYPES, Checkpoint, numpy_dtype
+from molae.io import DTYPES, Checkpoint, LazyArrays, numpy_dtype
 
-__all__ = ["Materialization"]
+__all__ = ["Materialization", "MaterializationRecipe"]
+
+
+@dataclass(frozen=True)
+class MaterializationRecipe:
+    """How other processes do the work of a `Materialization`."""
+
+    source: str
+    family: Family | None
+
+    @contextlib.contextmanager
+    def work(self, checkpoint: Checkpoint, staged: Path | None) -> Iterator[Materialization]:
+        yield Materialization(self.source, checkpoint, self.family)
 
 
 class Materialization:
@@ -32,6 +48,7 @@ class Materialization:
     def __init__(self, source: str, checkpoint: Checkpoint, family: Family | None = None) -> None:
         self.source_name = source
         self.checkpoint = checkpoint
+        self.family = family
         self.model: Model = describe(checkpoint, family=family, converted=True)
         if self.model.factored is None:
             raise CheckpointError(
@@ -51,6 +68,12 @@ class Materialization:
         self.settings: dict[str, Any] = {}
         self.digest = ""
 
+    def recipe(self) -> Recipe:
+        return MaterializationRecipe(self.source_name, self.family)
+
+    def stage(self, number: int, path: Path) -> bool:
+        return False
+
     def resume(
         self, finished: Mapping[str, Path], state: Path, tell: Callable[[str], None]
     ) -> None:
@@ -69,10 +92,10 @@ class Materialization:
     def compute(self, job: Job) -> tuple[dict[str, Data], list[dict[str, Any]]]:
         """The job's tensors, each expert's still to be computed when it is to be written."""
         products = [_Products(self, job.layer, kind) for kind in job.kinds]
-        E = self.model.letters["E"]
+        E, put = self.model.letters["E"], partial(self.model.put, job.kinds[0])
         if len(job.specs) == 1 and E > 1:
-            return {job.specs[0].name: _Experts(products, E)}, []
-        return {spec.name: _one(products, e) for e, spec in enumerate(job.specs)}, []
+            return {job.specs[0].name: LazyArrays(E, partial(_one, products, put))}, []
+        return {spec.name: partial(_one, products, put, e) for e, spec in enumerate(job.specs)}, []
 
     def config_text(self) -> str:
         config = dict(self.checkpoint.config)
@@ -105,6 +128,7 @@ class Materialization:
             candidates=(),
             memory_bytes=BASE_BYTES + 6 * 4 * rows * cols + 2 * 4 * cols * cols,
             seconds=None,
+            parallel=len(self.shards),
         )
 
 
@@ -163,27 +187,8 @@ class _Products:
         return self._basis[1]
 
 
-class _Experts(Sequence[np.ndarray]):
-    """All experts of a tensor that holds them together, made one at a time."""
-
-    def __init__(self, products: Sequence[_Products], E: int) -> None:
-        self._products, self._E = products, E
-
-    def __len__(self) -> int:
-        return self._E
-
-    def __getitem__(self, expert: Any) -> Any:
-        return _one(self._products, expert)()
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[expert] for expert in range(self._E))
-
-
-def _one(products: Sequence[_Products], expert: int) -> Callable[[], np.ndarray]:
-    """Makes one expert's matrix; gate above up where the two are one tensor."""
-
-    def make() -> np.ndarray:
-        matrices = [product(expert) for product in products]
-        return matrices[0] if len(matrices) == 1 else np.concatenate(matrices)
-
-    return make
+def _one(
+    products: Sequence[_Products], put: Callable[[list[np.ndarray]], np.ndarray], expert: int
+) -> np.ndarray:
+    """One expert's part of a tensor, as the source has it."""
+    return put([product(expert) for product in products])

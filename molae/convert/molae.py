@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from molae.arch import Model
 from molae.config import ConvertConfig
-from molae.convert.allocation import Allocation, group_size, split_numbers
+from molae.convert.allocation import Allocation, Measure, group_size, split_numbers
 from molae.convert.fitting import Method, fit_two_steps
-from molae.convert.probe import Probe
 from molae.errors import ArgumentError
 from molae.factored import Form, Split, index_groups
 from molae.fit import stored_numbers
@@ -27,7 +26,7 @@ KINDS = ("gate_proj", "up_proj")
 Option = tuple[dict[str, int], int]
 
 
-def allocate(model: Model, config: ConvertConfig, probe: Probe) -> Allocation:
+def allocate(model: Model, config: ConvertConfig, probe: Measure) -> Allocation:
     """Groups and ranks: what is not given is chosen so that the size is reached.
 
     Raises

@@ -22,6 +22,8 @@ def named(
     try:
         yield
     except NonFiniteError as error:
+        if getattr(error, "tensor", None) is not None:  # met while decoding, and says it all
+            raise
         what = str(error).rpartition(": ")[2]
         kind = getattr(error, "kind", kind)  # where several types are worked on at once
         at = error.expert

@@ -22,7 +22,7 @@ from molae.convert.layer_state import STATE
 from molae.convert.shards import Job, Shard
 from molae.io import Checkpoint, ShardWriter
 
-__all__ = ["Data", "Work", "run"]
+__all__ = ["Data", "Work", "run", "shard_bytes", "write_one"]
 
 #: A tensor to write: whole, as the pieces of its first axis, or still to be computed.
 Data = np.ndarray | Sequence[np.ndarray] | Callable[[], np.ndarray]
@@ -42,8 +42,8 @@ class Work(Protocol):
         """Called before any work: shards that an earlier run has left, by name; where the state
         of what takes long within a job may be kept, and how to say what is under way."""
 
-    def source(self, job: Job) -> Sequence[np.ndarray]:
-        """The arrays that a job reads, views of mapped files."""
+    def source(self, job: Job) -> Sequence[np.ndarray | memoryview]:
+        """What a job reads, views of mapped files."""
 
     def compute(self, job: Job) -> tuple[dict[str, Data], list[dict[str, Any]]]:
         """The job's tensors by name, and rows for the report."""
@@ -71,46 +71,85 @@ def run(
     When it is interrupted or fails, what is being written is waited for, unfinished files
     are removed, and the journal keeps the finished shards.
     """
-    pipeline = _Pipeline(work, dst, journal, progress)
+    missing = [shard for shard in work.shards if shard.file not in journal.shards]
+    pipeline = _Pipeline(work, missing, journal.add, progress)
     finished = {file: dst / file for file in journal.shards}
     work.resume(finished, dst / STATE, pipeline.tell)
-    try:
-        for shard in work.shards:
-            if shard.file not in journal.shards:
-                pipeline.work_through(shard)
-        pipeline.drain()
-    finally:
-        pipeline.close()
+    pipeline.write({shard.file: dst / shard.file for shard in missing})
     (dst / STATE).unlink(missing_ok=True)
+
+
+def write_one(work: Work, shard: Shard, path: Path, wanted: Callable[[], None]) -> dict[str, Any]:
+    """Write a single shard, whatever became of the others.
+
+    Parameters
+    ----------
+    work : Work
+        One whose jobs do not depend on each other.
+    shard : Shard
+    path : Path
+        The file to make.
+    wanted : callable
+        Called before each job; may raise where nobody waits for the shard any longer.
+
+    Returns
+    -------
+    dict
+        The shard's line for a journal.
+    """
+    entries: list[dict[str, Any]] = []
+    pipeline = _Pipeline(work, [shard], entries.append, lambda done, total, what: wanted())
+    pipeline.write({shard.file: path})
+    (entry,) = entries
+    return entry
+
+
+def shard_bytes(work: Work, shard: Shard) -> int:
+    """Bytes of the source that go into a shard."""
+    return _copied_bytes(work, shard) + sum(_job_bytes(work, job) for job in shard.jobs)
+
+
+def _job_bytes(work: Work, job: Job) -> int:
+    return sum(piece.nbytes for piece in work.source(job))
+
+
+def _copied_bytes(work: Work, shard: Shard) -> int:
+    return sum(work.checkpoint.stored_size(spec.name) for spec in shard.copied)
 
 
 class _Pipeline:
     def __init__(
         self,
         work: Work,
-        dst: Path,
-        journal: Journal,
+        shards: Sequence[Shard],
+        record: Callable[[dict[str, Any]], object],
         progress: Callable[[int, int, str], None],
     ) -> None:
-        self._work, self._dst, self._journal, self._progress = work, dst, journal, progress
+        self._work, self._shards, self._record, self._progress = work, shards, record, progress
         self._reader = ThreadPoolExecutor(1, "molae-reader")
         self._writer = ThreadPoolExecutor(1, "molae-writer")
         self._pending: deque[tuple[Future[None], int]] = deque()
         self._open: list[ShardWriter] = []
-        self._jobs = [
-            job for shard in work.shards if shard.file not in journal.shards for job in shard.jobs
-        ]
+        self._jobs = [job for shard in shards for job in shard.jobs]
         self._hashes: dict[int, Future[str]] = {}
-        self._total = sum(info.nbytes for info in work.checkpoint.tensors.values())
-        self._done = self._total - sum(
-            self._source_bytes(shard) for shard in work.shards if shard.file not in journal.shards
-        )
+        self._total = work.checkpoint.stored_nbytes
+        self._done = self._total - sum(shard_bytes(work, shard) for shard in shards)
 
-    def work_through(self, shard: Shard) -> None:
-        out = ShardWriter(self._dst / shard.file, shard.specs)
+    def write(self, paths: Mapping[str, Path]) -> None:
+        """All shards, to the files that `paths` has by their names."""
+        try:
+            for shard in self._shards:
+                self._work_through(shard, paths[shard.file])
+            self._drain()
+        finally:
+            self._close()
+
+    def _work_through(self, shard: Shard, path: Path) -> None:
+        out = ShardWriter(path, shard.specs)
         self._open.append(out)
         self._progress(self._done, self._total, shard.file)
-        copied = [self._work.checkpoint.raw(spec.name) for spec in shard.copied]
+        checkpoint = self._work.checkpoint
+        copied = [piece for spec in shard.copied for piece in checkpoint.stored(spec.name)]
         inputs = {"copied": self._reader.submit(_sha256, copied)}
         self._put(0, self._copy, out, shard)
         rows: list[dict[str, Any]] = []
@@ -118,8 +157,8 @@ class _Pipeline:
             self._progress(self._done, self._total, job.title)
             inputs[job.title] = self._hash_ahead(job)
             rows += self._compute(out, job)
-            self._done += self._job_bytes(job)
-        self._done += sum(spec.nbytes for spec in shard.copied)
+            self._done += _job_bytes(self._work, job)
+        self._done += _copied_bytes(self._work, shard)
         self._put(0, self._finish, out, shard, rows, inputs)
         self._progress(self._done, self._total, shard.file)
 
@@ -127,11 +166,11 @@ class _Pipeline:
         """What is under way within a job."""
         self._progress(self._done, self._total, what)
 
-    def drain(self) -> None:
+    def _drain(self) -> None:
         while self._pending:
             self._wait()
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Let the threads end what they are at, and remove files that are not whole."""
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True, cancel_futures=True)
@@ -172,8 +211,14 @@ class _Pipeline:
         self._pending.popleft()
 
     def _copy(self, out: ShardWriter, shard: Shard) -> None:
+        checkpoint = self._work.checkpoint
         for spec in shard.copied:
-            out.write(spec.name, self._work.checkpoint.raw(spec.name))
+            if not checkpoint.is_encoded(spec.name):
+                out.write(spec.name, checkpoint.raw(spec.name))
+            elif len(spec.shape) == 2:
+                out.write(spec.name, checkpoint.array(spec.name))
+            else:  # one expert at a time
+                out.write_stack(spec.name, checkpoint.slices(spec.name))
 
     def _write(self, out: ShardWriter, tensors: dict[str, Data]) -> None:
         while tensors:  # each is let go as soon as it is written
@@ -198,21 +243,14 @@ class _Pipeline:
             "inputs": {title: sha256.result() for title, sha256 in inputs.items()},
             "rows": rows,
         }
-        self._journal.add(entry | {"sha256": out.finish()})
+        self._record(entry | {"sha256": out.finish()})
         self._open.remove(out)
-
-    def _job_bytes(self, job: Job) -> int:
-        return sum(array.nbytes for array in self._work.source(job))
-
-    def _source_bytes(self, shard: Shard) -> int:
-        copied = sum(spec.nbytes for spec in shard.copied)
-        return copied + sum(self._job_bytes(job) for job in shard.jobs)
 
 
 def _sha256(pieces: Sequence[np.ndarray | memoryview]) -> str:
     sha256 = hashlib.sha256()
     for piece in pieces:
         if isinstance(piece, np.ndarray):
-            piece = piece.reshape(-1).view(np.uint8).data
+            piece = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
         sha256.update(piece)
     return sha256.hexdigest()

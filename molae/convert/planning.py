@@ -182,6 +182,7 @@ class Plan:
     kind : {'convert', 'materialize'}
     source : str
     family, layout, dtype : str
+        The layout is empty where there was a config alone, which does not say it.
     letters : dict of str to int
         L, E, K, D, F.
     method, form : str
@@ -213,6 +214,13 @@ class Plan:
         What acts in the place of compressed experts, where there are any.
     scratch_bytes : int
         Temporary files meanwhile, where there is a calibration text.
+    parallel : int
+        Files that may be computed at the same time by several processes; 1 where each layer
+        waits for the one before it.
+    experts_only : bool
+        Nothing but the experts is known: the plan is of a config alone.
+    encoding : str, optional
+        What the source's files hold instead of the BF16 numbers that all sizes here are of.
     """
 
     kind: str
@@ -238,6 +246,9 @@ class Plan:
     compressed: Mapping[int, int] = field(default_factory=dict)
     light: str | None = None
     scratch_bytes: int = 0
+    parallel: int = 1
+    experts_only: bool = False
+    encoding: str | None = None
 
     @classmethod
     def of(cls, run: Run, method: str, form: Form, **facts: Any) -> Plan:
@@ -279,6 +290,14 @@ class Plan:
         )
 
     @property
+    def encoding_text(self) -> str:
+        """What becomes of encoded tensors."""
+        return (
+            f"The source holds tensors in {str(self.encoding).upper()}. All of them are decoded to "
+            f"{self.dtype}: sizes here are of that, and the result has no encoded tensor left."
+        )
+
+    @property
     def flops_ratio(self) -> float:
         """FLOPs per token of the routed experts, after over before."""
         return self.after.flops_per_token / self.before.flops_per_token
@@ -290,5 +309,6 @@ class Plan:
             out[key]["total_numbers"] = stored.total_numbers
             out[key]["total_bytes"] = stored.total_bytes
         out["flops_ratio"] = self.flops_ratio
+        out["source_title"] = self.source_title
         plain: dict[str, Any] = json.loads(json.dumps(out))  # lists for tuples, as when read back
         return plain

@@ -18,17 +18,26 @@ if TYPE_CHECKING:
     from molae.fit import LayerDistillation
 
 __all__ = [
+    "PAGE",
     "REPORT",
     "CompressedRow",
     "HealRow",
     "Report",
     "Rows",
     "TypeRow",
+    "WorkerRow",
     "sorted_rows",
     "total_error",
+    "worker_rows",
 ]
 
 REPORT = "molae-report.json"
+#: There while the run is not finished; see `molae.convert.journal`.
+JOURNAL = ".molae-journal.jsonl"
+
+#: The same facts as a page to look at, made of the report alone.
+PAGE = "molae-report.html"
+
 REPORT_VERSION = 1
 
 
@@ -66,6 +75,14 @@ class TypeRow:
         after each; None where it had none.
     tokens : list of int or None
         Of the calibration text, by expert.
+    energy_curve : list of float or None
+        Share of the squared singular values of all groups together beyond i/32 of the largest
+        rank, i = 0 to 32, to four digits; None where no group is latent.
+    effects : list of [float, float] or None
+        How far the model's answers moved, in nats a token, while this type alone was this small:
+        pairs of size and effect. None where that was not tried.
+    foreseen : float or None
+        The same at the ranks that were taken, read off between these; no refit is in it.
     """
 
     layer: int
@@ -85,6 +102,9 @@ class TypeRow:
     output_error: float | None = None
     layer_error: list[float] | None = None
     tokens: list[int] | None = None
+    energy_curve: list[float] | None = None
+    effects: list[list[float]] | None = None
+    foreseen: float | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +157,33 @@ class HealRow:
         return cls(layer, found.error.tolist(), losses, found.steps, seconds)
 
 
+@dataclass(frozen=True)
+class WorkerRow:
+    """One of several processes that computed a result.
+
+    Attributes
+    ----------
+    address, host : str
+        Where it was.
+    threads : int
+        That it computed with.
+    build : dict
+        Its BLAS, BLAS core, instruction set, NumPy, and the hash of molae's extension.
+    differs : list of str
+        Where that is not what the run was planned with. Its files may then differ in their last
+        bits from what one machine alone would have written.
+    files : list of str
+        That it computed.
+    """
+
+    address: str
+    host: str
+    threads: int
+    build: dict[str, str]
+    differs: list[str]
+    files: list[str]
+
+
 #: Rows of a shard by the name of what tells them apart.
 ROWS: Mapping[str, tuple[str, type]] = {
     "kind": ("rows", TypeRow),
@@ -144,6 +191,9 @@ ROWS: Mapping[str, tuple[str, type]] = {
     "losses": ("healed", HealRow),
 }
 
+
+#: Of what type the rows in each entry of the report are.
+_ROW_TYPES: Mapping[str, type] = {**dict(ROWS.values()), "workers": WorkerRow}
 
 #: Rows by the entry of the report that they belong to.
 Rows = Mapping[str, tuple[Any, ...]]
@@ -154,7 +204,17 @@ def is_row(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     made = next((own for mark, (_, own) in ROWS.items() if mark in value), None)
-    if made is None:
+    return made is not None and _is_made(made, value)
+
+
+def is_worker(value: Any) -> bool:
+    """Whether a journal's line can say that of who computed a file."""
+    return isinstance(value, dict) and _is_made(WorkerRow, {**value, "files": []})
+
+
+def _is_made(made: type, value: Any) -> bool:
+    """Whether a dataclass of rows can be made of `value`."""
+    if not isinstance(value, dict):
         return False
     entries = {entry.name: entry for entry in dataclasses.fields(made)}
     needed = [n for n, entry in entries.items() if entry.default is dataclasses.MISSING]
@@ -174,6 +234,8 @@ def _fits(value: Any, hint: Any) -> bool:
     inner = get_args(hint)
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_fits(own, inner[0]) for own in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(own, inner[1]) for own in value.values())
     if inner:
         return any(_fits(value, own) for own in inner)
     if isinstance(value, bool):
@@ -188,6 +250,17 @@ def sorted_rows(found: Sequence[Mapping[str, Any]]) -> Rows:
         name, made = next(own for mark, own in ROWS.items() if mark in row)
         rows[name].append(made(**row))
     return {name: tuple(own) for name, own in rows.items()}
+
+
+def worker_rows(entries: Sequence[Mapping[str, Any]]) -> tuple[WorkerRow, ...]:
+    """From the lines of a journal; empty where one process did it all."""
+    found: dict[str, WorkerRow] = {}
+    for entry in entries:
+        if "worker" in entry:
+            address = entry["worker"]["address"]
+            row = found.setdefault(address, WorkerRow(**entry["worker"], files=[]))
+            row.files.append(entry["file"])
+    return tuple(found[address] for address in sorted(found))
 
 
 def total_error(rows: Sequence[TypeRow]) -> float:
@@ -217,13 +290,16 @@ class Report:
     rows : tuple of TypeRow
         One for each layer and type in molae's form; empty for 'materialize'.
     files : dict
-        Everything the run wrote but this report: bytes and SHA-256.
+        Everything the run wrote but this report and its page: bytes and SHA-256.
     seconds : float
         Wall time of this run; where it was resumed, of its last part.
     compressed : tuple of CompressedRow
         One for each layer that has compressed experts.
     healed : tuple of HealRow
         One for each layer that was trained: of 'heal', and of 'convert' where it was asked for.
+    workers : tuple of WorkerRow
+        One for each process that computed files, where these were others than the one that planned
+        the run.
     """
 
     kind: str
@@ -236,6 +312,12 @@ class Report:
     seconds: float
     compressed: tuple[CompressedRow, ...] = ()
     healed: tuple[HealRow, ...] = ()
+    workers: tuple[WorkerRow, ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        """Whether machines computed that differ in what the last bits depend on."""
+        return any(row.differs for row in self.workers)
 
     def error(self, kind: str | None = None) -> float:
         """`total_error` of one matrix type, or of all that are in molae's form."""
@@ -255,7 +337,7 @@ class Report:
         out: dict[str, Any] = {"molae_report": REPORT_VERSION}
         for entry in dataclasses.fields(self):
             out[entry.name] = getattr(self, entry.name)
-        for name, _ in ROWS.values():
+        for name in _ROW_TYPES:
             out[name] = [dataclasses.asdict(row) for row in getattr(self, name)]
         return out
 
@@ -273,20 +355,19 @@ class Report:
             raise CheckpointError(
                 f"molae_report: this molae reads version {REPORT_VERSION}, got {shorten(version)}"
             )
-        made = dict(ROWS.values())
+        entries = [entry.name for entry in dataclasses.fields(cls)]
         try:
-            names = [entry.name for entry in dataclasses.fields(cls) if entry.name not in made]
-            values = {name: data[name] for name in names}
-            for name, row in made.items():
+            values = {name: data[name] for name in entries if name not in _ROW_TYPES}
+            for name, made in _ROW_TYPES.items():
                 given = data[name] if name == "rows" else data.get(name, ())
-                values[name] = tuple(row(**own) for own in given)
-                if not all(is_row(own) for own in given):
+                values[name] = tuple(made(**own) for own in given)
+                if not all(_is_made(made, own) for own in given):
                     raise TypeError(f"{name} has a row that cannot be")
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{REPORT}: missing or unknown entry: {error}") from error
         for name, value in values.items():
             wanted: Any = {"kind": str, "seconds": (int, float)}.get(name, Mapping)
-            if name not in made and not isinstance(value, wanted):
+            if name not in _ROW_TYPES and not isinstance(value, wanted):
                 raise CheckpointError(f"{REPORT}: entry {name!r} is {shorten(value)}")
         return cls(**values)
 
@@ -298,9 +379,19 @@ class Report:
         try:
             data = parse_json(path.read_bytes())
         except FileNotFoundError:
+            if (path.parent / JOURNAL).exists():
+                raise CheckpointError(
+                    f"{path}: not there yet: the run is not finished; the command that began it "
+                    "goes on where it stopped"
+                ) from None
             raise CheckpointError(f"{path}: no such report; is this a result of molae?") from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         except ValueError as error:
-            raise CheckpointError(f"{path}: not JSON: {error}") from error
+            raise CheckpointError(
+                f"{path}: not JSON: {error}; was it cut short on its way? Copy it again, or run "
+                "again what wrote it"
+            ) from error
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path}: not a report of molae's: no JSON object")
         return cls.from_dict(data)

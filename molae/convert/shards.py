@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from molae.arch import Model, factored_specs, light_specs
 from molae.config import TYPES
 from molae.factored import VECTORS, Form, LightModule, Split
-from molae.io import Checkpoint, TensorSpec, plan_bytes
+from molae.io import Checkpoint, TensorInfo, TensorSpec, plan_bytes
 from molae.io.checkpoint import INDEX
 
 __all__ = [
@@ -66,8 +67,15 @@ class Shard:
         return plan_bytes(self.specs)
 
 
+class HasTensors(Protocol):
+    """An open checkpoint, or what stands for one that is not there."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+
 def convert_shards(
-    checkpoint: Checkpoint,
+    checkpoint: HasTensors,
     model: Model,
     layers: Mapping[int, Mapping[str, Split]],
     form: Form,
@@ -111,8 +119,7 @@ def materialize_shards(checkpoint: Checkpoint, model: Model) -> tuple[Shard, ...
             together = model.stored_together(kind)
             if kind != together[0]:
                 continue
-            rows, cols = model.shape(kind)
-            one = (len(together) * rows, cols)
+            one = model.part_shape(kind)
             names = model.expert_tensors(layer, kind)
             shape = one if len(names) == E else (E, *one)
             made = tuple(TensorSpec(name, model.dtype, shape) for name in names)
@@ -145,7 +152,7 @@ def finished_layers(shards: Iterable[Shard], finished: Mapping[str, Path]) -> di
 
 
 def _shards(
-    checkpoint: Checkpoint, model: Model, jobs: Mapping[int, Sequence[Job]], replaced: set[str]
+    checkpoint: HasTensors, model: Model, jobs: Mapping[int, Sequence[Job]], replaced: set[str]
 ) -> tuple[Shard, ...]:
     copied: dict[int, list[TensorSpec]] = {}
     outside: list[TensorSpec] = []

@@ -90,7 +90,7 @@ def _run(folder: Path, out: str | None, say: Callable[[str], None]) -> Demo:
     say(f"original: {CHECKPOINT}")
     original = inspect(CHECKPOINT)
     score = measure(CHECKPOINT) if measure else None
-    rows = [_with_score(Row("original", 1.0, original.bytes, 1.0, {}), score)]
+    rows = [_with_score(Row("original", 1.0, original.decoded_bytes, 1.0, {}), score)]
     refused = []
     for method, size in CASES:
         title = f"{method} {size:g}"

@@ -110,7 +110,8 @@ def latent_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     place_experts(model, family, factored, raw)
     model.to_empty(device=device)
-    _initialize(model, getattr(config, "initializer_range", None) or DEFAULT_STD)
+    text = config.get_text_config()
+    _initialize(model, getattr(text, "initializer_range", None) or DEFAULT_STD)
     # Nothing to undo on the way to the disk: the module's names are the format's.
     model._weight_conversions = []
     return model.train()
@@ -142,7 +143,15 @@ def _by_type(name: str, value: Any) -> dict[str, int]:
 
 def _fused(factored: Factored, family: Family) -> Factored:
     """The same factors in the layout of the modules, which keeps gate and up together."""
-    layout = next(x for x in family.layouts if not any(t.per_expert for t in x.tensors))
+    layout = next(
+        (x for x in family.layouts if all(t.name == f"${{experts}}.{t.role}" for t in x.tensors)),
+        None,
+    )
+    if layout is None:
+        raise ArgumentError(
+            f"config: family {family.model_type} has no layout 'fused', "
+            "in which new models are saved"
+        )
     layers = {}
     for layer, kinds in factored.layers.items():
         complete = dict(kinds)

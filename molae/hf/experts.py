@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 from molae.config import TYPES
 from molae.errors import ArgumentError
 from molae.factored import FORMS, VECTORS, Form, LightModule, Split, group_tensors
-from molae.hf.forward import forward_torch, split_slots
+from molae.hf.activation import activation_module
+from molae.hf.forward import forward_torch, split_slots, weighted_rows
 from molae.hf.native import forward_native
 
 __all__ = ["Factors", "Group", "LatentExperts", "NarrowExperts"]
@@ -133,9 +133,17 @@ class LatentExperts(nn.Module):
     form : {'gauge', 'plain'}
         Of the shared factors. The identity of the gauge form is an index, no product.
     activation : str or callable
-        A name that Transformers knows, or a module.
+        A name that Transformers knows, or a module; `molae.hf.activation.ClampedSwiglu` is called
+        with gate and up.
     fused : bool
         With neither `gate` nor `up`: one parameter ``gate_up_proj`` (E, 2F, D) for both.
+    transposed : bool
+        Parameters of matrix types that are None have their last two axes exchanged.
+    interleaved : bool
+        Gate and up take turns in ``gate_up_proj``, gate first; otherwise gate is the first half.
+    bias : bool
+        Experts have biases: parameters ``gate_up_proj_bias`` (E, 2F), ordered as `interleaved`
+        says, and ``down_proj_bias`` (E, D).
     num_compressed : int
         How many of a token's experts, the last by their weights, do not run.
     light : LightModule
@@ -185,6 +193,9 @@ class LatentExperts(nn.Module):
         form: Form = "gauge",
         activation: str | Callable[[torch.Tensor], torch.Tensor] = "silu",
         fused: bool = False,
+        transposed: bool = False,
+        interleaved: bool = False,
+        bias: bool = False,
         num_compressed: int = 0,
         light: LightModule = VECTORS,
         device: Any = None,
@@ -197,22 +208,27 @@ class LatentExperts(nn.Module):
         if form not in FORMS:
             raise ArgumentError(f"form: expected one of {FORMS}, got {form!r}")
         self.form: Form = form
-        self.act_fn = ACT2FN[activation] if isinstance(activation, str) else activation
+        self.act_fn = activation_module(activation)
         splits = dict(zip(TYPES, (gate, up, down), strict=True))
         E, D, F = num_experts, hidden_size, intermediate_size
         if fused and (gate is not None or up is not None):
             raise ArgumentError("fused: only where neither gate nor up is split")
+        self.transposed, self.interleaved, self.has_bias = transposed, interleaved, bias
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
         if fused:
-            both = torch.empty(E, 2 * F, D, device=device, dtype=dtype)
-            self.gate_up_proj = nn.Parameter(both)
+            self.gate_up_proj = parameter(*((E, D, 2 * F) if transposed else (E, 2 * F, D)))
+        if bias:
+            self.gate_up_proj_bias = parameter(E, 2 * F)
+            self.down_proj_bias = parameter(E, D)
         for kind, split in splits.items():
             if split is None:
                 if fused and kind != "down_proj":
                     continue
-                shape = (E, D, F) if kind == "down_proj" else (E, F, D)
-                self.register_parameter(
-                    kind, nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-                )
+                rows_last = (kind == "down_proj") != transposed
+                self.register_parameter(kind, parameter(*((E, D, F) if rows_last else (E, F, D))))
                 continue
             _check_split(kind, split, E, D)
             groups = (
@@ -268,6 +284,21 @@ class LatentExperts(nn.Module):
         """Those of the compressed experts, and how many of a token's these are."""
         return None if self.compressed is None else (self.compressed, self.num_compressed)
 
+    @property
+    def biases(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Of gate (E, F), up (E, F) and down (E, D), contiguous; None where there are none."""
+        if not self.has_bias:
+            return None
+        gate, up = self._halves(self.gate_up_proj_bias)
+        return gate.contiguous(), up.contiguous(), self.down_proj_bias
+
+    def _halves(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate and up, of a tensor with 2F on its second axis."""
+        if self.interleaved:
+            return both[:, ::2], both[:, 1::2]
+        F = self.intermediate_dim
+        return both[:, :F], both[:, F:]
+
     def factors(self) -> dict[str, tuple[Factors, ...]]:
         """The tensors of each matrix type, group by group, as they are now."""
         return {kind: self._factors(kind) for kind in TYPES}
@@ -277,11 +308,13 @@ class LatentExperts(nn.Module):
         if isinstance(held, nn.ModuleList):
             # The argument is what wrappers of a module insist on.
             return tuple(group(None) for group in held)
-        if held is None:
-            F = self.intermediate_dim
-            both = self.gate_up_proj
-            held = both[:, :F] if kind == "gate_proj" else both[:, F:]
-        return (Factors(tuple(range(self.num_experts)), None, dense=held),)
+        fused = held is None
+        whole: Any = self.gate_up_proj if fused else held
+        if self.transposed:
+            whole = whole.transpose(1, 2)
+        if fused:
+            whole = self._halves(whole)[kind == "up_proj"]
+        return (Factors(tuple(range(self.num_experts)), None, dense=whole),)
 
     def reset_parameters(self, std: float = DEFAULT_STD) -> None:
         """Draw new values, for training from scratch.
@@ -296,7 +329,7 @@ class LatentExperts(nn.Module):
             for name, parameter in self.named_parameters(recurse=False):
                 if name == "compressed":
                     nn.init.ones_(parameter)
-                elif name == "bias":
+                elif name.endswith("bias"):
                     nn.init.zeros_(parameter)
                 else:
                     nn.init.normal_(parameter, std=std)
@@ -359,10 +392,7 @@ class NarrowExperts(LatentExperts):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As of `LatentExperts`."""
-        here = top_k_index < self.num_experts
-        scale = torch.where(here, top_k_weights, 0).to(self.bias.dtype)
-        rows = top_k_index.clamp(max=self.num_experts - 1)
-        y = nn.functional.embedding_bag(rows, self.bias, per_sample_weights=scale, mode="sum")
+        y = weighted_rows(self.bias, top_k_index, top_k_weights, self.num_experts)
         y = y.to(hidden_states.dtype)
         if self.intermediate_dim:
             y = y + self._sum(hidden_states, top_k_index, top_k_weights)

@@ -15,11 +15,12 @@ from torch.nn import functional
 
 from molae import ops
 from molae.errors import ArgumentError
+from molae.hf.activation import gated
 
 if TYPE_CHECKING:
     from molae.hf.experts import Factors, LatentExperts
 
-__all__ = ["forward_torch", "split_slots"]
+__all__ = ["forward_torch", "split_slots", "weighted_rows"]
 
 #: What `torch.nn.functional.grouped_mm` takes, by device. On a GPU it also saves a launch an
 #: expert; on a CPU it was 5 to 20 % faster than a loop.
@@ -64,9 +65,11 @@ def forward_torch(
     if module.vectors is not None:
         index, theta = _compress(index, weights, *module.vectors, module.num_experts)
     routing = _Routing(index, module.num_experts)
+    biases = module.biases
     if theta is None:
         gate, up = _inputs(x, routing, factors["gate_proj"], factors["up_proj"], F)
-        hidden = module.act_fn(gate) * up
+        gate, up = _biased(routing, factors["gate_proj"], gate, up, biases)
+        hidden = gated(module.act_fn, gate, up)
     else:
         D = x.shape[1]
         first, middle, last = theta.split([D, F, D], 1)
@@ -74,10 +77,38 @@ def forward_torch(
         (up,) = _project(x * last, routing, [factors["up_proj"]], F)
         order = _order(factors["gate_proj"])
         up = routing.reorder(up, _order(factors["up_proj"]), order)
+        gate, up = _biased(routing, factors["gate_proj"], gate, up, biases)
         tokens = routing.rows(order)[0] // routing.K
-        hidden = module.act_fn(gate) * up * middle.index_select(0, tokens)
+        hidden = gated(module.act_fn, gate, up) * middle.index_select(0, tokens)
     hidden = routing.reorder(hidden, _order(factors["gate_proj"]), _order(factors["down_proj"]))
-    return _outputs(x, hidden, weights, routing, factors["down_proj"])
+    y = _outputs(x, hidden, weights, routing, factors["down_proj"])
+    if biases is not None:
+        y = y + weighted_rows(biases[2], index, weights, module.num_experts)
+    return y.to(x.dtype)
+
+
+def weighted_rows(
+    rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, E: int
+) -> torch.Tensor:
+    """(T, D): of each token the rows (E, D) of its experts, weighted and summed."""
+    here = index < E
+    scale = torch.where(here, weights, 0).to(rows.dtype)
+    chosen = index.clamp(max=E - 1)
+    return functional.embedding_bag(chosen, rows, per_sample_weights=scale, mode="sum")
+
+
+def _biased(
+    routing: _Routing,
+    factors: Sequence[Factors],
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    biases: tuple[torch.Tensor, ...] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up of rows in the order of gate's experts, with the bias of each row's expert."""
+    if biases is None:
+        return gate, up
+    experts = routing.flat[routing.rows(_order(factors))[0]]
+    return gate + biases[0].index_select(0, experts), up + biases[1].index_select(0, experts)
 
 
 def split_slots(
@@ -268,7 +299,7 @@ def _outputs(
     routing: _Routing,
     down: Sequence[Factors],
 ) -> torch.Tensor:
-    """(T, D): the down projections of (rows, F), weighted and summed."""
+    """(T, D): the down projections of (rows, F), weighted and summed, in float32 at least."""
     chosen = weights.reshape(-1, 1).index_select(0, routing.rows(_order(down))[0])
     y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     for rows, group in zip(routing.groups(down), down, strict=True):
@@ -289,7 +320,7 @@ def _outputs(
                 total = wide.new_zeros((len(tokens), wide.shape[1])).index_add_(0, inverse, wide)
             values = _lift(total.to(latent.dtype), group.shared, group.perm)
         y = y.index_add_(0, tokens, values.to(y.dtype))
-    return y.to(x.dtype)
+    return y
 
 
 def _reduce(x: torch.Tensor, shared: torch.Tensor, perm: torch.Tensor | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -21,11 +21,16 @@ from molae.arch import Family, check_factors, describe, find_family
 from molae.arch.family import FUSED, Layout
 from molae.errors import ArgumentError, CheckpointError
 from molae.factored import QUANT_METHOD, Factored, Split
+from molae.hf.activation import activation_of
+from molae.hf.aliases import register_aliases
 from molae.hf.experts import LatentExperts
 from molae.io import TensorInfo
 from molae.io.header import read_header
 
 __all__ = ["MolaeConfig", "MolaeQuantizer", "place_experts"]
+
+
+register_aliases()
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -77,7 +82,7 @@ class MolaeQuantizer(HfQuantizer):
         together, and on the way back to the disk their patterns would take factors for experts.
         """
         kept = [
-            entry
+            _of_the_whole_name(entry)
             for entry in weight_conversions
             if not isinstance(entry, WeightConverter)
             or not any("experts." in name for name in entry.target_patterns)
@@ -143,7 +148,7 @@ def place_experts(
             )
     for layer in moe_layers:
         kinds, n = factored.layers.get(layer, {}), factored.compressed.get(layer, 0)
-        if kinds or n or any(tensor.per_expert for tensor in layout.tensors):
+        if kinds or n or any(t.per_expert or not t.as_matrices for t in layout.tensors):
             path = _experts_path(model, family, layer)
             _replace(model, path, kinds, n, layout, factored, letters)
     return layout
@@ -160,7 +165,8 @@ def _replace(
 ) -> None:
     old: Any = model.get_submodule(path)
     first = next(old.parameters())
-    fused = layout.of_type("gate_proj").role == FUSED and "gate_proj" not in kinds
+    stored = layout.of_type("gate_proj")
+    fused = stored.role == FUSED and "gate_proj" not in kinds
     new = LatentExperts(
         letters["E"],
         letters["D"],
@@ -169,8 +175,11 @@ def _replace(
         up=kinds.get("up_proj"),
         down=kinds.get("down_proj"),
         form=factored.form,
-        activation=old.act_fn,
+        activation=activation_of(old),
         fused=fused,
+        transposed=stored.transposed,
+        interleaved=stored.interleaved,
+        bias=isinstance(getattr(old, "down_proj_bias", None), nn.Parameter),
         num_compressed=num_compressed,
         light=factored.light,
         device="meta",
@@ -212,6 +221,15 @@ def _converters(layout: Layout) -> list[WeightConverter]:
         for tensor in layout.tensors
         if tensor.per_expert
     ]
+
+
+def _of_the_whole_name(entry: Any) -> Any:
+    """A renaming to an experts' tensor, which on the way back leaves ``down_proj.0.shared``."""
+    target = entry.target_patterns[0]
+    if type(entry) is not WeightRenaming or not target.endswith((FUSED, "experts.down_proj")):
+        return entry
+    copied: Any = entry.copy(list(entry.source_patterns), [target + r"(?!\.)"])
+    return copied
 
 
 def _suffix(template: str) -> str:

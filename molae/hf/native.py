@@ -15,9 +15,10 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
-from transformers.activations import ACT2FN
 
 from molae import _core
+from molae.config import TYPES
+from molae.hf.activation import known_activation
 from molae.ops import ACTIVATIONS
 from molae.ops.projection import latent_width
 from molae.threads import get_num_threads
@@ -25,19 +26,7 @@ from molae.threads import get_num_threads
 if TYPE_CHECKING:
     from molae.hf.experts import Factors, LatentExperts
 
-__all__ = ["NAMES_BY_TYPE", "forward_native"]
-
-#: Transformers' names of the activations that csrc/ops has.
-NAMES = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-}
-NAMES_BY_TYPE = {type(ACT2FN[theirs]): ours for theirs, ours in NAMES.items()}
+__all__ = ["forward_native"]
 
 Split = Sequence["Factors"]
 
@@ -61,8 +50,8 @@ def forward_native(
     -------
     (T, D) tensor of the type of `x`, or None
         None where the kernels do not compute this: outside the CPU, for other types than float32,
-        float64 and bfloat16, weights in another type than `x`, or an activation that `molae.ops`
-        does not have.
+        float64 and bfloat16, weights in another type than `x` or dense ones whose matrices do not
+        lie in C order, or an activation that `molae.ops` does not have.
 
     Notes
     -----
@@ -79,23 +68,30 @@ def forward_native(
         if not learns:
             ready = _remember(module, factors)
     elif (
-        x.dtype != ready.dtype or x.device.type != "cpu" or type(module.act_fn) not in NAMES_BY_TYPE
+        x.dtype != ready.dtype
+        or x.device.type != "cpu"
+        or known_activation(module.act_fn) is None
+        or any(t.dtype != x.dtype or t.device != x.device for t in module.biases or ())
     ):
         del _ready[module]  # it holds on to weights that the module may have left
         return None
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     index = index.clamp(max=module.num_experts).to(torch.int64).contiguous()
     x, weights = x.contiguous(), weights.to(work).contiguous()
-    layer = (module.num_experts, module.intermediate_dim, NAMES_BY_TYPE[type(module.act_fn)])
+    activation = known_activation(module.act_fn)
+    assert activation is not None
+    layer = (module.num_experts, module.intermediate_dim, activation)
+    biases = module.biases or (None,) * len(TYPES)
     if learns:
         vectors, count = module.vectors or (None, 0)
         y: torch.Tensor = _Experts.apply(
-            (*layer, module.form, factors, count), index, x, weights, vectors, *_tensors(factors)
-        )
+            (*layer, module.form, factors, count),
+            index, x, weights, vectors, *biases, *_tensors(factors),
+        )  # fmt: skip
         return y
     y = torch.empty_like(x)
     projections = ready.projections if ready else _own_projections(module, factors)
-    call = _call(layer, index, x, weights, projections, *(module.vectors or ()))
+    call = _call(layer, index, x, weights, projections, biases, *(module.vectors or ()))
     _core.experts_forward(_array(y), None, 0, call, *_threads())
     return y
 
@@ -104,11 +100,19 @@ def _takes(module: LatentExperts, x: torch.Tensor, factors: Mapping[str, Split])
     """Whether the kernels compute this layer for this input."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return False
-    return type(module.act_fn) in NAMES_BY_TYPE and all(
+    if known_activation(module.act_fn) is None:
+        return False
+    if (module.transposed or module.interleaved) and not all(
+        group.dense is None or group.dense[:1].is_contiguous()
+        for groups in factors.values()
+        for group in groups
+    ):
+        return False
+    return all(
         t.dtype == x.dtype
         and t.device == x.device
         and type(t) in (torch.Tensor, torch.nn.Parameter)
-        for t in (*_tensors(factors), *(module.vectors or ())[:1])
+        for t in (*_tensors(factors), *(module.vectors or ())[:1], *(module.biases or ()))
     )
 
 
@@ -253,18 +257,22 @@ def _call(
     x: torch.Tensor,
     weights: torch.Tensor,
     projections: Any,
+    biases: Sequence[torch.Tensor | None],
     vectors: torch.Tensor | None = None,
     num_compressed: int = 0,
 ) -> tuple[Any, ...]:
     """The layer and its inputs as _core takes them."""
-    E, F, activation = layer
+    E, F, (activation, alpha, limit) = layer
     like = _array(x)
     number = ACTIVATIONS.index(activation)
-    each = ((*projection, like, None) for projection in projections)
+    each = (
+        (*projection, like, None if bias is None else _weights(bias))
+        for projection, bias in zip(projections, biases, strict=True)
+    )
     compressed = None
     if vectors is not None:
         compressed = np.ascontiguousarray(_weights(vectors)), num_compressed
-    return (like, index.numpy(), _array(weights), *each, E, F, number, 0.0, 0.0, compressed)
+    return (like, index.numpy(), _array(weights), *each, E, F, number, alpha, limit, compressed)
 
 
 _can_borrow = _core.borrow_threads(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
@@ -292,9 +300,13 @@ class _Experts(torch.autograd.Function):
         x: torch.Tensor,
         weights: torch.Tensor,
         vectors: torch.Tensor | None,
+        gate_bias: torch.Tensor | None,
+        up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
         *tensors: Any,
     ) -> torch.Tensor:
         _, F, _, _, factors, _ = layer
+        biases = gate_bias, up_bias, down_bias
         (N, _), K = x.shape, index.shape[1]
         y = torch.empty_like(x)
         kept: tuple[torch.Tensor, ...] = ()
@@ -302,11 +314,11 @@ class _Experts(torch.autograd.Function):
             widths = [latent_width((g.rank for g in groups), K) for groups in factors.values()]
             shapes = [(N * K, F), (N * K, F), *((N, width) for width in widths)]
             kept = tuple(_empty(shape, weights) for shape in shapes)
-        call = _Experts.call(layer, index, x, weights, vectors, tensors)
+        call = _Experts.call(layer, index, x, weights, vectors, biases, tensors)
         saved = tuple(_array(t) for t in kept) or None
         _core.experts_forward(_array(y), saved, 0, call, *_threads())
         ctx.layer = layer
-        ctx.save_for_backward(index, x, weights, vectors, *kept, *tensors)
+        ctx.save_for_backward(index, x, weights, vectors, *biases, *kept, *tensors)
         return y
 
     @staticmethod
@@ -316,40 +328,39 @@ class _Experts(torch.autograd.Function):
         x: torch.Tensor,
         weights: torch.Tensor,
         vectors: torch.Tensor | None,
+        biases: Sequence[torch.Tensor | None],
         tensors: Any,
     ) -> tuple[Any, ...]:
         E, F, activation, form, factors, count = layer
         projections = _projections(factors, E, form, tensors)
-        return _call((E, F, activation), index, x, weights, projections, vectors, count)
+        return _call((E, F, activation), index, x, weights, projections, biases, vectors, count)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         E, _, _, form, factors, _ = ctx.layer
         index, x, weights, vectors, *rest = ctx.saved_tensors
-        kept, tensors = rest[:5], rest[5:]
+        biases, kept, tensors = rest[:3], rest[3:8], rest[8:]
         wanted = ctx.needs_input_grad[2:]
+        inputs = x, weights, vectors, *biases, *tensors
         # Wide, as sums of many products; autograd gets them in the types of the tensors.
         grads = [
             _empty(t.shape, weights) if want else None
-            for t, want in zip((x, weights, vectors, *tensors), wanted, strict=True)
+            for t, want in zip(inputs, wanted, strict=True)
         ]
         dx, dweights, dvectors, *rest = (None if g is None else _array(g) for g in grads)
-        arrays = iter(rest)
+        dbiases, arrays = rest[:3], iter(rest[3:])
         to = []
-        for groups in factors.values():
+        for groups, dbias in zip(factors.values(), dbiases, strict=True):
             private, _, _, shared, _, _ = _projection(groups, E, form, arrays)
-            to.append((private, shared, None))
+            to.append((private, shared, dbias))
         _core.experts_backward(
             (dx, dweights, *to, dvectors),
             True,
             _array(dy.contiguous()),
             tuple(_array(t) for t in kept),
-            _Experts.call(ctx.layer, index, x, weights, vectors, tensors),
+            _Experts.call(ctx.layer, index, x, weights, vectors, biases, tensors),
             *_threads(),
         )
-        found = [
-            None if g is None else g.to(t.dtype)
-            for g, t in zip(grads, (x, weights, vectors, *tensors), strict=True)
-        ]
+        found = [None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]
         return None, None, *found

@@ -1,81 +1,139 @@
-"""The tensors of a checkpoint that is not there, by its config alone."""
+"""The tensors that a config promises, without a checkpoint."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from molae.errors import CheckpointError, UnknownFamilyError
 from molae.hf.opening import check_harmless, first_line
-from molae.io import DTYPES, TensorInfo, parse_json
+from molae.io import DTYPES, TensorInfo
 
-__all__ = ["read_config", "tensors_of"]
+__all__ = ["tensors_of"]
 
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A ``config.json``.
-
-    Raises
-    ------
-    molae.errors.CheckpointError
-        It cannot be read, or is no JSON object.
-    """
-    try:
-        found = parse_json(Path(path).read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: no JSON object")
-    return found
-
-
-def tensors_of(config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+def tensors_of(config: Mapping[str, Any], *, known_as: str | None = None) -> dict[str, TensorInfo]:
     """Names and shapes of what Transformers builds of a config, on the meta device.
 
     Parameters
     ----------
     config : mapping
-        As in ``config.json``.
+        As in ``config.json``. Of one with ``text_config`` the language model is built alone
+        where Transformers can do that.
+    known_as : str, optional
+        The model type under which Transformers builds the same language model.
 
     Returns
     -------
     dict of str to TensorInfo
+        Tied tensors once, all in the type that the config names, quantized ones as if they were
+        not.
 
     Raises
     ------
     molae.errors.UnknownFamilyError
         Transformers does not know the model.
     molae.errors.CheckpointError
-        It cannot be built.
+        It cannot be built, or is built with other sizes than the config's.
     """
-    kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise UnknownFamilyError(f"config.json: Transformers knows no model_type {kind!r}")
-    rest = {key: value for key, value in config.items() if key != "model_type"}
-    check_harmless(config)
+    text = config.get("text_config")
+    nested = isinstance(text, Mapping)
+    own: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+    kind = known_as or own.get("model_type")
+    for part in (config, own):
+        check_harmless(part)
     try:
-        made = CONFIG_MAPPING[str(kind)].from_dict(rest)
-        with torch.device("meta"):
-            net = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError) as error:
+        if _is_language(kind):
+            net = _build(AutoModelForCausalLM, str(kind), own)
+        elif config.get("model_type") in CONFIG_MAPPING:
+            whole = config if nested or not _is_nested(config) else {"text_config": dict(config)}
+            made = str(config["model_type"])
+            auto = AutoModelForCausalLM if _is_language(made) else AutoModelForImageTextToText
+            net = _build(auto, made, whole)
+        else:
+            raise UnknownFamilyError(
+                f"config.json: Transformers {_version()} knows no model_type "
+                f"{config.get('model_type')!r}"
+            )
+    except UnknownFamilyError:
+        raise
+    except Exception as error:  # each model's own code may fail in its own way
         raise CheckpointError(
             f"config.json: Transformers cannot build this model ({first_line(error)})"
         ) from error
-    written = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    dtype = NAMES.get(written, "F32")
+    _check(net, own)
+    written = config.get("dtype") or config.get("torch_dtype")
+    written = written or own.get("dtype") or own.get("torch_dtype")
+    dtype = NAMES.get(str(written or "float32"), "F32")
+    size = DTYPES[dtype].itemsize
     return {
-        name: TensorInfo(
-            name, dtype, tuple(p.shape), "", 0, p.numel() * DTYPES[dtype].itemsize
+        name: TensorInfo(name, dtype, tuple(t.shape), "", 0, t.numel() * size)
+        for name, t in _once(net.state_dict(keep_vars=True)).items()
+        if t.is_floating_point()
+    }
+
+
+def _once(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tied tensors under the first of their names."""
+    names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in names.values()}
+
+
+def _is_language(kind: object) -> bool:
+    return (
+        kind in CONFIG_MAPPING and CONFIG_MAPPING[str(kind)] in AutoModelForCausalLM._model_mapping
+    )
+
+
+def _is_nested(config: Mapping[str, Any]) -> bool:
+    """Whether Transformers keeps in ``text_config`` what this config has at its top."""
+    made = CONFIG_MAPPING[str(config["model_type"])]
+    return "hidden_size" in config and "text_config" in getattr(made, "sub_configs", {})
+
+
+def _build(auto: Any, kind: str, config: Mapping[str, Any]) -> Any:
+    # Nothing quantized, and no code of the checkpoint's own: only shapes are asked for.
+    left_out = ("model_type", "quantization_config", "auto_map")
+    made = CONFIG_MAPPING[kind].from_dict(_without(config, left_out))
+    with torch.device("meta"):
+        return auto.from_config(made, trust_remote_code=False)
+
+
+def _without(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    inner = ("", *keys[1:])  # a nested config keeps its model type
+    return {key: _value(value, inner) for key, value in config.items() if key not in keys}
+
+
+def _value(value: Any, keys: tuple[str, ...]) -> Any:
+    if isinstance(value, list):
+        return [_value(own, keys) for own in value]
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) == {"__float__"}:  # so Transformers writes infinity
+        return float(value["__float__"])
+    return _without(value, keys)
+
+
+def _check(net: Any, config: Mapping[str, Any]) -> None:
+    """Keys that Transformers reads under another name must not become its defaults."""
+    size = tuple(net.get_input_embeddings().weight.shape)
+    wanted = config.get("vocab_size", size[0]), config.get("hidden_size", size[1])
+    if size != wanted:
+        raise CheckpointError(
+            f"config.json: promises embeddings of {wanted}, Transformers {_version()} builds "
+            f"{size}; it reads this config in another way"
         )
-        for name, p in net.named_parameters()
-    }  # fmt: skip
+
+
+def _version() -> str:
+    import transformers
+
+    return str(transformers.__version__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from molae import ops
 from molae.arch import Model
 from molae.config import TYPES
 from molae.errors import CheckpointError, MolaeError, NonFiniteError
-from molae.hf.native import NAMES_BY_TYPE
+from molae.fit.reading import Biases, biases_for
+from molae.hf.activation import activation_of, known_activation
 from molae.hf.opening import check_harmless, first_line
 from molae.io import Checkpoint
 
@@ -38,6 +42,9 @@ CHUNK = 2048
 #: Tokens whose logits are held at once.
 LOGITS = 256
 
+#: What decoder layers of some families are handed by those before them besides hidden states.
+HANDED_ON = "prev_topk_indices"
+
 
 def in_torch(array: np.ndarray) -> torch.Tensor:
     """A copy in memory of torch's own, on whose alignment the last bits of its products depend."""
@@ -51,12 +58,16 @@ class StreamedExperts(nn.Module):
         super().__init__()
         self.num_experts, self.act_fn = num_experts, act_fn
         self.projections: Projections | None = None
+        self.biases: Biases | None = None
         self.light: Light | None = None
         self.seen: Seen | None = None
 
     @property
-    def activation(self) -> ops.Activation:
-        return NAMES_BY_TYPE[type(self.act_fn)]  # type: ignore[return-value]
+    def act(self) -> dict[str, Any]:
+        """The activation as `molae.ops` takes it."""
+        found = known_activation(self.act_fn)
+        assert found is not None
+        return dict(zip(("activation", "alpha", "limit"), found, strict=True))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -68,12 +79,13 @@ class StreamedExperts(nn.Module):
         weights = top_k_weights.to(torch.float32).contiguous().numpy()
         y = np.empty_like(x)
         gate, up, down = (self.projections[kind] for kind in TYPES)
+        how = self.act | biases_for(self.biases, (gate, up, down), x.dtype)
         for at in range(0, len(x), CHUNK):
             some = slice(at, at + CHUNK)
             call = x[some], index[some], weights[some], gate, up, down
-            to: Any = {"activation": self.activation, "out": y[some]}
+            to: Any = {"activation": how["activation"], "out": y[some]}
             if self.light is None:
-                ops.latent_experts_forward(*call, **to)
+                ops.latent_experts_forward(*call, **how, out=y[some])
             elif isinstance(self.light[0], ops.NarrowExperts):
                 ops.narrow_experts_forward(*call, self.light[0], self.light[1], **to)
             else:
@@ -86,14 +98,16 @@ class StreamedExperts(nn.Module):
 class _Recorder(nn.Module):
     """Stands for a decoder layer: keeps what it was called with, and gives `instead` or that."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
+        self.hands_on = HANDED_ON in inspect.signature(layer.forward).parameters
         self.given: tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]] | None = None
         self.instead: torch.Tensor | None = None
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.given = hidden_states, args, kwargs
-        return hidden_states if self.instead is None else self.instead
+        out = hidden_states if self.instead is None else self.instead
+        return (out, None) if self.hands_on else out
 
 
 class LayerStream:
@@ -135,15 +149,16 @@ class LayerStream:
             ) from error
         net.tie_weights()
         self._net = net.eval().requires_grad_(False)
+        self._stored = _stored_names(net, checkpoint)
         self.vocab_size: int = config.get_text_config().vocab_size
         self.longest: int | None = getattr(
             config.get_text_config(), "max_position_embeddings", None
         )
         for layer in model.moe_layers:
             self._place_experts(layer)
-        self._path = model.family.blocks[0].partition(".${layer}")[0]
-        self._layers: list[nn.Module] = list(self._net.get_submodule(self._path))
-        self._recorders = [_Recorder() for _ in self._layers]
+        self._path, self._layers = self._find_layers()
+        self._refuse_what_is_handed_on(config.get_text_config())
+        self._recorders = [_Recorder(layer) for layer in self._layers]
         self._net.set_submodule(self._path, nn.ModuleList(self._recorders))
         self._fill_buffers()
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -157,6 +172,7 @@ class LayerStream:
     @torch.inference_mode()
     def embed(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         """What the first layer is given for each batch of tokens (n, T); all of one shape."""
+        self._calls = []
         with self._loaded(self._net, ""):
             for tokens in batches:
                 for recorder in self._recorders:
@@ -164,7 +180,13 @@ class LayerStream:
                 self._net(input_ids=tokens, use_cache=False, logits_to_keep=1)
                 seen = [recorder.given for recorder in self._recorders]
                 assert all(given is not None for given in seen)
-                self._calls = [given[1:] for given in seen if given is not None]
+                calls = [given[1:] for given in seen if given is not None]
+                if self._calls and not _same(calls, self._calls):
+                    raise CheckpointError(
+                        f"{type(self._net).__name__}: its decoder layers are given what depends on "
+                        "the tokens, and cannot be run one by one; convert without a text"
+                    )
+                self._calls = calls
                 first = seen[0]
                 assert first is not None
                 yield first[0]
@@ -238,9 +260,10 @@ class LayerStream:
         """
         module = self._layers[number]
         experts = next((m for m in module.modules() if isinstance(m, StreamedExperts)), None)
-        own = projections
-        if experts is not None and own is None:
-            own = self.experts(number)
+        own, biases = projections, None
+        if experts is not None:
+            own = self.experts(number) if own is None else own
+            biases = self._model.biases(self._checkpoint, number)
 
         @torch.inference_mode()
         def run(
@@ -253,7 +276,7 @@ class LayerStream:
             args, kwargs = self._calls[number]
             if experts is not None:
                 experts.projections, experts.seen = projections or own, seen
-                experts.light = light
+                experts.light, experts.biases = light, biases
             out = module(hidden, *args, **kwargs)
             out = out[0] if isinstance(out, tuple) else out
             if not torch.isfinite(out).all():
@@ -266,13 +289,12 @@ class LayerStream:
         with self._loaded(module, f"{self._path}.{number}."):
             yield run
         if experts is not None:
-            experts.projections = experts.seen = experts.light = None
+            experts.projections = experts.seen = experts.light = experts.biases = None
 
-    def activation(self, layer: int) -> ops.Activation:
-        """Of a layer's experts, as `molae.ops` calls it."""
-        return next(
-            m for m in self._layers[layer].modules() if isinstance(m, StreamedExperts)
-        ).activation
+    def how(self, layer: int) -> dict[str, Any]:
+        """Activation and biases of a layer's experts, as `molae.fit.LayerInput` has them."""
+        experts = next(m for m in self._layers[layer].modules() if isinstance(m, StreamedExperts))
+        return experts.act | {"biases": self._model.biases(self._checkpoint, layer)}
 
     def experts(self, layer: int) -> Projections:
         """The checkpoint's own experts of a layer, each a dense group of its own."""
@@ -283,6 +305,29 @@ class LayerStream:
 
     # -------------------------------------------------------------------- parts
 
+    def _find_layers(self) -> tuple[str, list[nn.Module]]:
+        """Where the decoder layers are in the model, and they themselves."""
+        for block in self._model.family.blocks:
+            path = block.partition(".${layer}")[0]
+            try:
+                return path, list(self._net.get_submodule(path))
+            except AttributeError:
+                continue
+        raise AssertionError("the experts were found in the layers")
+
+    def _refuse_what_is_handed_on(self, config: Any) -> None:
+        """A layer that needs more of those before it than hidden states cannot run alone."""
+        needed = None
+        if "shared" in (getattr(config, "indexer_types", None) or ()):
+            needed = HANDED_ON
+        elif getattr(config, "num_kv_shared_layers", 0):
+            needed = "keys and values"
+        if needed:
+            raise CheckpointError(
+                f"{type(self._net).__name__}: its decoder layers hand {needed} to those after "
+                "them, and cannot be run one by one; convert without a text"
+            )
+
     def _place_experts(self, layer: int) -> None:
         for block in self._model.family.blocks:
             path = self._model.family.experts.replace("${block}", block)
@@ -291,8 +336,9 @@ class LayerStream:
                 old: Any = self._net.get_submodule(path)
             except AttributeError:
                 continue
-            act_fn = getattr(old, "act_fn", None)
-            if act_fn is None or type(act_fn) not in NAMES_BY_TYPE:
+            act_fn = activation_of(old)
+            biased = isinstance(getattr(old, "down_proj_bias", None), nn.Parameter)
+            if known_activation(act_fn) is None or biased != self._model.has_biases:
                 break
             new = StreamedExperts(self._model.letters["E"], act_fn)
             self._net.set_submodule(path, new)
@@ -334,11 +380,8 @@ class LayerStream:
                 table[leaf] = tensor
 
     def _read(self, name: str, like: torch.Tensor) -> Any:
-        array = None
-        for stored in self._stored_names(name):
-            if stored in self._checkpoint.tensors:
-                array = self._checkpoint.array(stored)
-                break
+        stored = self._stored.get(name)
+        array = None if stored is None else self._checkpoint.array(stored)
         if array is None or array.shape != tuple(like.shape):
             raise CheckpointError(
                 f"{name}: Transformers builds it of shape {tuple(like.shape)}, and the checkpoint "
@@ -354,11 +397,25 @@ class LayerStream:
             nn.Parameter(tensor, requires_grad=False) if isinstance(like, nn.Parameter) else tensor
         )
 
-    def _stored_names(self, name: str) -> Iterator[str]:
-        """What a parameter of Transformers may be called in the files."""
-        yield name
-        for ours in self._model.family.blocks:
-            for theirs in self._model.family.blocks:
-                head, tail = ours.rpartition("${layer}")[2], theirs.rpartition("${layer}")[2]
-                if ours != theirs and f"{head}." in name:
-                    yield name.replace(f"{head}.", f"{tail}.")
+
+def _stored_names(net: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """What the parameters of a model are called in the files, as Transformers itself reads them."""
+    renamings = [
+        entry for entry in get_model_conversion_mapping(net) if isinstance(entry, WeightRenaming)
+    ]
+    own = net.state_dict()
+    return {
+        rename_source_key(name, renamings, [], net.base_model_prefix, own)[0]: name
+        for name in checkpoint.tensors
+    }
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two calls are given the same besides hidden states."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one is other or torch.equal(one, other)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return type(one) is type(other)

@@ -6,15 +6,16 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from molae.errors import CheckpointError, shorten
+from molae.errors import CheckpointError, NonFiniteError, shorten
 from molae.io.dtypes import numpy_dtype
+from molae.io.encoded import Encoded, encoded_tensors
 from molae.io.header import (
     FileHeader,
     RepeatedKey,
@@ -23,6 +24,7 @@ from molae.io.header import (
     read_header,
 )
 from molae.io.hub import fetch, is_hub_id
+from molae.io.lazy import LazyArrays
 
 __all__ = [
     "CONFIG",
@@ -30,9 +32,11 @@ __all__ = [
     "SINGLE",
     "Checkpoint",
     "check_place",
+    "lone_config",
     "map_file",
     "natural_key",
     "open_checkpoint",
+    "read_config",
     "read_json",
 ]
 
@@ -81,7 +85,8 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     CheckpointError
         Nothing there, no config, no safetensors weights, a missing, truncated or damaged
         shard, an index that names a tensor its shard lacks, a tensor in two shards, an index
-        entry or a link that leads out of the folder, or a hub id that cannot be fetched.
+        entry or a link that leads out of the folder, encoded tensors without the scales they
+        need, or a hub id that cannot be fetched.
 
     Notes
     -----
@@ -106,7 +111,34 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
         check_place(path, path / f)
     headers = tuple(read_header(path / f, f) for f in weight_map)
     tensors = _gather(headers, weight_map)
-    return Checkpoint(path, config, tensors, headers, config_sha, index_sha)
+    encoded = encoded_tensors(config, tensors)
+    return Checkpoint(path, config, tensors, headers, config_sha, index_sha, encoded)
+
+
+def lone_config(path: str | os.PathLike[str]) -> Path | None:
+    """The ``config.json`` that was named, or that of a folder without weights; else None."""
+    path = Path(path)
+    if path.suffix == ".json" and not path.is_dir():
+        return path
+    if not (path / CONFIG).is_file():
+        return None
+    weights = any(own.name.lower().endswith(_WEIGHTS) for own in path.iterdir())
+    return None if weights else path / CONFIG
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A ``config.json`` without its checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        It is not there, cannot be read, or is no JSON object.
+    """
+    path = Path(path)
+    config, _ = read_json(path.parent, path.name)
+    if config is None:
+        raise CheckpointError(f"{path}: cannot be read: no such file")
+    return config
 
 
 class Checkpoint:
@@ -119,9 +151,12 @@ class Checkpoint:
     config : dict
         ``config.json`` as it stands; keys keep their order.
     tensors : dict of str to TensorInfo
-        In natural order of their names, whatever the order in files and index.
+        In natural order of their names, whatever the order in files and index. Where the config
+        says that tensors are encoded in FP8 or MXFP4: the BF16 tensors that they stand for.
     files : tuple of str
         The weight files, in natural order.
+    encoding : str or None
+        The ``quant_method`` of encoded tensors, where there are any.
 
     Notes
     -----
@@ -139,10 +174,13 @@ class Checkpoint:
         headers: tuple[FileHeader, ...],
         config_sha: str,
         index_sha: str | None,
+        encoded: Mapping[str, Encoded] | None = None,
     ) -> None:
         self.path = path
         self.config = config
-        self.tensors = tensors
+        self._encoded = encoded or {}
+        self.tensors = _seen(tensors, self._encoded)
+        self.encoding = config["quantization_config"]["quant_method"] if self._encoded else None
         self.files = tuple(h.file for h in headers)
         self._headers = {h.file: h for h in headers}
         self._config_sha = config_sha
@@ -157,8 +195,13 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, decoded."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of all tensors as the files hold them."""
+        return sum(self.stored_size(name) for name in self.tensors)
 
     def array(self, name: str) -> np.ndarray:
         """Read-only view of a tensor, without a copy.
@@ -172,20 +215,57 @@ class Checkpoint:
         ndarray
             Of the tensor's shape and type; ``ml_dtypes.bfloat16`` for BF16. The view stays
             valid after `close`. It may be misaligned in files not written by the reference
-            library: NumPy copes, and code that needs alignment copies.
+            library: NumPy copes, and code that needs alignment copies. An encoded tensor is no
+            view: it is decoded, all of it.
 
         Raises
         ------
         CheckpointError
             No such tensor, no NumPy type for it, or the file has changed since it was opened.
+        NonFiniteError
+            NaN or infinity in an encoded tensor; the message has its name and the place.
         """
         info = self._info(name)
-        return _array(info, self._map(info.file))
+        if name not in self._encoded:
+            return _array(info, self._map(info.file))
+        if len(info.shape) == 2:
+            return self._decoded(name, None)
+        whole = np.empty(info.shape, numpy_dtype(info.dtype))
+        for e, own in enumerate(self.slices(name)):
+            whole[e] = own
+        return whole
+
+    def slices(self, name: str) -> Sequence[np.ndarray]:
+        """The arrays along a tensor's first axis; of an encoded one each decoded when asked for."""
+        info = self._info(name)
+        if name not in self._encoded:
+            return list(self.array(name))
+        return LazyArrays(info.shape[0], lambda e: self._decoded(name, e))
+
+    def is_encoded(self, name: str) -> bool:
+        """Whether the files hold a tensor in another form than `tensors` says."""
+        return name in self._encoded
 
     def raw(self, name: str) -> memoryview:
-        """Bytes of a tensor as they lie in the file, of whatever type, without a copy."""
+        """Bytes of a tensor as they lie in the file, of whatever type, without a copy.
+
+        Raises
+        ------
+        CheckpointError
+            The tensor is encoded; `stored` has what the files hold of it.
+        """
         info = self._info(name)
+        if name in self._encoded:
+            raise CheckpointError(f"{name}: encoded in the files; ask for its array")
         return _bytes(info, self._map(info.file)).data
+
+    def stored(self, name: str) -> tuple[memoryview, ...]:
+        """Bytes of a tensor as they lie in the files; of an encoded one its numbers and scales."""
+        return tuple(_bytes(p, self._map(p.file)).data for p in self._parts(name))
+
+    def stored_size(self, name: str) -> int:
+        """How many bytes `stored` gives."""
+        return sum(part.nbytes for part in self._parts(name))
 
     def companions(self) -> list[Path]:
         """Files to copy beside converted weights: tokenizer, licence, templates, code.
@@ -251,6 +331,27 @@ class Checkpoint:
             raise CheckpointError(f"{name}: no such tensor in {self.path}")
         return info
 
+    def _parts(self, name: str) -> tuple[TensorInfo, ...]:
+        info = self._info(name)
+        return self._encoded[name].parts if name in self._encoded else (info,)
+
+    def _decoded(self, name: str, expert: int | None) -> np.ndarray:
+        own = self._encoded[name]
+        arrays = [_array(part, self._map(part.file)) for part in own.parts]
+        if expert is not None:
+            arrays = [array[expert] for array in arrays]
+        try:
+            return own.decode(*arrays)
+        except NonFiniteError as error:
+            where = "" if expert is None else f"[{expert}]"
+            row, column = divmod(error.info or 0, own.columns)
+            named = NonFiniteError(
+                f"{own.parts[0].name}{where}: NaN or Inf at row {row}, column {column}, or in its "
+                f"scale in {own.parts[1].name}; check the source checkpoint, or download it again"
+            )
+            named.tensor = name  # type: ignore[attr-defined]
+            raise named from error
+
     def _map(self, file: str) -> np.ndarray:
         with self._lock:
             if self._maps is None:
@@ -295,6 +396,21 @@ def map_file(path: Path) -> dict[str, np.ndarray]:
     header = read_header(path, path.name)
     whole = _map_file(path, header)
     return {info.name: _array(info, whole) for info in header.tensors}
+
+
+def _seen(tensors: dict[str, TensorInfo], encoded: Mapping[str, Encoded]) -> dict[str, TensorInfo]:
+    """The tensors with what the encoded ones stand for in the place of their parts."""
+    if not encoded:
+        return tensors
+    parts = {part.name for own in encoded.values() for part in own.parts}
+    seen = {name: info for name, info in tensors.items() if name not in parts}
+    for name, own in encoded.items():
+        if name in seen:
+            raise CheckpointError(
+                f"{name}: there as it is, and encoded as {own.parts[0].name}; keep one of the two"
+            )
+        seen[name] = own.info
+    return dict(sorted(seen.items(), key=lambda item: natural_key(item[0])))
 
 
 def _bytes(info: TensorInfo, whole: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ __all__ = [
     "copy_file_atomic",
     "destination_error",
     "plan_bytes",
+    "rename_durably",
     "write_all",
     "write_bytes_atomic",
     "write_text_atomic",
@@ -350,6 +351,27 @@ def copy_file_atomic(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -
         raise unreadable(e) from e
     with source:
         _atomically(Path(dst), os.fstat(source.fileno()).st_size, copy)
+
+
+def rename_durably(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+    """Give a file that is whole its name; an earlier one of that name is replaced.
+
+    Parameters
+    ----------
+    old, new : path
+        In one folder.
+
+    Raises
+    ------
+    DestinationError
+        The disk refuses.
+    """
+    new = Path(new)
+    try:
+        os.replace(old, new)
+        _sync_folder(new.parent)
+    except OSError as e:
+        raise destination_error(e, new, 0) from e
 
 
 def _layout(specs: Iterable[TensorSpec]) -> tuple[bytes, dict[str, int], int]:

@@ -27,6 +27,7 @@ from molae.ops.compressed import (
     from_authors_layout,
     to_authors_layout,
 )
+from molae.ops.decode import decode_fp8, decode_mxfp4
 from molae.ops.layers import (
     experts_backward,
     experts_forward,
@@ -50,6 +51,8 @@ __all__ = [
     "activate",
     "compressed_experts_backward",
     "compressed_experts_forward",
+    "decode_fp8",
+    "decode_mxfp4",
     "experts_backward",
     "experts_forward",
     "from_authors_layout",

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from molae.report.tables import size_text
+from molae.report.units import size_text
 
 if TYPE_CHECKING:
     from molae.hf.compare import Comparison

@@ -17,7 +17,8 @@ from rich.progress import (
 )
 
 from molae.convert import Plan, Watcher
-from molae.report.tables import plan_view, size_text
+from molae.report.tables import plan_view
+from molae.report.units import size_text
 
 __all__ = ["RunWatcher"]
 

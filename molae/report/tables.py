@@ -11,19 +11,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from molae.arch import Draft
 from molae.config import TYPES
 from molae.convert import Inspection, Plan, Report
 from molae.convert.planning import Storage
+from molae.report.facts import mixed
+from molae.report.units import size_text, time_text
 
-__all__ = ["inspect_view", "plan_view", "report_view", "size_text"]
-
-
-def size_text(count: float, unit: str = "B") -> str:
-    """Decimal units, as disks are sold: 12.9 GB."""
-    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {prefix}{unit}"
-    return f"{count:.0f} {unit}".rstrip()
+__all__ = ["draft_view", "inspect_view", "plan_view", "report_view"]
 
 
 def plan_view(plan: Plan) -> RenderableType:
@@ -97,6 +92,11 @@ def report_view(report: Report) -> RenderableType:
                 f"{row.seconds:.1f} s",
             )  # fmt: skip
         parts += [Text("Relative error of the layers' answers, trained in the end:"), table]
+    if report.workers:
+        hosts = {row.host for row in report.workers}
+        machines = "one machine" if len(hosts) == 1 else f"{len(hosts)} machines"
+        parts += [Text(f"Computed by {len(report.workers)} workers on {machines}.")]
+    parts += [Text(words) for words in mixed(report)]
     size = sum(entry["bytes"] for entry in report.files.values())
     parts += [Text(f"{len(report.files) + 1} files, {size_text(size)}, in {report.seconds:.1f} s.")]
     return Group(*parts)
@@ -108,25 +108,38 @@ def _mean_output_error(report: Report, kind: str) -> float:
     return math.sqrt(sum(error**2 for error in found) / len(found))
 
 
+def _stored_as(found: Inspection) -> str:
+    if found.encoding is None:
+        return found.dtype
+    return f"{found.encoding.upper()}, {'read' if found.files else 'counted'} as {found.dtype}"
+
+
 def inspect_view(found: Inspection) -> RenderableType:
     """What a checkpoint is; its ranks where it is a converted one."""
     table = Table.grid(padding=(0, 2))
     letters = ", ".join(f"{letter}={size}" for letter, size in found.letters.items())
+    layout = f", layout {found.layout}" if found.layout else ""
     shapes = ", ".join(f"{kind} {rows}x{cols}" for kind, (rows, cols) in found.shapes.items())
     for name, value in (
-        ("family", f"{found.family}, layout {found.layout}, experts in {found.dtype}"),
+        ("family", f"{found.family}{layout}, experts in {_stored_as(found)}"),
         ("letters", letters),
         ("matrices", shapes),
         ("layers with experts", _spans(found.moe_layers)),
-        ("parameters", f"{found.total_parameters:,}"),
-        ("of the experts", f"{found.expert_parameters:,}"),
-        ("active for a token", f"{found.active_parameters:,}"),
-        ("size", f"{found.bytes:,} bytes ({size_text(found.bytes)}) in {found.files} files"),
+        ("parameters", _known(found.total_parameters)),
+        ("of routed experts", _known(found.expert_parameters)),
+        ("of shared experts", _known(found.shared_parameters)),
+        ("active for a token", _known(found.active_parameters)),
+        ("of these, experts", _known(found.active_experts)),
+        ("size", _bytes_text(found)),
     ):
         table.add_row(name, value)
-        if name == "active for a token" and found.active_compressed is not None:
+        if name == "active for a token" and found.active_compressed and found.active_parameters:
             change = found.active_compressed / found.active_parameters - 1
             table.add_row("  so compressed", f"{found.active_compressed:,} ({change:+.1%})")
+    if found.unsupported:
+        table.add_row("not converted", Text(found.unsupported))
+    for note in found.notes:
+        table.add_row("note", Text(note))
     factored = found.factored
     if factored is None:
         return table
@@ -148,6 +161,42 @@ def inspect_view(found: Inspection) -> RenderableType:
     return Group(table, ranks) if factored.layers else table
 
 
+def draft_view(draft: Draft, path: str, fault: str | None) -> RenderableType:
+    """What a draft rests on, and whether the checkpoint can be read with it."""
+    table = Table.grid(padding=(0, 2))
+    for title, lines in (("found", draft.found), ("to fill in", draft.missing)):
+        for line in lines:
+            table.add_row(title, Text(line))
+    end = (
+        f"Written to {path}. molae reads the checkpoint with --arch {path}: read it over first."
+        if fault is None
+        else f"Written to {path}. molae does not read the checkpoint with it yet: {fault}"
+    )
+    return Group(table, Text(end))
+
+
+def _known(count: int | None) -> str:
+    if count is None:
+        return "not known"
+    for word, scale in (("billion", 1e9), ("million", 1e6)):
+        if count >= scale:
+            return f"{count:,} ({count / scale:.4g} {word})"
+    return f"{count:,}"
+
+
+def _bytes_text(found: Inspection) -> str:
+    text = "not known"
+    if found.bytes is not None:
+        text = f"{found.bytes:,} bytes ({size_text(found.bytes)})"
+    if found.files:
+        text += f" in {found.files} files"
+    elif found.total_parameters is None:
+        text += ", the experts"
+    if found.bytes != found.decoded_bytes:
+        text += f"; {found.decoded_bytes:,} ({size_text(found.decoded_bytes)}) in {found.dtype}"
+    return text
+
+
 def _heading(plan: Plan) -> Text:
     letters = ", ".join(f"{letter}={plan.letters[letter]}" for letter in "LEKDF")
     what = {
@@ -167,9 +216,11 @@ def _sizes(plan: Plan) -> Table:
 
     before, after = plan.before, plan.after
     row("experts, numbers", before.expert_numbers, after.expert_numbers, _whole)
-    row("all, numbers", before.total_numbers, after.total_numbers, _whole)
+    if not plan.experts_only:
+        row("all, numbers", before.total_numbers, after.total_numbers, _whole)
     row("experts, bytes", before.expert_bytes, after.expert_bytes, _whole)
-    row("all, bytes", before.total_bytes, after.total_bytes, _whole)
+    if not plan.experts_only:
+        row("all, bytes", before.total_bytes, after.total_bytes, _whole)
     row("FLOPs a token, experts", before.flops_per_token, after.flops_per_token, _whole)
     return table
 
@@ -192,7 +243,11 @@ def _candidates(plan: Plan) -> Table:
     table = _table("type", "experts a group", "rank", "error foreseen", "")
     for c in plan.candidates:
         table.add_row(
-            c.kind, str(c.group_size), str(c.rank), f"{c.error:.4f}", "taken" if c.chosen else ""
+            c.kind,
+            str(c.group_size),
+            str(c.rank),
+            "–" if c.error is None else f"{c.error:.4f}",
+            "taken" if c.chosen else "",
         )
     return table
 
@@ -222,7 +277,8 @@ def _needs(plan: Plan) -> Table:
         table.add_row("size", f"asked {plan.size_asked:g}, reached {plan.size_reached:.4f}")
     if plan.compressed:
         table.add_row("compressed", f"{plan.compressed_text}; {plan.light} act in their place")
-    table.add_row("disk", f"{plan.disk_bytes:,} bytes ({size_text(plan.disk_bytes)})")
+    of = " for the experts" if plan.experts_only else ""
+    table.add_row("disk", f"{plan.disk_bytes:,} bytes ({size_text(plan.disk_bytes)}){of}")
     if plan.scratch_bytes:
         table.add_row("temporary files", f"about {size_text(plan.scratch_bytes)}")
     table.add_row("peak memory", f"about {size_text(plan.memory_bytes)}")
@@ -230,12 +286,21 @@ def _needs(plan: Plan) -> Table:
         table.add_row(
             "passes", f"{plan.passes} over each layer's tokens, to stay within the memory"
         )
+    if plan.parallel > 1:
+        table.add_row("machines", f"up to {plan.parallel} may share the work (--scheduler)")
     if plan.seconds is not None:
         table.add_row("time", f"about {time_text(plan.seconds)}")
     return table
 
 
 def _remarks(plan: Plan) -> Iterable[Text]:
+    if any(c.error is None for c in plan.candidates):
+        yield Text(
+            "By the config alone: the group size is measured on the weights, the one taken here "
+            "is not (--group-size)."
+        )
+    if plan.encoding is not None:
+        yield Text(plan.encoding_text)
     if plan.kind == "materialize":
         yield Text("The result has the original's full size; what was saved on the disk is lost.")
     elif plan.kind == "heal":
@@ -244,20 +309,13 @@ def _remarks(plan: Plan) -> Iterable[Text]:
         yield Text(
             "The experts that run stay as they are; what acts in the others' place is added."
         )
-    elif not plan.types:
+    elif not plan.types and plan.encoding is None:
         yield Text("Nothing would be saved: every tensor stays as it is.")
     elif plan.flops_ratio > 1:
         yield Text(
             f"A token needs more operations than before ({plan.flops_ratio:.3f} times): "
             "this saves memory, not work."
         )
-
-
-def time_text(seconds: float) -> str:
-    """'40 s', '12 min', '3.2 h'."""
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _table(*columns: str) -> Table:

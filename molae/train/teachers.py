@@ -17,8 +17,7 @@ import torch
 
 from molae.errors import ArgumentError, NonFiniteError
 from molae.hf.opening import find_folder, open_model, open_tokenizer
-from molae.hf.shapes import read_config
-from molae.io import open_checkpoint, parse_json
+from molae.io import open_checkpoint, parse_json, read_config
 from molae.train.examples import IGNORED, Packed
 from molae.train.loss import Head, Target, learned_states, log_probabilities, pieces
 
@@ -38,8 +37,8 @@ FACTS = (
     ("hidden_size",),
     ("num_hidden_layers",),
     ("vocab_size",),
-    ("num_experts", "num_local_experts", "n_routed_experts"),
-    ("num_experts_per_tok",),
+    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"),
 )
 
 #: What a folder of answers holds; the note comes last, and without it the rest counts for nothing.
@@ -77,10 +76,11 @@ def check_same_model(student: str | os.PathLike[str], teacher: str | os.PathLike
     >>> from molae.train import check_same_model
     >>> check_same_model(molae.demo.CHECKPOINT, molae.demo.CHECKPOINT)
     """
-    mine, theirs = (read_config(find_folder(p) / "config.json") for p in (student, teacher))
+    both = [read_config(find_folder(p) / "config.json") for p in (student, teacher)]
+    both = [config | config.get("text_config", {}) for config in both]
     found = []
     for names in FACTS:
-        one, other = (next((c[n] for n in names if n in c), None) for c in (mine, theirs))
+        one, other = (next((c[n] for n in names if n in c), None) for c in both)
         if one != other:
             found.append(f"{names[0]} {other!r} instead of {one!r}")
     if not found and _tokenizer(student).get_vocab() != _tokenizer(teacher).get_vocab():

@@ -21,6 +21,7 @@ main(void)
     test_kern();
     test_ops();
     test_products();
+    test_decode();
     CHECK(mli_mem_live() == 0);
     mli_parallel_shutdown();
     printf("%ld checks, %ld failed\n", test_checks, test_failures);

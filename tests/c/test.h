@@ -37,5 +37,6 @@ void test_weighted(void);
 void test_kern(void);
 void test_ops(void);
 void test_products(void);
+void test_decode(void);
 
 #endif

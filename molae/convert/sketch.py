@@ -1,0 +1,150 @@
+"""The plan of a conversion by a config alone: what it would store and need."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from molae.arch import Family, Model
+from molae.config import ConvertConfig
+from molae.convert.allocation import Allocation, Candidate, complete_fused, gauge_ranks
+from molae.convert.calibrated import Calibrated
+from molae.convert.estimate import memory_bytes
+from molae.convert.inspection import read_promise
+from molae.convert.methods import find_method
+from molae.convert.planning import Plan, spread, storage, summarize
+from molae.convert.probe import GROUP_SIZES
+from molae.convert.quantized import find_packing
+from molae.convert.shards import convert_shards
+from molae.errors import CheckpointError, UnknownFamilyError
+from molae.factored import index_groups
+from molae.io import DTYPES, ENCODINGS, TensorInfo
+
+__all__ = ["plan_config"]
+
+#: Experts a group where no checkpoint is there to measure it on.
+GROUP_SIZE = 8
+
+
+def plan_config(
+    name: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo] | None,
+    settings: ConvertConfig,
+    *,
+    family: Family | None = None,
+    unknown: str = "",
+) -> Plan:
+    """What `molae.convert` would do with a checkpoint of this config.
+
+    Parameters
+    ----------
+    name : str
+        Of the config, for messages.
+    config, tensors, family, unknown
+        As in `molae.convert.inspection.read_promise`.
+    settings : ConvertConfig
+        Without those that need a text.
+
+    Returns
+    -------
+    Plan
+        Group sizes that were left open are not measured but `GROUP_SIZE`; the other candidates
+        are listed. There is no estimate of the time.
+
+    Raises
+    ------
+    CheckpointError, UnknownFamilyError
+        As in `read_promise`, or molae does not convert this family.
+    ArgumentError
+        As in `molae.convert`.
+    """
+    found = read_promise(config, tensors, family=family, unknown=unknown)
+    model = found.model
+    if model.family.unsupported:
+        raise UnknownFamilyError(
+            f"family {model.family.model_type}: {model.family.unsupported}; molae inspects it, "
+            "and does not convert it"
+        )
+    try:
+        packing = find_packing(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; molae does not convert it") from None
+    if packing is not None and packing.encoding not in ENCODINGS:
+        raise CheckpointError(
+            f"config.json: the files hold {packing.encoding}, which molae does not read; plan for "
+            "a dequantized release, whose config has no quantization_config"
+        )
+    encoding = packing.encoding if packing else None
+    return Sketch(name, model, settings, encoding).plan(whole=found.others is not None)
+
+
+@dataclass(frozen=True)
+class _Unmeasured:
+    """In the place of a `Probe`: the group sizes, with no error as there are no weights."""
+
+    model: Model
+
+    def candidates(self, kind: str, size: float) -> tuple[Candidate, ...]:
+        E, F, D = (self.model.letters[letter] for letter in "EFD")
+        found = []
+        for k in [k for k in GROUP_SIZES if k <= E] or [1]:
+            rank = min(gauge_ranks(index_groups(E, k), size, F=F, D=D))
+            if rank >= 1:
+                found.append((k, rank))
+        best = min((k for k, _ in found), key=lambda k: abs(k - GROUP_SIZE), default=None)
+        return tuple(Candidate(kind, k, rank, None, chosen=k == best) for k, rank in found)
+
+
+class Sketch:
+    """As much of a `Conversion` as its plan needs."""
+
+    kind = "convert"
+    calibrated: Calibrated | None = None
+
+    def __init__(
+        self, source: str, model: Model, config: ConvertConfig, encoding: str | None
+    ) -> None:
+        self.source_name, self.model, self.config = source, model, config
+        layout = next(own for own in model.family.layouts if own.name == model.layout)
+        self.encoding = encoding
+        self.is_mapped = encoding is None and all(t.as_matrices for t in layout.tensors)
+        self.tensors = model.tensors
+        self.method = find_method(config.method)
+        self.allocation: Allocation = complete_fused(
+            self.method.allocate(model, config, _Unmeasured(model)), model
+        )
+        self.shards = convert_shards(self, model, self.allocation.layers, self.allocation.form)
+        E, F, D = (model.letters[letter] for letter in "EFD")
+        self.room = int(1.25 * E * F * D * DTYPES["F32"].itemsize)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def plan(self, *, whole: bool) -> Plan:
+        """The plan; `whole` if more than the experts is known of the model."""
+        model, layers, form = self.model, self.allocation.layers, self.allocation.form
+        counts, itemsize = model.counts(), DTYPES[model.dtype].itemsize
+        others = counts.total_parameters - counts.expert_parameters
+        before = storage(model, {}, form, (others, others * itemsize))
+        after = storage(model, layers, form, (others, others * itemsize))
+        plan = Plan.of(
+            self,
+            self.method.name,
+            form,
+            size_asked=self.config.target_size,
+            size_reached=after.expert_numbers / before.expert_numbers,
+            before=before,
+            after=after,
+            types=summarize(layers),
+            spread=spread(layers, form, F=model.letters["F"], D=model.letters["D"]),
+            candidates=self.allocation.candidates,
+            memory_bytes=memory_bytes(self),
+            seconds=None,
+            experts_only=not whole,
+            encoding=self.encoding,
+        )
+        return dataclasses.replace(plan, layout="")
