@@ -18,6 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: demo test lint asan valgrind check-c package bench docs soak clean
+.PHONY: python-asan python-ubsan python-tsan
 
 demo: $(VENV)/installed
 	$(BIN)/molae demo
@@ -35,6 +36,10 @@ SOAK ?=
 
 soak: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python -P -m soak $(SOAK) --write docs/reliability.md
+
+# The extension under a sanitizer, through the Python tests of ops, fits and kernels.
+python-asan python-ubsan python-tsan: python-%: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -P -m soak sanitizers --only $*
 
 docs: $(VENV)/installed
 	$(BIN)/python -P docs/make_api.py

@@ -67,6 +67,12 @@ def run(names: Sequence[str] = (), tests: Sequence[str] = TESTS) -> Outcome:
             "LD_PRELOAD": library, "PYTHONPATH": str(target), "OPENBLAS_NUM_THREADS": "1",
             "MOLAE_NUM_THREADS": str(threads), "PYTHONMALLOC": "malloc",
         }  # fmt: skip
+        where = subprocess.run(
+            [sys.executable, "-P", "-c", "from molae import _core; print(_core.__file__)"],
+            env=environ, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        if not Path(where.strip()).is_relative_to(target):
+            raise RuntimeError(f"another molae would be tested: {where}")
         # Without it the runtime of older compilers does not find its place in memory.
         fixed = ["setarch", "-R"] if shutil.which("setarch") else []
         argv = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
