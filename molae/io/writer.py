@@ -268,7 +268,15 @@ class ShardWriter:
     def _pwrite(self, data: memoryview, offset: int) -> None:
         # A write may be short: at a signal, a quota, or the system's own limit.
         while data.nbytes:
-            n = os.pwrite(self._fd, data[:_PIECE], offset)
+            try:
+                n = os.pwrite(self._fd, data[:_PIECE], offset)
+            except OSError as e:
+                if e.errno != errno.EFAULT:
+                    raise
+                raise CheckpointError(
+                    f"{self.path.name}: what is to be written cannot be read: a file of the source "
+                    "was cut short, or its disk fails; check it and run the same command again"
+                ) from e
             if n <= 0:
                 raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
             data, offset = data[n:], offset + n
