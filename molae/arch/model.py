@@ -393,7 +393,7 @@ def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:
     if not quant:
         return
     method = quant.get("quant_method") if isinstance(quant, dict) else None
-    if method in ENCODINGS:
+    if isinstance(method, str) and method in ENCODINGS:
         return
     if method != "molae":
         raise CheckpointError(

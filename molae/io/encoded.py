@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from molae.errors import CheckpointError
+from molae.errors import CheckpointError, shorten
 from molae.io.dtypes import DTYPES
 from molae.io.header import TensorInfo
 from molae.ops.decode import decode_fp8, decode_mxfp4
@@ -106,7 +106,7 @@ def _block(quant: Mapping[str, Any]) -> tuple[int, int]:
     where = "config.json: quantization_config"
     if scheme != "dynamic":
         raise CheckpointError(
-            f"{where}.activation_scheme: {scheme!r}, only 'dynamic' is read; "
+            f"{where}.activation_scheme: {shorten(scheme)}, only 'dynamic' is read; "
             "dequantize to BF16 first"
         )
     if (
@@ -116,7 +116,7 @@ def _block(quant: Mapping[str, Any]) -> tuple[int, int]:
     ):
         raise CheckpointError(
             f"{where}.weight_block_size: expected two whole numbers such as [128, 128], got "
-            f"{size!r}; dequantize to BF16 first"
+            f"{shorten(size)}; dequantize to BF16 first"
         )
     return size[0], size[1]
 

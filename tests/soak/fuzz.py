@@ -29,6 +29,7 @@ import ml_dtypes
 import numpy as np
 from checkpoints import add_companions, make_checkpoint
 from converting import tree
+from encoded import fp8_pair, oss_pair
 from safetensors.numpy import load_file, save_file
 
 from molae import ConvertConfig, cli, convert, inspect, materialize
@@ -114,6 +115,8 @@ def surfaces(work: Path) -> list[Surface]:
             raise AssertionError("overwritten to other bytes")
 
     config, header = "config.json", "model.safetensors"
+    fp8, oss = fp8_pair(work / "fp8")[0], oss_pair(work / "oss")[0]
+    thirds, halves = "model-00002-of-00003.safetensors", "model-00002-of-00002.safetensors"
     first = "model-00001-of-00002.safetensors"
     return [
         Surface("header", single, {header: "safetensors"}, _checkpoint),
@@ -130,6 +133,8 @@ def surfaces(work: Path) -> list[Surface]:
         Surface(
             "old result", converted, {"molae-report.json": "json"}, overwritten, fresh=True
         ),
+        Surface("FP8", fp8, {config: "json", thirds: "safetensors"}, _encoded),
+        Surface("MXFP4", oss, {config: "json", halves: "safetensors"}, _encoded),
         _layer_state(work / "state"),
         _measurements(work / "stats"),
         _family(work / "family"),
@@ -232,13 +237,19 @@ def _limits() -> Iterator[None]:
 def _checkpoint(folder: Path) -> None:
     with open_checkpoint(folder) as checkpoint:
         for name in checkpoint.tensors:
-            checkpoint.raw(name)
+            with contextlib.suppress(MolaeError):  # encoded
+                checkpoint.raw(name)
             with contextlib.suppress(MolaeError):  # of a type that can only be copied
                 checkpoint.array(name)
         checkpoint.companions()
         checkpoint.fingerprint()
         describe(checkpoint).counts()
     inspect(folder, compressed_experts=1).to_dict()
+
+
+def _encoded(folder: Path) -> None:
+    _checkpoint(folder)
+    plan(folder, ConvertConfig(size=0.9, group_size=2)).to_dict()
 
 
 def _command(folder: Path) -> None:
