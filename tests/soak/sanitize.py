@@ -25,14 +25,17 @@ TESTS = (
     "test_threads.py",
 )  # fmt: skip
 
-#: Switch of setup.py, the runtime to preload, its options, and threads of molae's.
+#: Switch of setup.py, the runtime to preload, its options, threads of molae's, and tests left out.
 SANITIZERS = {
     # Python itself never frees some of what it has; the counting allocator looks for leaks.
-    "asan": ("address", "libasan.so", {"ASAN_OPTIONS": "detect_leaks=0"}, 1),
-    "ubsan": ("undefined", "libubsan.so", {"UBSAN_OPTIONS": "print_stacktrace=1"}, 1),
+    "asan": ("address", "libasan.so", {"ASAN_OPTIONS": "detect_leaks=0"}, 1, ""),
+    "ubsan": ("undefined", "libubsan.so", {"UBSAN_OPTIONS": "print_stacktrace=1"}, 1, ""),
+    # Left out: the runtime has a thread of its own and does not go on after a fork, and an
+    # interpreter that is not instrumented hides how several Python threads take turns.
     "tsan": (
         "thread", "libtsan.so",
         {"TSAN_OPTIONS": f"exitcode=66 suppressions={Path(__file__).with_name('tsan.supp')}"}, 4,
+        "not after_fork and not signals_reach and not many_python_threads",
     ),
 }  # fmt: skip
 
@@ -57,7 +60,7 @@ def run(names: Sequence[str] = (), tests: Sequence[str] = TESTS) -> Outcome:
     """Build molae with each sanitizer beside the tree, and run the tests on that."""
     found, started = Outcome(), time.perf_counter()
     for name in names or SANITIZERS:
-        switch, runtime, options, threads = SANITIZERS[name]
+        switch, runtime, options, threads, picked = SANITIZERS[name]
         target = ROOT / "build" / "sanitize" / name
         _build(target, switch)
         library = subprocess.run(
@@ -76,6 +79,7 @@ def run(names: Sequence[str] = (), tests: Sequence[str] = TESTS) -> Outcome:
         # Without it the runtime of older compilers does not find its place in memory.
         fixed = ["setarch", "-R"] if shutil.which("setarch") else []
         argv = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        argv += ["-k", picked] if picked else []
         argv += [str(ROOT / "tests" / test) for test in tests]
         done = subprocess.run(
             [*fixed, *argv], env=environ, cwd=ROOT, capture_output=True, text=True, check=False
