@@ -129,6 +129,8 @@ class ShardWriter:
             writer is finished or aborted.
         DestinationError
             The disk is full or refuses; the part is removed.
+        CheckpointError
+            `data` lies in a mapped file that cannot be read any more.
         """
         spec = self._spec(name)
         if isinstance(data, np.ndarray):
