@@ -337,7 +337,7 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
     for own in (config, text if isinstance(text, Mapping) else {}):
         written = own.get("dtype") or own.get("torch_dtype")
         if written:
-            if written not in _NAMES:
+            if not isinstance(written, str) or written not in _NAMES:
                 raise CheckpointError(
                     f"config.json: type {written!r} is unknown; known are {', '.join(_NAMES)}"
                 )
