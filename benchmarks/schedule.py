@@ -26,6 +26,7 @@ import numpy as np
 import molae
 from benchmarks import RESULTS
 from benchmarks.header import header, usable_cpus
+from benchmarks.weights import write_checkpoint
 from molae import fit
 from molae.arch import Family, load_family
 from molae.arch.family import find_family
@@ -34,6 +35,7 @@ from molae.convert.allocation import gauge_ranks
 from molae.convert.estimate import group_bytes, group_flops
 from molae.convert.footprint import BASE_BYTES
 from molae.convert.probe import GROUP_SIZES, MOST_EXPERTS
+from molae.errors import ArgumentError
 from molae.factored import index_groups
 from molae.fit import stored_numbers
 from molae.io import ShardWriter, TensorSpec
@@ -46,8 +48,12 @@ WIDEST = 1536
 #: Bytes of the file that is written to measure how fast that goes.
 WRITTEN = 256_000_000
 
-#: Bytes of a number, by the type that a config names.
+#: Bytes of a number, by the type that a config names, and as encoded, without scales of blocks.
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ENCODED = {"fp8": 1.0, "mxfp4": 17 / 32}
+
+#: What is converted for `check`: experts a layer, and their sizes; in groups of 8.
+CHECKED = {"layers": 2, "E": 16, "F": 768, "D": 1536, "V": 256}
 
 
 @dataclass(frozen=True)
@@ -133,18 +139,23 @@ def layers_of(
         stored_numbers(rank, len(group), F, D, "gauge")
         for group, rank in zip(groups, ranks, strict=True)
     )
-    quantized = (config.get("quantization_config") or {}).get("quant_method") == "fp8"
+    encoding = (config.get("quantization_config") or {}).get("quant_method")
+    if encoding not in (None, *ENCODED):
+        raise ArgumentError(
+            f"config.json: quant_method {encoding!r}; estimates are for {', '.join(ENCODED)}, or "
+            "for a release without quantization_config"
+        )
     stored = BYTES[str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")]
     layer = Layer(
         groups=len(groups),
         group_flops=group_flops(k, ranks[0], F=F, D=D),
-        read=len(TYPES) * E * F * D * (1 if quantized else stored),
+        read=round(len(TYPES) * E * F * D * ENCODED.get(str(encoding), stored)),
         written=len(TYPES) * numbers * stored,
     )
     count = len(family.read_moe_layers(config))
     facts = {
         "family": family.model_type, "letters": letters, "moe_layers": count, "size": size,
-        "group_size": k, "rank": ranks[0], "fp8": quantized,
+        "group_size": k, "rank": ranks[0], "encoding": encoding,
         "read_bytes": count * layer.read, "written_bytes": count * layer.written,
         "workspace_bytes": group_bytes(k, ranks[0], F=F, D=D),
         "results_bytes": 2 * layer.written // len(TYPES),
@@ -246,22 +257,41 @@ def measure(letters: Mapping[str, int], k: int, size: float, folder: Path | None
     return Rates(gflops, read, write)
 
 
+def check(threads: int = 1) -> dict[str, float]:
+    """Processor seconds that the fits of a small generated checkpoint take, foreseen and taken."""
+    sizes = dict(CHECKED)
+    with tempfile.TemporaryDirectory(prefix="molae-benchmark-") as name, molae.num_threads(threads):
+        folder = Path(name)
+        write_checkpoint(folder / "src", **sizes)
+        config = json.loads((folder / "src" / "config.json").read_text(encoding="utf-8"))
+        layers, facts = layers_of(config, find_family(config), size=0.5, k=8)
+        rates = measure(facts["letters"], 8, 0.5, folder)
+        start = time.process_time()
+        molae.convert(folder / "src", folder / "dst", molae.ConvertConfig(size=0.5, group_size=8))
+        taken = time.process_time() - start
+    pool = Pool(1, 1, threads)
+    foreseen = sum(layer.seconds(rates, pool, len(layers))["compute"] for layer in layers)
+    return {**{k: float(v) for k, v in sizes.items()}, "foreseen_s": foreseen, "taken_s": taken}
+
+
 def table(found: Mapping[str, Any]) -> str:
     """The estimates as text for a page."""
     model, rates = found["model"], found["rates"]
     letters = ", ".join(f"{x}={model['letters'][x]}" for x in "LEKDF")
     threads = found["estimates"][0]["threads"]
     memory = BASE_BYTES + model["results_bytes"] + threads * model["workspace_bytes"]
-    shared = rates["shared_gbs"]
+    shared, origin = rates["shared_gbs"], found["origin"]
     lines = [
         f"{found['title']} ({model['family']}, {letters}; {model['moe_layers']} layers with "
         f"experts), size {model['size']:g} in groups of {model['group_size']} at rank "
         f"{model['rank']}: {model['read_bytes'] / 1e12:.2f} TB read"
-        f"{' in FP8' if model['fp8'] else ''}, {model['written_bytes'] / 1e12:.2f} TB written.",
+        f"{' in ' + model['encoding'] if model['encoding'] else ''}, "
+        f"{model['written_bytes'] / 1e12:.2f} TB written.",
         "",
-        f"Rates, {found['rates_from']}: a thread {rates['gflops']:.0f} GFLOP/s, a worker reads "
-        f"{rates['read_gbs']:.2f} GB/s and writes {rates['write_gbs']:.2f} GB/s; the file system "
-        + (f"gives {shared:g} GB/s to all together." if shared else "is no limit."),
+        f"A thread factors at {rates['gflops']:.0f} GFLOP/s ({origin['gflops']}), a worker reads "
+        f"at {rates['read_gbs']:.2f} GB/s ({origin['read_gbs']}) and writes at "
+        f"{rates['write_gbs']:.2f} GB/s ({origin['write_gbs']}); the file system "
+        + (f"gives {shared:g} GB/s to all together (given)." if shared else "is no limit."),
         f"{found['estimates'][0]['workers']} workers a machine, {threads} threads each; about "
         f"{memory / 1e9:.0f} GB of memory a worker, mapped pages of the source not counted."
         + (" Group sizes are chosen by measurement first." if found["choice"] else ""),
@@ -274,6 +304,16 @@ def table(found: Mapping[str, Any]) -> str:
         f"{row['layer_s'] / 60:.1f} min | {row['efficiency']:.0%} | {row['bound']} |"
         for row in found["estimates"]
     ]
+    if found["check"]:
+        own = found["check"]
+        lines += [
+            "",
+            f"Checked on {own['layers']:.0f} generated layers (E={own['E']:.0f}, F={own['F']:.0f}, "
+            f"D={own['D']:.0f}), converted here on one thread: {own['foreseen_s']:.1f} s of "
+            f"processor time foreseen, {own['taken_s']:.1f} s taken.",
+        ]
+    cpu = found["header"]["cpu"]
+    lines += ["", f"Measured on {cpu['model']}, {found['header']['time']}."]
     return "\n".join(lines)
 
 
@@ -299,9 +339,12 @@ def main(argv: list[str] | None = None) -> int:
         "header": header(usable_cpus()),
         "model": facts,
         "rates": asdict(rates),
-        "rates_from": "as given" if None not in given else "measured on one thread here"
-        + (" but for those that were given" if any(given) else ""),
+        "origin": {
+            name: "measured" if value is None else "given"
+            for name, value in zip(("gflops", "read_gbs", "write_gbs"), given, strict=True)
+        },
         "choice": choice,
+        "check": check() if args.check else None,
         "estimates": [
             estimate(
                 layers, facts["letters"], rates, Pool(machines, args.workers, args.threads),
@@ -340,6 +383,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--write-gbs", type=float, help="of one worker, synced and read back")
     parser.add_argument("--shared-gbs", type=float, help="of the file system, for all (no limit)")
     parser.add_argument("--folder", type=Path, help="where the measurement writes its file")
+    parser.add_argument("--check", action="store_true", help="convert a small model, and compare")
     parser.add_argument("--keep", action="store_true", help="keep the figures in --results")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser

@@ -60,8 +60,8 @@ def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
     others.add_argument(
         "--allow-mixed-workers",
         action="store_true",
-        help="take workers whose BLAS, instruction set or NumPy differ: the result may then differ "
-        "in its last bits, and the report says so",
+        help="take workers whose BLAS, instruction set, NumPy or extension differ: the result may "
+        "then differ in its last bits, and the report says so",
     )
     others.add_argument(
         "--scheduler-timeout", type=float, metavar="SECONDS",

@@ -55,8 +55,6 @@ class Cluster:
         self.folder = folder
         self.file = folder / "scheduler.json"
         self._mood = folder / "mood.json"
-        self._preload = folder / "preload.py"
-        self._preload.write_text(PRELOAD)
         self._started: list[subprocess.Popen[bytes]] = []
         self.scheduler = self._start(
             "scheduler", "--port", "0", "--host", "127.0.0.1", "--scheduler-file", str(self.file)
@@ -65,11 +63,13 @@ class Cluster:
         wait_for(lambda: self.file.read_text().endswith("}"))
         self.address: str = json.loads(self.file.read_text())["address"]
 
-    def worker(self, threads: int = 1) -> subprocess.Popen[bytes]:
+    def worker(self, threads: int = 1, preload: str = PRELOAD) -> subprocess.Popen[bytes]:
         """One more; it connects when it is ready."""
+        file = self.folder / f"preload-{len(self._started)}.py"
+        file.write_text(preload)
         return self._start(
             "worker", self.address, "--nthreads", str(threads), "--no-nanny",
-            "--memory-limit", "0", "--preload", str(self._preload),
+            "--memory-limit", "0", "--preload", str(file),
             "--local-directory", str(self.folder / "space"),
         )  # fmt: skip
 

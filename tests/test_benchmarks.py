@@ -377,6 +377,7 @@ def test_pages_beside_the_readme(page):
         "docs/quality.md",
         "docs/compressed.md",
         "docs/healing.md",
+        "docs/distributed.md",
         "docs/performance.md",
     ]
     other = path.parent / "docs" / "quality.md"

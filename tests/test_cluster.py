@@ -132,7 +132,7 @@ def test_the_command_takes_the_file_of_a_scheduler(tmp_path, source, wanted, pai
     given = ("--scheduler", str(pair.file), "--threads", "2")
     assert main(["convert", str(source), str(dst), *OPTIONS, *given]) == 0
     out = capsys.readouterr().out
-    assert "Computed by 2 workers on 1 machines" in out
+    assert "Computed by 2 workers on one machine." in out
     assert f"up to {LAYERS} may share the work" in out
     assert tree(dst) == wanted
     assert {row.threads for row in Report.from_file(dst).workers} == {2}
@@ -378,6 +378,23 @@ def test_a_worker_that_cannot_take_part_is_refused(tmp_path, source, moody, mood
         assert not dst.exists()
 
 
+def test_a_worker_with_a_molae_that_knows_nothing_of_this_is_refused(
+    tmp_path, source, wanted, moody
+):
+    """It stays alive, and the others go on once it is gone."""
+    older = moody.worker(preload="import sys; sys.modules['molae.cluster.worker'] = None")
+    wait_for_workers(moody, 2)
+    with Workers(moody.address) as workers:
+        with pytest.raises(ClusterError, match=r"1 of 2 .*\n.* cannot run this molae \(ModuleNot"):
+            convert(source, tmp_path / "dst", CONFIG, executor=workers)
+        assert older.poll() is None
+        older.kill()
+        older.wait()
+        wait_for(lambda: len(workers._present()) == 1)
+        convert(source, tmp_path / "dst", CONFIG, executor=workers)
+    assert tree(tmp_path / "dst") == wanted
+
+
 def test_mixed_workers_are_allowed_on_request_and_the_report_says_so(
     tmp_path, source, moody, capsys
 ):
@@ -386,7 +403,9 @@ def test_mixed_workers_are_allowed_on_request_and_the_report_says_so(
     given = ("--scheduler", moody.address, "--allow-mixed-workers")
     assert main(["convert", str(source), str(dst), *OPTIONS, *given]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "The workers were of several kinds, as was allowed" in out
+    assert "workers that computed the layers were of several kinds, as was allowed" in out
+    assert "1 of 1 differ from where the run was planned: isa: " in out
+    assert "were of several kinds" in (dst / "molae-report.html").read_text()
     report = Report.from_file(dst)
     assert report.mixed
     (row,) = report.workers
@@ -431,6 +450,11 @@ def test_no_scheduler_there(tmp_path, source, capsys):
     assert f"{address}: no scheduler answers within 0.5 s" in err
     assert "dask scheduler --port 8786" in err
     assert not (tmp_path / "dst").exists()
+
+
+def test_tls_without_certificates():
+    with pytest.raises(ClusterError, match="needs certificates; name .*TLS__CLIENT__CERT"):
+        Workers("tls://127.0.0.1:1")
 
 
 def test_a_scheduler_that_has_written_no_file(tmp_path):

@@ -354,7 +354,8 @@ def test_a_torn_last_line_is_ignored_and_written_over(tmp_path):
         assert list(journal.shards) == ["x"]
         journal.add({"file": "z"})
         text = (tmp_path / JOURNAL).read_text()
-        assert text.startswith(whole) and text.count("\n") == 3
+        assert text.startswith(whole)
+        assert text.count("\n") == 3
         assert json.loads(text.splitlines()[2])["file"] == "z"
         assert list(Journal(tmp_path).shards) == ["x", "z"]
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import molae
 from molae.arch.family import find_family
 from molae.convert.estimate import group_bytes, group_flops
+from molae.errors import ArgumentError
 
 schedule = load("schedule")
 Layer, Pool, Rates = schedule.Layer, schedule.Pool, schedule.Rates
@@ -99,6 +100,20 @@ def test_fp8_is_read_at_a_byte_a_number():
     assert (2 * eight[0].read, eight[0].written) == (plain[0].read, plain[0].written)
 
 
+def test_an_encoding_without_an_estimate_is_refused():
+    config = make_config("olmoe") | {"quantization_config": {"quant_method": "awq"}}
+    with pytest.raises(ArgumentError, match="'awq'; estimates are for fp8, mxfp4"):
+        layers_of(config, find_family(config), size=0.5, k=2)
+
+
+def test_the_estimate_is_checked_by_a_conversion(monkeypatch):
+    monkeypatch.setattr(schedule, "WRITTEN", 1_000_000)
+    monkeypatch.setattr(schedule, "CHECKED", {"layers": 2, "E": 8, "F": 192, "D": 384, "V": 64})
+    found = schedule.check()
+    # Small matrices have more to do beside the factorization; a wrong count is off by more.
+    assert 0.3 < found["foreseen_s"] / found["taken_s"] < 1.5
+
+
 def test_the_measurement_measures(tmp_path, monkeypatch):
     monkeypatch.setattr(schedule, "WRITTEN", 1_000_000)
     rates = schedule.measure({"F": 32, "D": 64}, 4, 0.5, tmp_path)
@@ -122,5 +137,5 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert out.strip() == schedule.table(kept)
     one, three = kept["estimates"]
     assert one["wall_s"] == pytest.approx(3 * three["wall_s"], rel=1e-3)
-    assert "Rates, as given" in out
+    assert "writes at 1.00 GB/s (given); the file system gives 1 GB/s" in out
     assert "| 3 |" in out

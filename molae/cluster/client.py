@@ -33,6 +33,10 @@ TIMEOUT = 60.0
 #: Seconds between looks at who is there.
 LOOK_EVERY = 0.5
 
+#: Calls `describe_worker` by its name. A function itself is unpickled before it is called, and a
+#: worker that lacks its module ends of that: it would never say what is wrong with it.
+LOOK = "__import__('molae.cluster.worker', fromlist=['*']).describe_worker(source, folder)"
+
 #: A file that so many workers were lost with is given up.
 MOST_LOSSES = 3
 
@@ -87,8 +91,9 @@ class Workers:
     threads : int, optional
         That each worker computes with; by default as many as Dask gives it (``--nthreads``).
     allow_mixed : bool
-        Let workers compute whose BLAS, BLAS core, instruction set or NumPy is not this process's;
-        the last bits may then differ from those that one machine gives. The report says so.
+        Let workers compute whose BLAS, BLAS core, instruction set, NumPy or compiled extension is
+        not this process's; the last bits may then differ from those that one machine gives. The
+        report says so.
     timeout : float
         Seconds to wait for the scheduler, and for a worker while there is none.
 
@@ -223,7 +228,8 @@ class Workers:
             worker = self._workers.setdefault(address, _Worker(address, threads))
             if not worker.facts and not worker.refused and worker.busy is None:
                 place = None if folder is None else str(folder)
-                worker.busy = self._submit(worker, describe_worker, source, place)
+                given = {"source": source, "folder": place}
+                worker.busy = self._submit(worker, eval, LOOK, given)
                 worker.asked = time.monotonic()
             elif self._is_silent(worker):
                 worker.busy, worker.refused = None, f"says nothing for {self._timeout:g} s"
@@ -256,7 +262,7 @@ class Workers:
     ) -> distributed.Future[Any]:
         with self._connection():
             return self._client.submit(
-                answer, function, *args, key=f"molae-{uuid.uuid4().hex}", workers=[worker.address],
+                function, *args, key=f"molae-{uuid.uuid4().hex}", workers=[worker.address],
                 allow_other_workers=False, pure=False, retries=0,
             )  # fmt: skip
 
@@ -325,7 +331,7 @@ class Workers:
                 number = run.pending.popleft()
                 order = run.order(number, worker, self._threads or worker.threads)
                 worker.order = number, Path(order.path)
-                worker.busy = self._submit(worker, write_shard, order)
+                worker.busy = self._submit(worker, answer, write_shard, order)
 
     def _take(self, run: _Run, worker: _Worker) -> None:
         """What a worker has computed."""
@@ -492,6 +498,14 @@ def _dask() -> ModuleType:
 
 
 def _connect(scheduler: str, timeout: float) -> distributed.Client:
+    if scheduler.startswith("tls://"):
+        security = _dask().Security()
+        if not (security.tls_ca_file and security.tls_client_cert):
+            raise ClusterError(
+                f"{scheduler}: needs certificates; name their files in "
+                "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT "
+                "and DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY"
+            )
     where = {"address": scheduler}
     if "://" not in scheduler and scheduler.endswith(".json"):
         where = {"scheduler_file": scheduler}
@@ -505,7 +519,7 @@ def _connect(scheduler: str, timeout: float) -> distributed.Client:
             time.sleep(0.05)
     try:
         return _dask().Client(**where, timeout=timeout, set_as_default=False, name="molae")
-    except (OSError, ValueError, TypeError) as error:  # TypeError: tls:// without certificates
+    except (OSError, ValueError) as error:
         raise ClusterError(
             f"{scheduler}: no scheduler answers within {timeout:g} s "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); start one "
@@ -518,8 +532,8 @@ def _answer(future: distributed.Future[Any]) -> Answer:
     if future.status == "error":
         error = future.exception()
         return Answer(error=error if isinstance(error, Exception) else RuntimeError(str(error)))
-    found: Answer = future.result()
-    return found
+    found = future.result()
+    return found if isinstance(found, Answer) else Answer(found)
 
 
 def _is_loss(error: Exception) -> bool:

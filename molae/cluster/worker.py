@@ -17,9 +17,9 @@ from typing import Any
 
 from molae import __version__
 from molae.convert.destination import WORKERS
-from molae.convert.executor import Recipe, build_facts, code_sha256
+from molae.convert.executor import Recipe, build_facts, code_sha256, extension_sha256
 from molae.convert.pipeline import write_one
-from molae.errors import CheckpointError, MolaeError
+from molae.errors import MolaeError
 from molae.io import Checkpoint, open_checkpoint
 from molae.threads import num_threads
 
@@ -110,12 +110,12 @@ def describe_worker(source: str, folder: str | None) -> dict[str, Any]:
     try:
         with open_checkpoint(Path(source)) as checkpoint:
             fingerprint = checkpoint.fingerprint()
-    except CheckpointError as error:
+    except (MolaeError, OSError) as error:
         fingerprint = str(error)
     return {
         "molae": __version__,
         "code": code_sha256(),
-        "build": build_facts(),
+        "build": _build(),
         "source": fingerprint,
         "run": None if folder is None else _run_in(Path(folder)),
         "host": socket.gethostname(),
@@ -162,9 +162,13 @@ def write_shard(order: Order) -> dict[str, Any]:
     return entry
 
 
+def _build() -> dict[str, str]:
+    return build_facts() | {"extension": extension_sha256()[:12]}
+
+
 def _check_same(facts: dict[str, Any]) -> None:
     """Against what was said of this process: another may have come under its address."""
-    own = {"molae": __version__, "code": code_sha256(), "build": build_facts()}
+    own = {"molae": __version__, "code": code_sha256(), "build": _build()}
     if own != {name: facts[name] for name in own}:
         raise Unfit("is not the process that was looked at before; run the same command again")
 

@@ -11,13 +11,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from molae import __version__
+from molae import __version__, _core
 from molae.convert import pipeline
-from molae.convert.journal import Journal
+from molae.convert.journal import Journal, file_sha256
 from molae.info import show_config
 from molae.io import Checkpoint
 
-__all__ = ["Divisible", "Executor", "Here", "Recipe", "build_facts", "code_sha256"]
+__all__ = [
+    "Divisible",
+    "Executor",
+    "Here",
+    "Recipe",
+    "build_facts",
+    "code_sha256",
+    "extension_sha256",
+]
 
 #: Is told bytes of the source that are done, bytes in all, and what is next.
 Progress = Callable[[int, int, str], None]
@@ -93,11 +101,18 @@ def build_facts() -> dict[str, Any]:
 
 
 @cache
+def extension_sha256() -> str:
+    """Of the compiled extension: another compiler, or older C sources, may give other bits."""
+    return file_sha256(Path(str(_core.__file__)))
+
+
+@cache
 def code_sha256() -> str:
-    """Of molae's own Python sources, and its version: tells working copies of one version apart."""
+    """Of molae's own Python sources and families, and its version: tells working copies of one
+    version apart."""
     sha256 = hashlib.sha256(__version__.encode())
     folder = Path(__file__).parents[1]
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted([*folder.rglob("*.py"), *folder.glob("arch/*.json")]):
         sha256.update(path.relative_to(folder).as_posix().encode() + b"\0")
         sha256.update(path.read_bytes() + b"\0")
     return sha256.hexdigest()

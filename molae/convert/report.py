@@ -168,7 +168,7 @@ class WorkerRow:
     threads : int
         That it computed with.
     build : dict
-        Its BLAS, BLAS core, instruction set and NumPy.
+        Its BLAS, BLAS core, instruction set, NumPy, and the hash of molae's extension.
     differs : list of str
         Where that is not what the run was planned with. Its files may then differ in their last
         bits from what one machine alone would have written.

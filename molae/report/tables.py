@@ -15,6 +15,7 @@ from molae.arch import Draft
 from molae.config import TYPES
 from molae.convert import Inspection, Plan, Report
 from molae.convert.planning import Storage
+from molae.report.facts import mixed
 from molae.report.units import size_text, time_text
 
 __all__ = ["draft_view", "inspect_view", "plan_view", "report_view"]
@@ -93,19 +94,9 @@ def report_view(report: Report) -> RenderableType:
         parts += [Text("Relative error of the layers' answers, trained in the end:"), table]
     if report.workers:
         hosts = {row.host for row in report.workers}
-        parts += [Text(f"Computed by {len(report.workers)} workers on {len(hosts)} machines.")]
-    if report.mixed:
-        differing = "; ".join(
-            f"{row.address} ({row.host}) {', '.join(row.differs)}"
-            for row in report.workers
-            if row.differs
-        )
-        parts += [
-            Text(
-                "The workers were of several kinds, as was allowed: another run, or one machine "
-                f"alone, may give other last bits. {differing}."
-            )
-        ]
+        machines = "one machine" if len(hosts) == 1 else f"{len(hosts)} machines"
+        parts += [Text(f"Computed by {len(report.workers)} workers on {machines}.")]
+    parts += [Text(words) for words in mixed(report)]
     size = sum(entry["bytes"] for entry in report.files.values())
     parts += [Text(f"{len(report.files) + 1} files, {size_text(size)}, in {report.seconds:.1f} s.")]
     return Group(*parts)
