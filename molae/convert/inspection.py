@@ -339,7 +339,8 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
         if written:
             if not isinstance(written, str) or written not in _NAMES:
                 raise CheckpointError(
-                    f"config.json: type {shorten(written)} is unknown; known are {', '.join(_NAMES)}"
+                    f"config.json: type {shorten(written)} is unknown; "
+                    f"known are {', '.join(_NAMES)}"
                 )
             return _NAMES[written]
     return None

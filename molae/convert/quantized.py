@@ -77,7 +77,8 @@ def find_packing(config: Mapping[str, Any]) -> Packing | None:
     if method == "compressed-tensors" and (found := _compressed(quant)):
         return found
     raise CheckpointError(
-        f"config.json: quantized by {shorten(method)}, of which molae does not know what the files take"
+        f"config.json: quantized by {shorten(method)}, of which molae does not know what the "
+        "files take"
     )
 
 
@@ -87,8 +88,8 @@ def _fp8(config: Mapping[str, Any], quant: Mapping[str, Any]) -> Packing:
         isinstance(n, int) and n > 0 for n in block
     )):  # fmt: skip
         raise CheckpointError(
-            f"config.json: quantized to fp8 in blocks of {shorten(block)}, of which molae does not know "
-            "what the files take"
+            f"config.json: quantized to fp8 in blocks of {shorten(block)}, of which molae does not "
+            "know what the files take"
         )
     if config.get("expert_dtype"):
         raise CheckpointError(
@@ -136,7 +137,8 @@ def _skips(quant: Mapping[str, Any]) -> Callable[[str], bool]:
     listed = quant.get("modules_to_not_convert") or quant.get("ignore") or []
     if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
         raise CheckpointError(
-            f"config.json: quantization_config leaves out {shorten(listed)}, expected a list of names"
+            f"config.json: quantization_config leaves out {shorten(listed)}, expected a list of "
+            "names"
         )
     plain = {x for x in listed if not x.startswith("re:") and "*" not in x}
     globs = [x for x in listed if "*" in x and not x.startswith("re:")]
