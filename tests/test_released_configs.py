@@ -229,3 +229,14 @@ def test_bytes_of_encoded_files(quant, nbytes):
     each = nbytes if isinstance(nbytes, dict) else dict.fromkeys([(8, 16), (16, 8)], nbytes)
     assert found.bytes == 2 * 4 * (2 * each[8, 16] + each[16, 8])
     assert found.encoding == quant["quant_method"]
+
+
+def test_step_as_its_first_release_spells_it():
+    text = {
+        "hidden_size": 16, "num_hidden_layers": 5, "moe_num_experts": 4, "moe_top_k": 2,
+        "moe_intermediate_size": 8, "moe_layers_enum": "2,3",
+    }  # fmt: skip
+    config = {"model_type": "step3p7", "dtype": "bfloat16", "text_config": text}
+    found = inspect_config("c", config, unknown="no torch")
+    assert found.moe_layers == (2, 3)
+    assert found.expert_parameters == 2 * 4 * 3 * 16 * 8
