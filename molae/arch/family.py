@@ -322,7 +322,9 @@ def find_family(config: Mapping[str, Any]) -> Family:
     if not isinstance(model_type, str) or model_type not in known:
         raise UnknownFamilyError(
             f"config.json: model_type {shorten(model_type)} is unknown; "
-            f"known are {known_families()}"
+            f"known are {known_families()}; "
+            f"describe the family in a JSON file and give it with --arch FILE "
+            f"('molae inspect CHECKPOINT --draft FILE' drafts one, see docs/formats.md)"
         )
     return known[model_type]
 

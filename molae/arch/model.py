@@ -382,10 +382,7 @@ def _find(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Famil
             hint = f"its experts' tensors are named like {_some(experts)}"
         else:
             hint = f"no tensor is named like an expert's, the names are like {_some(tensors)}"
-        raise UnknownFamilyError(
-            f"{e}; {hint}; describe the family in a JSON file and give it with --arch FILE "
-            f"('molae inspect CHECKPOINT --draft FILE' drafts one, see docs/formats.md)"
-        ) from None
+        raise UnknownFamilyError(f"{e}; {hint}") from None
 
 
 def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:
