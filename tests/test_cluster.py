@@ -587,7 +587,7 @@ def test_a_file_that_workers_are_lost_with_is_given_up(tmp_path, source):
         for loss in range(client.MOST_LOSSES):
             number = run.pending.popleft()
             assert number == 0
-            worker = client._Worker(f"tcp://{loss}", 1, {"host": "h"})
+            worker = client._Worker(f"tcp://{loss}", 1, facts={"host": "h"})
             path = dst / apart_name(conversion.shards[0].file, run.name, loss)
             worker.order = number, path
             path.with_name(path.name + ".part").write_bytes(b"half")
@@ -605,7 +605,7 @@ def test_a_file_that_only_the_worker_sees_is_not_taken(tmp_path, source):
     with open_checkpoint(source) as checkpoint:
         conversion = Conversion(str(source), checkpoint, CONFIG)
         run = client._Run(conversion, dst, Journal(dst), lambda done, total, what: None)
-        worker = client._Worker("tcp://a", 1, {"host": "h", "build": {}})
+        worker = client._Worker("tcp://a", 1, facts={"host": "h", "build": {}})
         entry = {"file": conversion.shards[0].file, "bytes": 5}
         with pytest.raises(ClusterError, match="let all machines see the same folder"):
             run.take(0, dst / "nothing", entry, worker, 1)
