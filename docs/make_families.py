@@ -19,9 +19,10 @@ PAGE = ROOT / "docs" / "families.md"
 FIRST = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 #: Tried in tests of their own, and how far.
-OWN = dict.fromkeys(
-    ("gpt_oss", "qwen3_vl_moe"), "**runs**, but for a calibration text and compressed experts"
-)
+OWN = {
+    "gpt_oss": "**runs**, but for compressed experts of a conversion",
+    "qwen3_vl_moe": "**runs**, but for a calibration text and compressed experts",
+}
 
 HEAD = """# Families
 
@@ -103,14 +104,16 @@ def tried(family: Family) -> str:
         sys.path.append(cases)
     from family_cases import CASES, NAMED
 
-    ways = {
-        "runs": [name for name in family.model_types if name in (*CASES, *FIRST)],
-        "files": [name for name in family.model_types if name in NAMED],
-    }
-    several = len(family.model_types) > 1 and all(ways.values())
+    run = [name for name in family.model_types if name in (*CASES, *FIRST)]
+    read = [name for name in family.model_types if name in NAMED and name not in run]
     return ", ".join(
-        f"**{way}**" + (f" ({', '.join(f'`{n}`' for n in names)})" if several else "")
-        for way, names in ways.items()
+        f"**{way}**"
+        + (
+            ""
+            if len(names) == len(family.model_types)
+            else f" ({', '.join(f'`{n}`' for n in names)})"
+        )
+        for way, names in (("runs", run), ("files", read))
         if names
     )
 

@@ -56,9 +56,8 @@ def main() -> None:
         make(Path(sys.argv[1]))
         return
     with tempfile.TemporaryDirectory() as folder:
-        source, result = Path(folder, "molae-demo"), Path(folder, "result")
-        source.symlink_to(CHECKPOINT)  # for the title: a model is called as its folder is
-        command = ["convert", str(source), str(result), "--size", "0.5", "--quiet"]
+        result = Path(folder, "result")
+        command = ["convert", str(CHECKPOINT), str(result), "--size", "0.5", "--quiet"]
         if code := cli.main([*command, "--calibration", "builtin"]):
             raise SystemExit(code)
         make(result)

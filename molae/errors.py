@@ -26,7 +26,6 @@ __all__ = [
     "PrecisionWarning",
     "ShapeError",
     "UnknownFamilyError",
-    "shorten",
 ]
 
 
@@ -37,7 +36,7 @@ def shorten(value: object, most: int = 200) -> str:
     --------
     >>> from molae.errors import shorten
     >>> shorten([1] * 1000, most=12)
-    '[1, 1, 1, 1, ...'
+    '[1, 1, 1, 1,...'
     """
     text = repr(value)
     return text if len(text) <= most else text[:most] + "..."

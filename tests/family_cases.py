@@ -111,6 +111,7 @@ CASES: dict[str, dict[str, Any]] = {
         "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
         "mamba_d_state": 4, "mamba_dt_rank": 4,
     },
+    "kimi_k2": {**_DEEPSEEK, **_MLA, "n_group": 1},
     "lfm2_moe": {
         **_COMMON, "intermediate_size": 24, "moe_intermediate_size": F, "num_key_value_heads": 2,
         "num_experts": E, "num_experts_per_tok": K, "num_dense_layers": 1,
@@ -170,7 +171,7 @@ def make_model(model_type: str) -> Any:
     return model
 
 
-#: Configs of families that Transformers does not build.
+#: Configs of families that Transformers does not build, or not under this name.
 NAMED: dict[str, dict[str, Any]] = {
     "kimi_k2": {**_DEEPSEEK, "model_type": "kimi_k2", "n_group": 1},
     "bailing_moe": {

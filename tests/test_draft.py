@@ -113,6 +113,37 @@ def test_some_layers_and_transposed_experts(tmp_path, capsys):
     assert own.read_moe_layers(outer) == (1, 3)
 
 
+def test_gate_and_up_may_take_turns(tmp_path, capsys):
+    """A draft says so; with the word added it is the description of such a family."""
+    config = make_config("mixtral") | {"model_type": "gpt_oss"}
+    tensors = {}
+    for name, x in make_tensors(make_config("mixtral"), "fused").items():
+        if name.endswith("experts.gate_up_proj"):
+            x = np.stack(np.split(x, 2, axis=1), axis=2).reshape(x.shape)
+        if ".experts." in name:
+            x = np.ascontiguousarray(x.transpose(0, 2, 1))
+        tensors[name.replace("mlp.gate.weight", "mlp.router.weight")] = x
+    for n in range(2):
+        at = f"model.layers.{n}.mlp."
+        tensors[f"{at}router.bias"] = np.ones(4, np.float32)
+        tensors[f"{at}experts.gate_up_proj_bias"] = np.ones((4, 16), np.float32)
+        tensors[f"{at}experts.down_proj_bias"] = np.ones((4, 16), np.float32)
+    src = write_checkpoint(tmp_path / "src", config, tensors)
+    shipped = rename(src)
+    path = tmp_path / "mine.json"
+    assert main(["inspect", str(src), "--draft", str(path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert 'add "interleaved": true' in out
+    assert "molae reads the checkpoint with --arch" in out
+    data = json.loads(path.read_text())
+    data["layouts"][0]["tensors"][0]["interleaved"] = True
+    path.write_text(json.dumps(data))
+    for name, family in (("shipped", shipped), ("own", load_family(path))):
+        convert(src, tmp_path / name, SETTINGS, family=family)
+    for own in (tmp_path / "own").glob("*.safetensors"):
+        assert own.read_bytes() == (tmp_path / "shipped" / own.name).read_bytes()
+
+
 def test_what_a_draft_cannot_know_is_said(tmp_path, capsys):
     """Keys of odd names are found by their values, and what has no key is left open."""
     config = make_config("olmoe")
@@ -169,6 +200,31 @@ def test_experts_without_a_gate(tmp_path):
     assert list(found.shapes) == ["up_proj", "down_proj"]
     with pytest.raises(molae.errors.UnknownFamilyError, match="no gate; molae inspects it"):
         convert(src, tmp_path / "dst", SETTINGS, family=own)
+
+
+def test_the_commands_with_a_family_of_ones_own(tmp_path, capsys):
+    """What was converted is read without the file, and not with another one."""
+    src = make_checkpoint(tmp_path / "src", "mixtral", config={"model_type": "mine"})
+    own, dst, back = tmp_path / "mine.json", tmp_path / "dst", tmp_path / "back"
+    size = ["--size", "0.7", "--group-size", "2", "--quiet"]
+    assert main(["convert", str(src), str(dst), *size]) == 1
+    err = capsys.readouterr().err
+    assert "model_type 'mine' is unknown" in err
+    assert "give it with --arch FILE ('molae inspect CHECKPOINT --draft FILE'" in err
+    assert main(["inspect", str(src), "--draft", str(own)]) == 0
+    assert main(["convert", str(src), str(dst), "--arch", str(own), *size]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(dst), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == "mine"
+    assert main(["materialize", str(dst), str(back), "--quiet"]) == 0
+    assert main(["inspect", str(back)]) == 1
+    assert main(["inspect", str(back), "--arch", str(own)]) == 0
+    data = json.loads(own.read_text())
+    data["head"] = "another.weight"
+    own.write_text(json.dumps(data))
+    capsys.readouterr()
+    assert main(["materialize", str(dst), str(tmp_path / "no"), "--arch", str(own)]) == 1
+    assert "leave --arch out" in capsys.readouterr().err
 
 
 def test_refusals(tmp_path, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -12,11 +11,13 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
+import transformers
 from checkpoints import make_config, make_tensors, write_checkpoint
 from converting import bits, fixed_method, tensors
 from family_cases import CASES, NAMED, D, E, F, K, make_model, named_tensors
 from hf_models import tokens
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 import molae
 from molae import ConvertConfig
@@ -26,7 +27,8 @@ from molae.convert.methods import METHODS
 from molae.errors import CheckpointError
 from molae.factored import Split
 from molae.hf import LatentExperts, hide_progress, latent_model
-from molae.hf.activation import NAMES_BY_TYPE
+from molae.hf.activation import NAMES_BY_TYPE, activation_of
+from molae.hf.aliases import register_aliases
 from molae.hf.calibrate import Calibration
 from molae.hf.streaming import LayerStream
 from molae.io import open_checkpoint
@@ -241,32 +243,50 @@ def fuse(own):
 
 
 def test_every_family_is_tried():
-    """Here or, of old, in the other tests."""
+    """Here or, of old, in the other tests; but those that are inspected only."""
     elsewhere = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "qwen3_vl_moe"}
     tried = {families()[name].model_type for name in (*CASES, *NAMED, *elsewhere)}
-    known = families().values()
-    assert tried == {family.model_type for family in known if family.unsupported is None}
+    converted = {f.model_type for f in families().values() if f.unsupported is None}
+    assert tried == converted
 
 
-def test_kimi_k2_runs_as_what_it_is(tmp_path):
-    """Transformers lacks the name, not the model."""
-    make_model("deepseek_v3").save_pretrained(tmp_path / "src")
+def test_kimi_k2_is_deepseek_v3(tmp_path):
+    """Transformers lacks the name, not the model, and needs none of a release's own code."""
+    make_model("kimi_k2").save_pretrained(tmp_path / "src")
     config = tmp_path / "src" / "config.json"
-    shutil.copy(config, tmp_path / "kept.json")
     auto_map = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
-    changed = json.loads(config.read_text()) | {"model_type": "kimi_k2", "auto_map": auto_map}
-    config.write_text(json.dumps(changed))
+    released = json.loads(config.read_text()) | {"auto_map": auto_map}
+    assert released["model_type"] == "kimi_k2"
+    assert released["architectures"] == ["DeepseekV3ForCausalLM"]
+    config.write_text(json.dumps(released))
     convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(size=0.7))
-    with pytest.raises(CheckpointError, match="Transformers cannot build this model"):
-        Calibration(tmp_path / "src", np.arange(80) % 40, length=40)
+    found = logits(tmp_path / "dst")
     config = tmp_path / "dst" / "config.json"
     config.write_text(config.read_text().replace('"kimi_k2"', '"deepseek_v3"'))
-    shutil.copy(tmp_path / "kept.json", tmp_path / "src" / "config.json")
-    convert(tmp_path / "src", tmp_path / "other", ConvertConfig(size=0.7))
-    assert torch.equal(logits(tmp_path / "dst"), logits(tmp_path / "other"))
+    assert torch.equal(logits(tmp_path / "dst"), found)
+
+
+def test_names_are_registered_once():
+    register_aliases()
+    assert transformers.AutoConfig.for_model("kimi_k2").model_type == "kimi_k2"
+    assert transformers.AutoConfig.for_model("deepseek_v3").model_type == "deepseek_v3"
 
 
 # ------------------------------------------------------------------- refused
+
+
+def test_experts_that_clamp_beside_their_activation():
+    """They would be run without it in silence."""
+    config = transformers.AutoConfig.for_model("deepseek_v3", **CASES["deepseek_v3"])
+    assert NAMES_BY_TYPE[type(activation_of(Step3p7Experts(config)))] == "silu"
+    with pytest.raises(CheckpointError, match="Step3p7Experts: .* activation that molae does not"):
+        activation_of(Step3p7Experts(config, swiglu_limit=7.0))
+
+
+def test_a_model_that_transformers_does_not_build(tmp_path):
+    write_checkpoint(tmp_path, NAMED["bailing_moe"], named_tensors("bailing_moe"))
+    with pytest.raises(CheckpointError, match="Transformers cannot build this model"):
+        Calibration(tmp_path, np.arange(80) % 40, length=40)
 
 
 def test_layers_that_hand_indices_on(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ import molae.demo
 from molae.arch import describe
 from molae.convert import Report, Watcher, convert
 from molae.convert.footprint import Footprint
+from molae.convert.measuring import TRIAL_SIZES
 from molae.demo.corpus import builtin_text
 from molae.errors import (
     ArgumentError,
@@ -484,6 +485,11 @@ def test_the_command(tmp_path, capsys):
     assert report.little_read() == (few, 96)
     assert 0 < few <= 96
     assert f"{few} of 96 experts read fewer tokens" in shown.out
+    page = (tmp_path / "dst" / "molae-report.html").read_text()
+    assert f"{few} of 96 experts read fewer tokens" in page
+    foreseen = sum(row.foreseen for row in report.rows)
+    assert f"About {foreseen:.3g} nats a token were foreseen" in page
+    assert all(row.energy_curve[16] < 0.5 for row in report.rows)
     for option in (
         ["--flops", "0.5"],
         ["--drop-idle"],
@@ -518,6 +524,23 @@ def test_measurements_are_kept_and_change_nothing(source, tmp_path):
         with kind(source, IDS, length=40) as run:
             convert(source, tmp_path / f"kept{size}", config, calibration=run, stats=stats)
         assert tree(tmp_path / f"alone{size}") == tree(tmp_path / f"kept{size}")
+
+
+def test_what_was_tried_is_what_is_foreseen(source, tmp_path):
+    """At the very ranks of a trial, that trial's own effect."""
+    size = TRIAL_SIZES[1]
+    config = molae.ConvertConfig(size=size, group_size=2, uniform=True, one_shot=True, refit=False)
+    with calibration(source) as run:
+        report = convert(source, tmp_path / "dst", config, calibration=run)
+    usual = np.median([row.effects[1][1] for row in report.rows])
+    seen = 0
+    for row in report.rows:
+        sizes, effects = zip(*row.effects, strict=True)
+        assert sizes == TRIAL_SIZES
+        if sorted(effects) == list(effects) and min(effects) > 0.02 * usual:
+            assert row.foreseen == pytest.approx(effects[1], rel=1e-3)
+            seen += 1
+    assert seen
 
 
 def test_measurements_of_another_group_size_are_added(source, tmp_path):

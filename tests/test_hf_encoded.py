@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+import pytest
 import torch
 from converting import bits, tensors
 from encoded import fp8_pair
@@ -12,6 +15,15 @@ from hf_models import tokens as some_tokens
 from molae import ConvertConfig
 from molae.convert import convert, materialize
 from molae.hf.calibrate import Calibration
+from molae.threads import num_threads
+
+
+@pytest.fixture(autouse=True)
+def alone(one_thread: None) -> Iterator[None]:
+    """Nothing here is large enough for threads."""
+    with num_threads(1):
+        yield
+
 
 SIZES = {"L": 2, "E": 4, "K": 2, "D": 16, "F": 8}
 

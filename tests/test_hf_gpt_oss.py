@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_models import load, matrices
 from hf_models import tokens as some_tokens
 
 from molae import ConvertConfig
+from molae.arch import describe
 from molae.convert import convert, materialize
 from molae.convert.methods import METHODS
 from molae.errors import ArgumentError, CheckpointError
@@ -25,6 +27,17 @@ from molae.hf.activation import ClampedSwiglu, activation_of
 from molae.hf.calibrate import Calibration
 from molae.hf.forward import forward_torch, split_slots
 from molae.hf.native import forward_native
+from molae.hf.streaming import LayerStream
+from molae.io import open_checkpoint
+from molae.threads import num_threads
+
+
+@pytest.fixture(autouse=True)
+def alone(one_thread: None) -> Iterator[None]:
+    """Nothing here is large enough for threads."""
+    with num_threads(1):
+        yield
+
 
 KINDS = ("gate_proj", "up_proj", "down_proj")
 E, D, F, K = 6, 16, 12, 2
@@ -323,7 +336,58 @@ def test_an_activation_that_is_another(source):
         activation_of(experts)
 
 
-def test_a_calibration_text_is_refused(source):
-    tokens = np.random.default_rng(0).integers(3, 40, 256)
-    with pytest.raises(ArgumentError, match="biases.*without a calibration text"):
-        Calibration(source[1], tokens)
+def test_compressed_experts_are_refused(source, tmp_path):
+    config = ConvertConfig(size=0.7, compressed_experts=1)
+    with (
+        Calibration(source[1], TEXT, length=64) as calibration,
+        pytest.raises(ArgumentError, match="compressed_experts: .*biases"),
+    ):
+        convert(source[1], tmp_path / "dst", config, calibration=calibration)
+
+
+# ---------------------------------------------------------- a calibration text
+
+TEXT = np.random.default_rng(0).integers(3, 40, 512)
+
+
+def test_layer_by_layer_is_the_model(source):
+    ids = some_tokens()
+    with open_checkpoint(source[1]) as checkpoint:
+        stream = LayerStream(checkpoint, describe(checkpoint))
+        (hidden,) = stream.embed(iter([ids]))
+        for number in range(len(stream)):
+            with stream.layer(number) as run:
+                hidden = run(hidden)
+        with stream._loaded(stream._net, ""), torch.inference_mode():
+            found = stream._log_probabilities(ids, hidden, torch.arange(ids.shape[1]))
+    wanted = torch.log_softmax(logits(source[0], ids), -1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def distance(path: Path, source: Any) -> float:
+    """From the original's next-token distributions, on the text."""
+    ids = torch.from_numpy(TEXT).reshape(8, 64)
+    p = torch.log_softmax(logits(source[0], ids).double(), -1)
+    q = torch.log_softmax(logits(load(path), ids).double(), -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_a_fit_to_a_text(source, tmp_path):
+    convert(source[1], tmp_path / "plain", ConvertConfig(size=0.6))
+    with Calibration(source[1], TEXT, length=64) as calibration:
+        report = convert(
+            source[1], tmp_path / "fitted", ConvertConfig(size=0.6), calibration=calibration
+        )
+        config = ConvertConfig(size=0.6, heal=4)
+        healed = convert(source[1], tmp_path / "healed", config, calibration=calibration)
+    plain, fitted, trained = (
+        distance(tmp_path / name, source) for name in ("plain", "fitted", "healed")
+    )
+    assert fitted < 0.5 * plain
+    assert trained < plain
+    down = [row.layer_error for row in report.rows if row.kind == "down_proj"]
+    assert all(errors[-1] < errors[0] for errors in down)
+    # Up is left as it was fitted first: no answer is linear in it here.
+    assert all(not row.layer_error for row in report.rows if row.kind == "up_proj")
+    gains = [row.layer_error[0] - row.layer_error[1] for row in healed.healed]
+    assert min(gains) >= 0 < max(gains)  # where a training gains nothing its start is kept

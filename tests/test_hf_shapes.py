@@ -17,10 +17,12 @@ from checkpoints import (
     transformers_checkpoint,
     write_checkpoint,
 )
+from family_cases import CASES, make_model
 from hf_models import SETTINGS, SIZES
 
 import molae
 from molae import ConvertConfig
+from molae.arch import find_family
 from molae.cli import main
 from molae.convert.inspection import inspect_config
 from molae.convert.sketch import plan_config
@@ -45,6 +47,37 @@ def test_a_config_alone_counts_as_the_checkpoint_does(tmp_path, family, light):
     for name in (*COUNTS, "family", "letters", "moe_layers", "shapes", "bytes", "dtype"):
         assert getattr(alone, name) == getattr(whole, name), name
     assert alone.files == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", CASES)
+def test_a_config_alone_of_every_family(tmp_path, family):
+    """What is counted of it is what Transformers saves of its model, without other parts."""
+    make_model(family).save_pretrained(tmp_path)
+    whole = molae.inspect(tmp_path)
+    config = read_config(tmp_path / "config.json")
+    known_as = find_family(config).transformers
+    alone = inspect_config("c", config, tensors_of(config, known_as=known_as))
+    for name in ("letters", "moe_layers", "shapes", "dtype", "expert_parameters", "active_experts",
+                 "active_parameters", "shared_parameters"):  # fmt: skip
+        assert getattr(alone, name) == getattr(whole, name), name
+    if "text_config" in config:
+        assert alone.total_parameters < whole.total_parameters
+    else:
+        assert alone.total_parameters == whole.total_parameters
+        assert alone.bytes == whole.bytes
+
+
+def test_a_converted_config_alone(tmp_path):
+    """Its factors are counted as the files hold them."""
+    transformers_checkpoint(tmp_path / "src", "mixtral", config=SETTINGS, **SIZES)
+    molae.convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(size=0.8, group_size=3))
+    whole = molae.inspect(tmp_path / "dst")
+    config = read_config(tmp_path / "dst" / "config.json")
+    alone = inspect_config("c", config, tensors_of(config))
+    assert alone.factored == whole.factored
+    for name in (*COUNTS, "active_experts", "bytes", "dtype"):
+        assert getattr(alone, name) == getattr(whole, name), name
 
 
 @pytest.mark.parametrize("latent", [{}, {"group_size": 3, "rank": 5}])

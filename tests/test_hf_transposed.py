@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,15 @@ from molae.convert.methods import METHODS
 from molae.factored import Split, index_groups
 from molae.hf import LatentExperts
 from molae.io import open_checkpoint
+from molae.threads import num_threads
+
+
+@pytest.fixture(autouse=True)
+def alone(one_thread: None) -> Iterator[None]:
+    """Nothing here is large enough for threads."""
+    with num_threads(1):
+        yield
+
 
 E, D, F = 4, 16, 12
 FULL = Split(index_groups(E, 2), (D, D))

@@ -14,7 +14,7 @@ import molae.cli
 from molae import ConvertConfig, convert, inspect
 from molae.convert import Report
 from molae.convert.fitting import energy_curve
-from molae.convert.report import CompressedRow, HealRow, TypeRow
+from molae.convert.report import CompressedRow, HealRow, TypeRow, WorkerRow
 from molae.errors import CheckpointError
 from molae.report.markup import escape, tag
 from molae.report.page import page_text, write_page
@@ -104,7 +104,8 @@ def large(L=48, E=128, k=1, D=2048, F=768):
         }  # fmt: skip
 
     plan = {
-        "kind": "convert", "source": "org/large-model", "family": "qwen3_moe", "dtype": "BF16",
+        "kind": "convert", "source": "org/large-model", "source_title": "org/large-model",
+        "family": "qwen3_moe", "dtype": "BF16",
         "layout": "per_expert", "letters": {"L": L, "E": E, "K": 8, "D": D, "F": F},
         "method": "latent", "form": "gauge", "size_asked": 0.5, "size_reached": 0.5,
         "before": side(dense, 1), "after": side(stored, 0.5), "flops_ratio": 0.5,
@@ -184,6 +185,8 @@ def test_the_figures_are_those_of_the_report(folder, report):
     for entry in report.files.values():
         assert entry["sha256"] in text
     assert "No text ran through the model" in text
+    assert text.startswith("src, converted by molae")
+    assert str(folder) not in text  # nor any other path of the machine
 
 
 def test_a_large_model_makes_a_page_that_is_not_large():
@@ -215,14 +218,15 @@ def test_every_rank_and_token_count_of_a_small_one_is_there():
 
 def test_hostile_names_stay_text(report):
     plan = json.loads(json.dumps(report.plan))
-    plan |= {"source": HOSTILE, "family": HOSTILE, "dtype": HOSTILE, "method": HOSTILE,
-             "form": HOSTILE, "layout": HOSTILE, "light": HOSTILE}  # fmt: skip
+    named = ("source", "source_title", "family", "dtype", "method", "form", "layout", "light")
+    plan |= dict.fromkeys(named, HOSTILE)
     changed = dataclasses.replace(
         report,
         plan=plan,
         settings={HOSTILE: HOSTILE, "calibration": {"text": HOSTILE, "sequences": 2, "length": 9}},
         versions={"molae": HOSTILE, HOSTILE: {HOSTILE: HOSTILE}},
         files={HOSTILE: {"bytes": 1, "sha256": HOSTILE}},
+        workers=(WorkerRow(HOSTILE, HOSTILE, 2, {}, [HOSTILE], [HOSTILE]),),
     )
     text = page_text(changed)
     assert text.encode()  # a lone surrogate could not be written
@@ -230,7 +234,8 @@ def test_hostile_names_stay_text(report):
     usual = set(Reader(page_text(report)).tags)
     assert set(found.tags) <= usual
     assert not {"\u202e", "\x00", "\ud800"} & set(text)
-    assert sum("<script>alert('&1')" in words for words in found.texts) >= 8
+    assert sum("<script>alert('&1')" in words for words in found.texts) >= 10
+    assert "may give other last bits" in text  # the worker's build is another
 
 
 def test_everything_but_markup_is_escaped():
@@ -255,7 +260,7 @@ def test_everything_but_markup_is_escaped():
 def test_a_report_changed_by_hand_is_refused(report, change):
     data = json.loads(json.dumps(report.to_dict()))
     change(data)
-    with pytest.raises(CheckpointError, match=REPORT):
+    with pytest.raises(CheckpointError, match=f"^{re.escape(REPORT)}: "):
         page_text(Report.from_dict(data))
 
 

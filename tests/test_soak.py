@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import make_checkpoint
 from converting import tree
+from soak import native
+from soak.calls import Case
 from soak.faults import compiler
 
 from molae import ConvertConfig, convert
@@ -141,3 +144,46 @@ def test_the_page_has_what_the_results_say():
     page = (TESTS.parent / "docs" / "reliability.md").read_text()
     results = json.loads(table.RESULTS.read_text())
     assert table.table_text(results) in page
+
+
+# ------------------------------------------------------------------ native functions
+
+
+@pytest.mark.parametrize("part", ["experts f32", "experts bf16", "refit", "moments f64"])
+def test_allocations_that_fail(part):
+    found = native.allocations(part)
+    assert found.counts["failed allocations"] >= 3
+    assert found.faults == []
+
+
+@pytest.mark.parametrize("part", ["f32", "bf16"])
+def test_poisoned_inputs(part):
+    found = native.poisons(part)
+    assert found.counts["NonFiniteError"] > 200
+    assert found.counts["results with NaN or Inf"] > 200
+    assert found.faults == []
+
+
+def test_many_calls_leave_no_memory_behind():
+    found = native.leaks(200, "factor_shared")
+    found.faults += native.leaks(200, "experts f32").faults
+    assert found.faults == []
+
+
+def test_what_the_native_checks_see(monkeypatch):
+    kept, block = [], np.ones(3)
+
+    def leaky(x):
+        kept.append(np.ones(1 << 20))
+        return x * 2
+
+    def careless(x):
+        x[0] = 5.0 if np.isnan(x).any() else x[0]
+        return np.zeros(3)
+
+    made = [Case("leaky", (block,), leaky, False), Case("careless", (block,), careless, True)]
+    monkeypatch.setattr(native, "cases", lambda: made)
+    assert "bytes more after" in native.leaks(20, "leaky").faults[0]["fault"]
+    said = [fault["fault"] for fault in native.poisons("careless").faults]
+    assert any("not refused" in text for text in said)
+    assert any("an input was changed" in text for text in said)

@@ -240,7 +240,10 @@ static PyModuleDef_Slot core_slots[] = {
 #if PY_VERSION_HEX >= 0x030C0000
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
 #endif
-    /* No Py_mod_gil: free-threaded builds turn the GIL on, since molae is not tested without. */
+#ifdef Py_mod_gil
+    /* Free-threaded builds turn the GIL on and say so, since molae is not tested without. */
+    {Py_mod_gil, Py_MOD_GIL_USED},
+#endif
     {0, NULL},
 };
 

@@ -416,40 +416,47 @@ class _Drafter:
     def _tensors(
         self, experts: _Experts, block: str, sizes: Mapping[str, int]
     ) -> list[dict[str, Any]]:
-        E, D = experts.E, sizes["D"]
-        letters = {(E, D): ["E", "D"], (D, E): ["D", "E"], (E,): ["E"], (1, E): ["1", "E"]}
-        root = block.replace("${layer}", str(experts.layers[0])) + "."
+        """Routers, and what else has something for each expert."""
+        E, D, F = experts.E, sizes["D"], sizes["F"]
+        outer: dict[tuple[int, ...], list[str]] = {
+            (E, D): ["E", "D"],
+            (D, E): ["D", "E"],
+            (E,): ["E"],
+            (1, E): ["1", "E"],
+        }
+        inner: dict[tuple[int, ...], list[str]] = {
+            (E, F): ["E", "F"],
+            (E, 2 * F): ["E", "2F"],
+            (E, D): ["E", "D"],
+        }
         layer = f"{experts.prefix}.{experts.layers[0]}."
-        module = layer + experts.module + "."
-        found, roles = [], {"gate_proj", "up_proj", "down_proj", "gate_up_proj"}
+        root = block.replace("${layer}", str(experts.layers[0])) + "."
+        module = layer + experts.module + "." if "expert" in experts.module else None
+        found: list[dict[str, Any]] = []
         routers = []
         for name, info in self.tensors.items():
-            own = experts.module in block.split("${layer}.")[-1:]  # experts lie in the block itself
-            if info.shape not in letters or not name.startswith(layer):
+            beneath = module is not None and name.startswith(module)
+            letters = (inner if beneath else outer).get(info.shape)
+            if beneath and experts.per_expert:  # an expert's own
                 continue
-            if name.startswith(module) and not own:
+            if letters is None or not name.startswith(layer) or "shared" in name:
                 continue
-            if "shared" in name:
-                continue
-            inner = name.removeprefix(root)
-            if inner == name:
+            if not name.startswith(root):
                 self.found.append(f"{name} is not in the experts' block, and is copied.")
                 continue
-            if len(info.shape) == 2 and 1 not in info.shape:
+            rest = name.removeprefix(root)
+            role = rest.removesuffix(".weight").replace(".", "_")
+            if not beneath and len(info.shape) == 2 and 1 not in info.shape:
                 routers.append(name)
-                role = "router" if len(routers) == 1 else f"router_{len(routers)}"
-            else:
-                role = inner.removesuffix(".weight").replace(".", "_")
-            if role in roles or not self._in_all(name, experts):
-                continue
-            roles.add(role)
-            found.append({"role": role, "name": "${block}." + inner, "shape": letters[info.shape]})
-        if not routers:
+                role = "router" if len(routers) == 1 else role
+            if self._in_all(name, experts):
+                found.append({"role": role, "name": "${block}." + rest, "shape": letters})
+        if routers:
+            self.found.append(f"Router: {', '.join(routers)}.")
+        else:
             self.missing.append(
                 f"tensors: no router found, of shape ({E}, {D}); molae does not need it to convert."
             )
-        else:
-            self.found.append(f"Router: {', '.join(routers)}.")
         return found
 
     def _in_all(self, name: str, experts: _Experts) -> bool:

@@ -161,6 +161,28 @@ class Model:
         rows *= len(tensor.types)
         return (cols, rows) if tensor.transposed else (rows, cols)
 
+    @property
+    def has_biases(self) -> bool:
+        """Whether the experts have biases."""
+        return any(t.role == "down_proj_bias" for t in self.family.tensors)
+
+    def biases(
+        self, checkpoint: Checkpoint, layer: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Of gate (E, F), up (E, F) and down (E, D), copies; None where experts have none."""
+        if not self.has_biases:
+            return None
+        names = self.roles(layer)
+        both = checkpoint.array(names["gate_up_proj_bias"])
+        F = self.letters["F"]
+        gate, up = (
+            (both[:, ::2], both[:, 1::2])
+            if self._tensor("gate_proj").interleaved
+            else (both[:, :F], both[:, F:])
+        )
+        down = np.array(checkpoint.array(names["down_proj_bias"]))
+        return np.ascontiguousarray(gate), np.ascontiguousarray(up), down
+
     def shape(self, kind: str) -> tuple[int, int]:
         """(rows, cols) of a type's matrices: (F, D) for gate and up, (D, F) for down."""
         self._tensor(kind)

@@ -126,6 +126,11 @@ class Calibrated:
                 f"compressed_experts: expected 0 to K - 1 = {model.letters['K'] - 1}, got "
                 f"{config.compressed_experts}"
             )
+        if config.compressed_experts and model.has_biases:
+            raise ArgumentError(
+                "compressed_experts: the experts of this model have biases, and what acts in the "
+                "place of compressed ones knows none; leave it out"
+            )
         self.footprint = Footprint.of(checkpoint, model, config)
         facts = {
             "checkpoint": checkpoint.fingerprint(),

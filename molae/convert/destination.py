@@ -99,8 +99,10 @@ def locked(dst: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while held, so that nobody can lock a file that is about to vanish.
-        (dst / LOCK).unlink(missing_ok=True)
+        # Removed while held, so that nobody can lock a file that is about to vanish. One that
+        # cannot be removed is no lock any more once it is closed, and hides no other trouble.
+        with contextlib.suppress(OSError):
+            (dst / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
 
 

@@ -76,6 +76,8 @@ class Healing:
             )
         self.factored: Factored = self.model.factored
         check_factors(self.model, checkpoint.tensors)
+        if self.model.family.description is not None:  # which the original does not hold
+            family = self.model.family
         _check_pair(self.model, checkpoint, describe(teacher, family=family), teacher)
         self.shards = heal_shards(checkpoint, self.model)
         E, F, D = (self.model.letters[letter] for letter in "EFD")

@@ -182,6 +182,7 @@ class Plan:
     kind : {'convert', 'materialize'}
     source : str
     family, layout, dtype : str
+        The layout is empty where there was a config alone, which does not say it.
     letters : dict of str to int
         L, E, K, D, F.
     method, form : str
@@ -308,5 +309,6 @@ class Plan:
             out[key]["total_numbers"] = stored.total_numbers
             out[key]["total_bytes"] = stored.total_bytes
         out["flops_ratio"] = self.flops_ratio
+        out["source_title"] = self.source_title
         plain: dict[str, Any] = json.loads(json.dumps(out))  # lists for tuples, as when read back
         return plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +108,9 @@ class Sketch:
         self, source: str, model: Model, config: ConvertConfig, encoding: str | None
     ) -> None:
         self.source_name, self.model, self.config = source, model, config
-        self.encoding, self.is_mapped = encoding, encoding is None
+        layout = next(own for own in model.family.layouts if own.name == model.layout)
+        self.encoding = encoding
+        self.is_mapped = encoding is None and all(t.as_matrices for t in layout.tensors)
         self.tensors = model.tensors
         self.method = find_method(config.method)
         self.allocation: Allocation = complete_fused(
@@ -128,7 +131,7 @@ class Sketch:
         others = counts.total_parameters - counts.expert_parameters
         before = storage(model, {}, form, (others, others * itemsize))
         after = storage(model, layers, form, (others, others * itemsize))
-        return Plan.of(
+        plan = Plan.of(
             self,
             self.method.name,
             form,
@@ -144,3 +147,4 @@ class Sketch:
             experts_only=not whole,
             encoding=self.encoding,
         )
+        return dataclasses.replace(plan, layout="")

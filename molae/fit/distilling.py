@@ -151,6 +151,8 @@ def distill_layer(
             f"{epochs}, {steps}, {weight_decay} and {rate}"
         )
     given.check()
+    if light is not None and given.biases is not None:
+        raise ArgumentError("light: experts with biases have nothing in the place of others")
     own = _Distilling(given, student, teacher or student, light, trained)
     return own.solve(
         steps_of(epochs, own.seen) if steps is None else steps,
@@ -258,25 +260,27 @@ class _Distilling:
         dy, saved = self._forward(call, save=True)
         dy -= aim
         dy /= self._target
-        act: Any = {
-            "activation": self._given.activation,
+        how: Any = {
             "wanted": None if self._room else self._trained,
             "out": self._room,
             "add": False,
         }
         if self._vectors is None:
-            found = latent_experts_backward(dy, saved, *call, *self._layer, **act)
+            how |= self._given.how(self._layer)
+            found = latent_experts_backward(dy, saved, *call, *self._layer, **how)
         else:
+            how["activation"] = self._given.activation
             found = compressed_experts_backward(
-                dy, saved, *call, *self._layer, *self._vectors, **act
+                dy, saved, *call, *self._layer, *self._vectors, **how
             )
         self._room = found
         return {name: own for kind in self._trained for name, own in _named(kind, found)}
 
     def _forward(self, call: tuple[Array, Array, Array], *, save: bool = False) -> Any:
-        act = self._given.activation
         if self._vectors is None:
-            return latent_experts_forward(*call, *self._layer, activation=act, save=save)
+            how = self._given.how(self._layer)
+            return latent_experts_forward(*call, *self._layer, **how, save=save)
+        act = self._given.activation
         return compressed_experts_forward(
             *call, *self._layer, *self._vectors, activation=act, save=save
         )

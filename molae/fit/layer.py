@@ -159,6 +159,7 @@ def fit_layer(
         )
     own = {kind: Projection.separate(experts(W[kind])) for kind in TYPES}
     gathered = Gathered(given, own, floor=floor, experts_at_once=experts_at_once)
+    refits = [own for own in refits if own[0] == "down_proj" or given.linear_in_up]
     wanted = [kind for kind, _ in refits if kind in parts]
     factors, metric = factor_parts(
         gathered,

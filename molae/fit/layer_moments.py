@@ -230,12 +230,13 @@ def _seen(given: LayerInput, gate: Projection, up: Projection, some: Array) -> I
     E = gate.num_experts
     for _, rows, index, weights in given.chunks():
         masked = np.where(some[index], index, E)
+        layer = gate, up, _nowhere(E)
         saved = latent_experts_forward(
-            rows, masked, weights, gate, up, _nowhere(E), activation=given.activation, save=True
+            rows, masked, weights, *layer, **given.how(layer), save=True
         )[1]
         routed = Routed.of(masked, weights, E)
         h, dgate, dup = activate(
-            routed.cut(saved.gate), routed.cut(saved.up), activation=given.activation, slopes=True
+            routed.cut(saved.gate), routed.cut(saved.up), **given.act, slopes=True
         )
         yield _Seen(
             rows, masked, weights, routed, {"hidden": h, "gate_proj": dgate, "up_proj": dup}

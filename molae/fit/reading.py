@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +13,26 @@ import numpy.typing as npt
 from molae.errors import ShapeError
 from molae.fit.sums import squares
 from molae.ops import Activation, Projection, latent_experts_forward, route
+from molae.ops.call import ROLES
 
-__all__ = ["CHUNK", "Layer", "LayerInput", "Routed", "answer_error", "pieces"]
+__all__ = [
+    "CHUNK",
+    "Biases",
+    "Layer",
+    "LayerInput",
+    "Routed",
+    "answer_error",
+    "biases_for",
+    "pieces",
+]
 
 Array = npt.NDArray[Any]
 
 #: Gate, up and down.
 Layer = tuple[Projection, Projection, Projection]
+
+#: Of gate (E, F), up (E, F) and down (E, D).
+Biases = tuple[Array, Array, Array]
 
 #: Tokens that are worked on at once.
 CHUNK = 2048
@@ -50,6 +63,10 @@ class LayerInput:
         Given a name and a shape, an array of the dtype of `x` in which a fit may keep what it
         needs several times, such as one in a mapped file; a name that is asked for again may have
         the same array again. Without it such things are made again each time.
+    alpha, limit : float
+        Of the activation 'swiglu_clamped'.
+    biases : tuple of (E, F), (E, F) and (E, D) ndarray, optional
+        Of gate, up and down: of its own experts, and of those that are fitted, which keep them.
     """
 
     x: Array
@@ -60,6 +77,23 @@ class LayerInput:
     answers: Array | None = None
     left_out: Array | None = None
     room: Callable[[str, tuple[int, ...]], Array] | None = None
+    alpha: float = 1.702
+    limit: float = 7.0
+    biases: Biases | None = None
+
+    @property
+    def act(self) -> dict[str, Any]:
+        """The activation as `molae.ops.activate` takes it."""
+        return {"activation": self.activation, "alpha": self.alpha, "limit": self.limit}
+
+    def how(self, layer: Layer) -> dict[str, Any]:
+        """The activation and the biases as a layer of `molae.ops` with these factors takes them."""
+        return self.act | biases_for(self.biases, layer, self.x.dtype)
+
+    @property
+    def linear_in_up(self) -> bool:
+        """Whether a layer's answers are linear in the factors of up."""
+        return self.activation != "swiglu_clamped" and self.biases is None
 
     def first(self, tokens: int) -> LayerInput:
         """The first tokens alone."""
@@ -96,9 +130,7 @@ class LayerInput:
         for some, *call in self.chunks():
             x, index, weights = call
             if self.answers is None:
-                aim = latent_experts_forward(
-                    x, index, weights, *teacher, activation=self.activation
-                )
+                aim = latent_experts_forward(x, index, weights, *teacher, **self.how(teacher))
             else:
                 aim = np.array(self.answers[some])
             if self.lost is not None:
@@ -121,6 +153,18 @@ class LayerInput:
                 raise ShapeError(
                     f"{name}: expected the shape of x, {self.x.shape}, got {rows.shape}"
                 )
+
+
+def biases_for(
+    biases: Biases | None, layer: Sequence[Projection], dtype: npt.DTypeLike
+) -> dict[str, Array]:
+    """Biases in the types of the factors that they go with; `dtype` is theirs that have none."""
+    if biases is None:
+        return {}
+    return {
+        f"{role}_bias": bias.astype(p.dtype or dtype, copy=False)
+        for role, bias, p in zip(ROLES, biases, layer, strict=True)
+    }
 
 
 def pieces(tokens: Array) -> Iterator[Array]:
@@ -163,7 +207,7 @@ def answer_error(
     lost = total = 0.0
     for _, rows, index, weights in given.chunks():
         one, other = (
-            latent_experts_forward(rows, index, weights, *layer, activation=given.activation)
+            latent_experts_forward(rows, index, weights, *layer, **given.how(layer))
             for layer in (student, teacher)
         )
         lost += squares(one - other)

@@ -70,7 +70,8 @@ def refit(
     `factor_weighted` looks at each expert alone, and at its output only to first order. Here all
     experts of the layer together are fitted to its answers, so that they make up for each
     other's errors and for those of the other two types. The layer's output is linear in the
-    private factors of up, and in those of down: a problem of least squares.
+    private factors of down, and in those of up but where there are biases or the activation is
+    'swiglu_clamped': a problem of least squares.
 
     Parameters
     ----------
@@ -95,7 +96,7 @@ def refit(
     Raises
     ------
     ShapeError, ArgumentError
-        An argument is not as described.
+        An argument is not as described, or the output is not linear in up.
     NonFiniteError
         NaN or Inf in what the experts read.
 
@@ -134,6 +135,11 @@ def refit(
         raise ArgumentError(f"which: expected up or down, got {which!r}")
     if which == "up" and metric is None:
         raise ArgumentError("metric: needed to fit up")
+    if which == "up" and not given.linear_in_up:
+        raise ArgumentError(
+            "which: the answers of these experts are not linear in up, for their activation or "
+            "their biases; fit down"
+        )
     if steps < 0 or not hold > 0:
         raise ArgumentError(f"expected steps >= 0 and hold > 0, got {steps} and {hold}")
     given.check()
@@ -231,11 +237,7 @@ class _Problem:
             self._backward(missing, saved, call, self._student, grads)
             if hidden is not None:
                 routed = Routed.of(*call[1:], self._E)
-                h = activate(
-                    routed.cut(saved.gate),
-                    routed.cut(saved.up),
-                    activation=self._given.activation,
-                )
+                h = activate(routed.cut(saved.gate), routed.cut(saved.up), **self._given.act)
                 second_moments(h, routed.expert, routed.weights, self._E, out=hidden)
         return self._listed(grads), squared, target, hidden
 
@@ -261,7 +263,7 @@ class _Problem:
         length = 0.0
         for some, x, index, weights in self._given.chunks():
             call = (x, index, weights)
-            y, saved = self._forward(some, call, layer, self._kept.known)
+            y, saved = self._forward(some, call, layer, self._kept.known, slope=True)
             length += squares(y)
             if gradient:
                 self._backward(y, saved, call, layer, grads)
@@ -273,14 +275,15 @@ class _Problem:
         call: tuple[Array, Array, Array],
         layer: Sequence[Projection],
         known: Sequence[str] = (),
+        *,
+        slope: bool = False,
     ) -> Any:
-        return latent_experts_forward(
-            *call,
-            *layer,
-            activation=self._given.activation,
-            save=self._kept.of(some),
-            known=known,
-        )
+        """With `slope` of the answers' part that is linear in the factors: no bias of down."""
+        gate, up, down = layer
+        how = self._given.how((gate, up, down))
+        if slope:
+            how.pop("down_bias", None)
+        return latent_experts_forward(*call, *layer, **how, save=self._kept.of(some), known=known)
 
     def _backward(
         self,
@@ -291,9 +294,9 @@ class _Problem:
         grads: ProjectionGradients,
     ) -> None:
         out = Gradients(up=grads) if self._which == "up" else Gradients(down=grads)
-        latent_experts_backward(
-            dy, saved, *call, *layer, activation=self._given.activation, out=out
-        )
+        gate, up, down = layer
+        how = self._given.how((gate, up, down))
+        latent_experts_backward(dy, saved, *call, *layer, **how, out=out)
 
     # ------------------------------------------------------------------ as projections
 

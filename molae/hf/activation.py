@@ -96,11 +96,13 @@ def activation_of(experts: Any) -> Any:
         It combines gate and up in a way that molae does not have.
     """
     own = getattr(experts, "act_fn", None)
-    if own is not None:
-        return activation_module(own)
-    alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
     apply = getattr(experts, "_apply_gate", None)
-    if isinstance(alpha, float) and isinstance(limit, float) and apply is not None:
+    if own is not None:
+        found = activation_module(own)
+        if apply is None or _answers_alike(apply, found):
+            return found
+    alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
+    if own is None and isinstance(alpha, float) and isinstance(limit, float) and apply is not None:
         found = ClampedSwiglu(alpha, limit)
         # By its answers: names alone would not tell if a later version computes another thing.
         line = torch.linspace(-2 * limit, 2 * limit, 24, dtype=torch.float64, device="cpu")
@@ -113,3 +115,11 @@ def activation_of(experts: Any) -> Any:
         f"{type(experts).__name__}: this version of Transformers gives these experts an "
         "activation that molae does not have; install the version that molae was tested with"
     )
+
+
+def _answers_alike(apply: Callable[..., torch.Tensor], act_fn: Any) -> bool:
+    """Whether experts take act(gate) · up and no more: some clamp gate and up beside that."""
+    line = torch.linspace(-100, 100, 41, dtype=torch.float64, device="cpu")
+    gate, up = (x.reshape(-1, 1) for x in torch.meshgrid(line, line, indexing="ij"))
+    wanted = gated(act_fn, gate, up)
+    return torch.allclose(apply(torch.cat([gate, up], -1)), wanted, rtol=1e-6, atol=1e-9)

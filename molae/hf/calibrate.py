@@ -23,7 +23,6 @@ from molae.hf.opening import open_tokenizer
 from molae.hf.streaming import LayerStream, Light, Projections, in_torch
 from molae.hf.windows import decoded, json_lines, read_text, tokenize
 from molae.io import open_checkpoint
-from molae.ops import Activation
 from molae.threads import get_num_threads
 
 __all__ = ["Calibration", "read_calibration_text"]
@@ -259,7 +258,7 @@ class Calibration:
                         _all(run, in_torch(hidden), hidden)
                     if taken is not None:
                         own = self._stream.experts(number)
-                        given = taken.given(self._stream.activation(number))
+                        given = taken.given(self._stream.how(number))
                         for name, other, light in trials(number, given, own):
                             hidden = self._mapped(f"trial {number} {name}", tuple(before.shape))
                             _all(run, before, hidden, projections={**own, **other}, light=light)
@@ -380,7 +379,7 @@ class Calibration:
                     if lost is not None:
                         assert self._original is not None
                         np.subtract(self._original.states[i], out, out=lost[i])
-            return taken.given(self._stream.activation(layer), lost)
+            return taken.given(self._stream.how(layer), lost)
 
     def experts(self, layer: int) -> Projections:
         """The checkpoint's own experts of a layer."""
@@ -527,15 +526,15 @@ class _Taken:
         self._index.append(index.copy())
         self._weights.append(weights.copy())
 
-    def given(self, activation: Activation, lost: np.ndarray | None = None) -> LayerInput:
+    def given(self, how: Mapping[str, Any], lost: np.ndarray | None = None) -> LayerInput:
         return LayerInput(
             self._x,
             np.concatenate(self._index),
             np.concatenate(self._weights),
-            activation,
-            None if lost is None else lost.reshape(self._x.shape),
-            self._answers,
+            lost=None if lost is None else lost.reshape(self._x.shape),
+            answers=self._answers,
             room=self._room,
+            **how,
         )
 
 

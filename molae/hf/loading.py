@@ -22,11 +22,15 @@ from molae.arch.family import FUSED, Layout
 from molae.errors import ArgumentError, CheckpointError
 from molae.factored import QUANT_METHOD, Factored, Split
 from molae.hf.activation import activation_of
+from molae.hf.aliases import register_aliases
 from molae.hf.experts import LatentExperts
 from molae.io import TensorInfo
 from molae.io.header import read_header
 
 __all__ = ["MolaeConfig", "MolaeQuantizer", "place_experts"]
+
+
+register_aliases()
 
 
 @register_quantization_config(QUANT_METHOD)

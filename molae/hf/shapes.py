@@ -71,12 +71,20 @@ def tensors_of(config: Mapping[str, Any], *, known_as: str | None = None) -> dic
     written = config.get("dtype") or config.get("torch_dtype")
     written = written or own.get("dtype") or own.get("torch_dtype")
     dtype = NAMES.get(str(written or "float32"), "F32")
+    size = DTYPES[dtype].itemsize
     return {
-        name: TensorInfo(
-            name, dtype, tuple(p.shape), "", 0, p.numel() * DTYPES[dtype].itemsize
-        )
-        for name, p in net.named_parameters()
-    }  # fmt: skip
+        name: TensorInfo(name, dtype, tuple(t.shape), "", 0, t.numel() * size)
+        for name, t in _once(net.state_dict(keep_vars=True)).items()
+        if t.is_floating_point()
+    }
+
+
+def _once(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tied tensors under the first of their names."""
+    names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in names.values()}
 
 
 def _is_language(kind: object) -> bool:
@@ -100,12 +108,18 @@ def _build(auto: Any, kind: str, config: Mapping[str, Any]) -> Any:
 
 
 def _without(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    inner = keys[1:]  # a nested config keeps its model type
-    return {
-        key: _without(value, ("", *inner)) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in keys
-    }
+    inner = ("", *keys[1:])  # a nested config keeps its model type
+    return {key: _value(value, inner) for key, value in config.items() if key not in keys}
+
+
+def _value(value: Any, keys: tuple[str, ...]) -> Any:
+    if isinstance(value, list):
+        return [_value(own, keys) for own in value]
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) == {"__float__"}:  # so Transformers writes infinity
+        return float(value["__float__"])
+    return _without(value, keys)
 
 
 def _check(net: Any, config: Mapping[str, Any]) -> None:

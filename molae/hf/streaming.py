@@ -17,8 +17,9 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from molae import ops
 from molae.arch import Model
 from molae.config import TYPES
-from molae.errors import ArgumentError, CheckpointError, MolaeError, NonFiniteError
-from molae.hf.activation import NAMES_BY_TYPE, activation_module
+from molae.errors import CheckpointError, MolaeError, NonFiniteError
+from molae.fit.reading import Biases, biases_for
+from molae.hf.activation import activation_of, known_activation
 from molae.hf.opening import check_harmless, first_line
 from molae.io import Checkpoint
 
@@ -57,12 +58,16 @@ class StreamedExperts(nn.Module):
         super().__init__()
         self.num_experts, self.act_fn = num_experts, act_fn
         self.projections: Projections | None = None
+        self.biases: Biases | None = None
         self.light: Light | None = None
         self.seen: Seen | None = None
 
     @property
-    def activation(self) -> ops.Activation:
-        return NAMES_BY_TYPE[type(self.act_fn)]  # type: ignore[return-value]
+    def act(self) -> dict[str, Any]:
+        """The activation as `molae.ops` takes it."""
+        found = known_activation(self.act_fn)
+        assert found is not None
+        return dict(zip(("activation", "alpha", "limit"), found, strict=True))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -74,12 +79,13 @@ class StreamedExperts(nn.Module):
         weights = top_k_weights.to(torch.float32).contiguous().numpy()
         y = np.empty_like(x)
         gate, up, down = (self.projections[kind] for kind in TYPES)
+        how = self.act | biases_for(self.biases, (gate, up, down), x.dtype)
         for at in range(0, len(x), CHUNK):
             some = slice(at, at + CHUNK)
             call = x[some], index[some], weights[some], gate, up, down
-            to: Any = {"activation": self.activation, "out": y[some]}
+            to: Any = {"activation": how["activation"], "out": y[some]}
             if self.light is None:
-                ops.latent_experts_forward(*call, **to)
+                ops.latent_experts_forward(*call, **how, out=y[some])
             elif isinstance(self.light[0], ops.NarrowExperts):
                 ops.narrow_experts_forward(*call, self.light[0], self.light[1], **to)
             else:
@@ -117,8 +123,6 @@ class LayerStream:
     ------
     CheckpointError
         Transformers does not know the model, or builds it of other parts than are in the files.
-    ArgumentError
-        Its experts have biases.
 
     Notes
     -----
@@ -256,9 +260,10 @@ class LayerStream:
         """
         module = self._layers[number]
         experts = next((m for m in module.modules() if isinstance(m, StreamedExperts)), None)
-        own = projections
-        if experts is not None and own is None:
-            own = self.experts(number)
+        own, biases = projections, None
+        if experts is not None:
+            own = self.experts(number) if own is None else own
+            biases = self._model.biases(self._checkpoint, number)
 
         @torch.inference_mode()
         def run(
@@ -271,7 +276,7 @@ class LayerStream:
             args, kwargs = self._calls[number]
             if experts is not None:
                 experts.projections, experts.seen = projections or own, seen
-                experts.light = light
+                experts.light, experts.biases = light, biases
             out = module(hidden, *args, **kwargs)
             out = out[0] if isinstance(out, tuple) else out
             if not torch.isfinite(out).all():
@@ -284,13 +289,12 @@ class LayerStream:
         with self._loaded(module, f"{self._path}.{number}."):
             yield run
         if experts is not None:
-            experts.projections = experts.seen = experts.light = None
+            experts.projections = experts.seen = experts.light = experts.biases = None
 
-    def activation(self, layer: int) -> ops.Activation:
-        """Of a layer's experts, as `molae.ops` calls it."""
-        return next(
-            m for m in self._layers[layer].modules() if isinstance(m, StreamedExperts)
-        ).activation
+    def how(self, layer: int) -> dict[str, Any]:
+        """Activation and biases of a layer's experts, as `molae.fit.LayerInput` has them."""
+        experts = next(m for m in self._layers[layer].modules() if isinstance(m, StreamedExperts))
+        return experts.act | {"biases": self._model.biases(self._checkpoint, layer)}
 
     def experts(self, layer: int) -> Projections:
         """The checkpoint's own experts of a layer, each a dense group of its own."""
@@ -332,13 +336,9 @@ class LayerStream:
                 old: Any = self._net.get_submodule(path)
             except AttributeError:
                 continue
-            if isinstance(getattr(old, "down_proj_bias", None), nn.Parameter):
-                raise ArgumentError(
-                    f"{type(self._net).__name__}: its experts have biases, which fits to what "
-                    "experts read do not know; convert it without a calibration text"
-                )
-            act_fn = activation_module(getattr(old, "act_fn", None))
-            if act_fn is None or type(act_fn) not in NAMES_BY_TYPE:
+            act_fn = activation_of(old)
+            biased = isinstance(getattr(old, "down_proj_bias", None), nn.Parameter)
+            if known_activation(act_fn) is None or biased != self._model.has_biases:
                 break
             new = StreamedExperts(self._model.letters["E"], act_fn)
             self._net.set_submodule(path, new)

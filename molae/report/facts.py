@@ -9,7 +9,6 @@ from typing import Any
 
 from molae.config import TYPES
 from molae.convert import Report, TypeRow
-from molae.io.hub import is_hub_id
 from molae.report.units import percent, whole
 
 __all__ = [
@@ -34,7 +33,7 @@ FAR_OFF = 0.5
 def source_title(plan: Mapping[str, Any]) -> str:
     """The source's hub id, or the name of its folder: no paths of the machine."""
     source = str(plan["source"])
-    return source if is_hub_id(source) else PurePath(source).name or source
+    return str(plan.get("source_title") or PurePath(source).name or source)
 
 
 def active_numbers(stored: Mapping[str, Any]) -> float:
@@ -107,6 +106,16 @@ def notes(report: Report) -> list[str]:
         found.append(
             f"A token needs more operations than before ({plan['flops_ratio']:.3f} times): this "
             "saves memory, not work."
+        )
+    if encoding := plan.get("encoding"):
+        found.append(
+            f"The source holds tensors in {str(encoding).upper()}; all were decoded to "
+            f"{plan['dtype']}, of which all sizes here are."
+        )
+    if report.mixed:
+        found.append(
+            "The machines that computed it were of several kinds, as was allowed: another run, or "
+            "one machine alone, may give other last bits."
         )
     found += _of_tokens(report)
     found += _of_groups(report)

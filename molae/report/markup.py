@@ -98,7 +98,7 @@ def table(
         class_="wide",
         tabindex="0",  # it may scroll sideways, and so must be reached by keys
         role="region",
-        aria_label=caption or "table",
+        aria_label=caption or "Table of " + ", ".join(c for c in columns if c),
     )
 
 

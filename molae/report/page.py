@@ -139,7 +139,7 @@ def _sections(report: Report) -> Iterable[Section | None]:
     yield _section(
         "errors",
         "Errors",
-        "Of 0 nothing is lost; of 1 as much as if the matrix were not there.",
+        "0: nothing is lost. 1: as much as if the matrix were not there.",
         [f.answer_errors(report), f.output_errors(report), f.weight_errors(report),
          _worst_table(report)],
     )  # fmt: skip
@@ -170,9 +170,10 @@ def _sections(report: Report) -> Iterable[Section | None]:
         "run",
         "The run",
         "",
-        [_settings_card(report), _versions_card(report), _files_card(report)],
+        [_settings_card(report), _versions_card(report), _workers_card(report),
+         _files_card(report)],
         layout="columns",
-    )
+    )  # fmt: skip
 
 
 def _section(
@@ -230,7 +231,8 @@ def _tiles(report: Report) -> Markup:
     before, after = plan["before"], plan["after"]
     was, now = before["total_bytes"], after["total_bytes"]
     saved = f", {size_text(was - now)} ({percent(1 - now / was)}) saved" if now < was else ""
-    tiles = [("Size", size_text(now), f"was {size_text(was)}{saved}")]
+    fine = "as it was" if now == was else f"was {size_text(was)}{saved}"
+    tiles = [("Size", size_text(now), fine)]
     asked = plan["size_asked"]
     tiles += [
         (
@@ -255,7 +257,8 @@ def _tiles(report: Report) -> Markup:
             )
         )
     if (nats := foreseen(report)) is not None:
-        tiles.append(("Foreseen", f"{nats:.3g}", "nats a token; not measured"))
+        of_what = "nats a token, " + ("factors alone" if report.compressed else "not measured")
+        tiles.append(("Foreseen", f"{nats:.3g}", of_what))
     if report.rows and not final:
         tiles.append(("Weights off by", f"{report.error():.3f}", "relative Frobenius error"))
     return tag(
@@ -302,6 +305,9 @@ def _harm(report: Report) -> Iterable[str]:
             f"(root mean square over {len(final)} layers); those of layer {worst} the most, "
             f"{final[worst]:.3f}."
         )
+    if report.healed:
+        first = mean_square(row.layer_error[0] for row in report.healed)
+        yield f"Before the training it was {first:.3f}."
     if (nats := foreseen(report)) is not None:
         yield (
             f"About {nats:.3g} nats a token were foreseen for the factors, as Kullback-Leibler "
@@ -458,8 +464,10 @@ def _compressed_text(report: Report) -> str:
     )
 
 
-def _settings_card(report: Report) -> Markup:
+def _settings_card(report: Report) -> Markup | None:
     rows = list(_flat(report.settings))
+    if not rows:
+        return None
     return _card("Settings", "", table(None, ("setting", "value"), rows, texts=(0, 1)))
 
 
@@ -474,20 +482,37 @@ def _versions_card(report: Report) -> Markup:
     return _card("Versions and machine", "", table(None, ("", "value"), rows, texts=(0, 1)))
 
 
+def _workers_card(report: Report) -> Markup | None:
+    if not report.workers:
+        return None
+    rows = [
+        (row.host, row.threads, len(row.files), "; ".join(row.differs) or "no")
+        for row in report.workers
+    ]
+    return _card(
+        "Machines",
+        f"{len(rows)} processes computed it.",
+        table(None, ("host", "threads", "files", "another build"), rows, texts=(0, 3)),
+    )
+
+
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
-    """Settings within settings on lines of their own; hashes are left to the report."""
+    """Settings within settings on lines of their own; a checkpoint's files are left to the
+    report."""
     for key, value in values.items():
         name = f"{above}{key}".replace("_", " ")
         if isinstance(value, Mapping):
-            if "sha256" not in str(value):
+            if key != "files":
                 yield from _flat(value, f"{name}, ")
-        elif value is not None and "sha256" not in str(key):
+        elif value is not None:
             yield name, _plain(value)
 
 
 def _plain(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef"):
+        return value[:12] + "…"  # a hash, to compare by eye
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -103,9 +103,13 @@ h1{font-size:1.4rem}.card{padding:14px 12px}section{margin-top:34px}
 .tiles{grid-template-columns:1fr 1fr;gap:8px}.tiles dd.big{font-size:1.2rem}
 svg text{font-size:14.5px}svg text.label{font-size:14px}
 table{font-size:.8125rem}th,td{padding-right:10px}}
-@media print{:root{--bg:#fff;--note-bg:#fff}body{font-size:11pt}
-nav,details:not([open]){display:none}
-.card,.lost,.tiles div{break-inside:avoid}h2,h3{break-after:avoid}section{margin-top:22pt}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.grid{grid-template-columns:1fr 1fr}}
+@page{margin:14mm}
+@media print{:root{--bg:#fff;--note-bg:#fff}html{font-size:11.5px}body{font-size:1rem}
+nav,details:not([open]){display:none}main,header,footer{padding:0;max-width:none}
+.card,.lost,.tiles div{break-inside:avoid}h2,h3,.lead{break-after:avoid}
+.lead{break-inside:avoid;max-width:none}
+section{margin-top:18px}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}.wide{overflow:visible}
+th,td{padding:2px 9px 2px 0}table{min-width:0}.columns{columns:2}
+.tiles{grid-template-columns:repeat(6,1fr)}.grid{grid-template-columns:1fr 1fr;gap:10px}}
 """

@@ -307,7 +307,7 @@ def bars(
     text: Callable[[float], str],
 ) -> Markup:
     """Bars that lie, one a name, of several parts each; their sums stand at the right."""
-    row, bar, left, right = 34.0, 20.0, 52.0, 74.0
+    row, bar, left, right = 34.0, 20.0, 62.0, 74.0
     totals = [sum(part.values[n] for part in parts) for n in range(len(names))]
     scale = Scale(0.0, max(totals) or 1.0, 0.0, WIDTH - left - right)
     drawn: list[Markup] = []
@@ -409,7 +409,7 @@ def heatmap(
     most = max((len(values) for _, values in rows), default=0) or 1
     left, top = 40.0, 4.0
     cell_w = (WIDTH - left - RIGHT) / most
-    cell_h = min(max(190.0 / len(rows), 4.5), 24.0) if rows else 10.0
+    cell_h = min(max(190.0 / len(rows), 4.5), 34.0) if rows else 10.0
     bottom = top + cell_h * len(rows)
     apart = max(1, math.ceil(12 / cell_h))
     single = sum(len(values) for _, values in rows) <= SINGLE

@@ -109,7 +109,9 @@ def _mean_output_error(report: Report, kind: str) -> float:
 
 
 def _stored_as(found: Inspection) -> str:
-    return found.dtype if found.encoding is None else f"{found.encoding.upper()}, read as BF16"
+    if found.encoding is None:
+        return found.dtype
+    return f"{found.encoding.upper()}, {'read' if found.files else 'counted'} as {found.dtype}"
 
 
 def inspect_view(found: Inspection) -> RenderableType:
@@ -174,7 +176,12 @@ def draft_view(draft: Draft, path: str, fault: str | None) -> RenderableType:
 
 
 def _known(count: int | None) -> str:
-    return "not known" if count is None else f"{count:,} ({size_text(count, '').strip()})"
+    if count is None:
+        return "not known"
+    for word, scale in (("billion", 1e9), ("million", 1e6)):
+        if count >= scale:
+            return f"{count:,} ({count / scale:.4g} {word})"
+    return f"{count:,}"
 
 
 def _bytes_text(found: Inspection) -> str:

@@ -37,10 +37,38 @@ def _faults(args: argparse.Namespace) -> Any:
     return faults.run(args.calls, args.seed)
 
 
+def _allocations(args: argparse.Namespace) -> Any:
+    from soak import native
+
+    return native.allocations()
+
+
+def _poisons(args: argparse.Namespace) -> Any:
+    from soak import native
+
+    return native.poisons()
+
+
+def _leaks(args: argparse.Namespace) -> Any:
+    from soak import native
+
+    return native.leaks(args.repeats)
+
+
+def _sanitizers(args: argparse.Namespace) -> Any:
+    from soak import sanitize
+
+    return sanitize.run(args.only)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "fuzz": _fuzz,
     "kills": _kills,
     "faults": _faults,
+    "allocations": _allocations,
+    "poisons": _poisons,
+    "leaks": _leaks,
+    "sanitizers": _sanitizers,
 }
 
 
@@ -51,6 +79,11 @@ def main() -> int:
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--calls", type=int, default=10_000, help="system calls that fail")
+    parser.add_argument("--repeats", type=int, default=10_000, help="calls of each function")
+    parser.add_argument(
+        "--only", action="append", default=[], choices=("asan", "ubsan", "tsan"),
+        help="of the sanitizers",
+    )  # fmt: skip
     parser.add_argument("--write", type=Path, help="the page whose table is to be written anew")
     args = parser.parse_args()
     if unknown := sorted(set(args.parts) - set(PARTS)):

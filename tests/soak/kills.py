@@ -115,45 +115,70 @@ def _phase(found: Outcome, phase: str, go: Run, kills: int, work: Path, rng: ran
     go(dst)  # here: what it imports on the way is there for all children
     begun, taken = _finished(go, dst, work)
     wanted, report = tree(dst), _without_times(dst)
-    for _ in range(kills):
-        shutil.rmtree(dst)
-        # Most of them after the work on the shards has begun.
-        moments = [
-            rng.uniform(begun if rng.random() < 0.7 else 0, taken)
-            for _ in range(1 + (rng.random() < 0.25))
-        ]
-        trouble = _killed_and_resumed(found, go, dst, work, moments, wanted, report)
+    longest = {True: taken - begun, False: taken}
+    done = 0
+    while done < kills:
+        if dst.exists():
+            shutil.rmtree(dst)
+        # Most of them after the work on the shards has begun; a quarter is killed again.
+        moments = [(rng.random() < 0.8, rng.random()) for _ in range(1 + (rng.random() < 0.25))]
+        trouble = None
+        for working, share in moments:
+            if not _killed(go, dst, work, working, share * longest[working]):
+                longest[working] *= 0.9  # it was done before: the machine is less busy now
+                break
+            trouble = _torn(found, dst, wanted)
+            if trouble or _done(dst):
+                break
+        else:
+            trouble = ""
+        if trouble is None:
+            continue
+        done += 1
         found.kills[phase] += 1
+        trouble = trouble or _resumed(go, dst, work, wanted, report)
         if trouble:
             found.faults.append({"phase": phase, "moments": moments, "fault": trouble})
-        dst.mkdir(exist_ok=True)
     shutil.rmtree(dst)
 
 
-def _killed_and_resumed(
-    found: Outcome, go: Run, dst: Path, work: Path, moments: list[float],
-    wanted: dict[str, str], report: Any,
-) -> str:  # fmt: skip
-    for moment in moments:  # a resumed run may be killed too
-        child = _fork(go, dst, work)
-        time.sleep(moment)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        there = tree(dst) if dst.exists() else {}
-        torn = [name for name, sha in there.items() if name in wanted and wanted[name] != sha]
-        if torn:
-            return f"not whole under its own name: {torn}"
-        found.left[_left(dst, there)] += 1
-        if (dst / REPORT).exists() and not (dst / JOURNAL).exists():
-            break
-    else:
+def _killed(go: Run, dst: Path, work: Path, working: bool, seconds: float) -> bool:
+    """Start a run and kill it so long after its beginning, or after the journal's; False where it
+    was done before."""
+    child, until = _fork(go, dst, work), None if working else time.monotonic() + seconds
+    while until is None or time.monotonic() < until:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            if status != 0:
+                raise RuntimeError((work / "error").read_text())
+            return False
+        if until is None and (dst / JOURNAL).exists():
+            until = time.monotonic() + seconds
+        time.sleep(0.0005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def _done(dst: Path) -> bool:
+    return (dst / REPORT).exists() and not (dst / JOURNAL).exists()
+
+
+def _torn(found: Outcome, dst: Path, wanted: dict[str, str]) -> str:
+    """What lies there after a kill; a fault where a file is not whole."""
+    there = tree(dst) if dst.exists() else {}
+    found.left[_left(dst, there)] += 1
+    torn = [name for name, sha in there.items() if name in wanted and wanted[name] != sha]
+    return f"not whole under its own name: {torn}" if torn else ""
+
+
+def _resumed(go: Run, dst: Path, work: Path, wanted: dict[str, str], report: Any) -> str:
+    if not _done(dst):
         _finished(go, dst, work)
     now = tree(dst)
     now.pop(LOCK, None)  # of a run that was killed on its way out
     if now != wanted:
-        return (
-            f"other bytes: {sorted(n for n in now.keys() | wanted if now.get(n) != wanted.get(n))}"
-        )
+        return f"other bytes: {sorted(n for n in now if now[n] != wanted.get(n))}"
     return "" if _without_times(dst) == report else "another report"
 
 
@@ -190,7 +215,7 @@ def _fork(go: Run, dst: Path, work: Path) -> int:
 
 def _finished(go: Run, dst: Path, work: Path) -> tuple[float, float]:
     """Run to the end; seconds until there was a journal, and in all."""
-    if (dst / REPORT).exists() and not (dst / JOURNAL).exists():
+    if _done(dst):
         shutil.rmtree(dst)
     started, begun = time.monotonic(), 0.0
     child = _fork(go, dst, work)

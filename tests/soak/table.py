@@ -56,7 +56,8 @@ def _said(own: Mapping[str, Any]) -> str:
         title = name.replace("_", " ")
         if isinstance(value, Mapping):
             each = ", ".join(f"{key} {n:,}" for key, n in sorted(value.items()))
-            found.append(f"{title} {sum(value.values()):,} ({each})")
+            alike = name != "counts"  # those are of different things
+            found.append(f"{title} {sum(value.values()):,} ({each})" if alike else each)
         elif name not in skipped:
             found.append(
                 f"{title} {value:,.3g}" if isinstance(value, float) else f"{title} {value}"
