@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import MISSING, fields
 
 import numpy as np
 import pytest
@@ -24,11 +25,12 @@ from molae import ConvertConfig, convert, materialize
 from molae.cli import main
 from molae.cluster import Workers, client
 from molae.cluster.worker import Order, Unfit, Unwanted, describe_worker, write_shard
-from molae.convert import Report, Watcher
+from molae.convert import Report, Watcher, staging
 from molae.convert.conversion import Conversion
 from molae.convert.destination import WORKERS, apart_name, sweep_apart
 from molae.convert.journal import JOURNAL, Journal
 from molae.errors import ArgumentError, ClusterError, DestinationError, NonFiniteError
+from molae.fit import LayerInput
 from molae.io import open_checkpoint
 
 pytest.importorskip("distributed")
@@ -210,6 +212,38 @@ def test_a_text_that_all_layers_read_in_the_original(tmp_path, read, pair):
     assert [row.layer_error for row in shared.rows] == [row.layer_error for row in alone.rows]
     assert [row.tokens for row in shared.rows] == [row.tokens for row in alone.rows]
     assert len(shared.healed) == len(alone.healed) == 4
+
+
+def test_all_that_a_layer_reads_is_kept(tmp_path, rng):
+    """Whatever a `LayerInput` has, now or later, but for the room, which is the reader's own."""
+    x = rng.standard_normal((6, 4), dtype=np.float32)
+    given = LayerInput(
+        x, np.arange(12).reshape(6, 2) % 3, np.full((6, 2), 0.5, np.float32), "swiglu_clamped",
+        lost=x + 1, answers=2 * x, left_out=np.arange(6) == 3, room=None, alpha=1.5, limit=3.25,
+        biases=(x[:3, :2], x[3:, :2], x[:3]),
+    )  # fmt: skip
+    unlike_defaults = [
+        field.name for field in fields(given)
+        if field.default is not MISSING and getattr(given, field.name) is not field.default
+    ]  # fmt: skip
+    assert {field.name for field in fields(given) if field.default is not MISSING} == {
+        *unlike_defaults, "room"
+    }  # fmt: skip
+    staging.write_reading(tmp_path / "reading", given)
+    found = staging.read_reading(tmp_path / "reading", np.empty)
+    assert found.room is np.empty
+    for field in fields(given):
+        was, now = getattr(given, field.name), getattr(found, field.name)
+        if field.name == "biases":
+            assert [array.tolist() for array in now] == [array.tolist() for array in was]
+        elif isinstance(was, np.ndarray):
+            assert (now.dtype, now.tolist()) == (was.dtype, was.tolist())
+        elif field.name != "room":
+            assert now == was
+    bare = LayerInput(given.x, given.index, given.weights)
+    staging.write_reading(tmp_path / "reading", bare)
+    found = staging.read_reading(tmp_path / "reading", np.empty)
+    assert (found.biases, found.lost, found.activation) == (None, None, "silu")
 
 
 class Takes:
