@@ -119,16 +119,16 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 
     fp8, _ = fp8_pair(tmp_path)
     convert(fp8, tmp_path / "whole", ConvertConfig(size=0.8))
-    work = _Pipeline.work_through
+    work = _Pipeline._work_through
 
-    def stop(self, shard):
+    def stop(self, shard, path):
         if shard.file.startswith("model-00002"):
-            self.drain()
+            self._drain()
             raise KeyboardInterrupt
-        work(self, shard)
+        work(self, shard, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Pipeline, "work_through", stop)
+        patch.setattr(_Pipeline, "_work_through", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(fp8, tmp_path / "out", ConvertConfig(size=0.8))
     convert(fp8, tmp_path / "out", ConvertConfig(size=0.8))

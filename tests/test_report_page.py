@@ -255,7 +255,7 @@ def test_everything_but_markup_is_escaped():
 def test_a_report_changed_by_hand_is_refused(report, change):
     data = json.loads(json.dumps(report.to_dict()))
     change(data)
-    with pytest.raises(CheckpointError, match="not what molae writes"):
+    with pytest.raises(CheckpointError, match=REPORT):
         page_text(Report.from_dict(data))
 
 
