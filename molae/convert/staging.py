@@ -20,14 +20,23 @@ __all__ = ["StagedText", "write_reading"]
 #: The tensor that names the activation.
 _ACTIVATION = "activation"
 
+#: Alpha and limit of the activation.
+_CLAMP = "clamp"
+
 #: Of a `LayerInput`.
 _ARRAYS = ("x", "index", "weights", "answers")
+
+#: Of gate, up and down, where experts have them.
+_BIASES = ("gate_bias", "up_bias", "down_bias")
 
 
 def write_reading(path: Path, given: LayerInput) -> None:
     """Keep a layer's input, without what a fit that follows converted layers has besides."""
     arrays = {name: getattr(given, name) for name in _ARRAYS}
     arrays[_ACTIVATION] = np.frombuffer(given.activation.encode(), np.uint8)
+    arrays[_CLAMP] = np.array([given.alpha, given.limit])
+    if given.biases is not None:
+        arrays |= zip(_BIASES, given.biases, strict=True)
     specs = [TensorSpec(name, dtype_name(a.dtype), a.shape) for name, a in arrays.items()]
     with ShardWriter(path, specs) as out:
         for name, array in arrays.items():
@@ -66,8 +75,15 @@ class StagedText:
         if anchored:
             raise CheckpointError(f"{self._path.name}: was read without the layers before it")
         arrays = map_file(self._path)
-        activation: Any = arrays.pop(_ACTIVATION).tobytes().decode()
-        return LayerInput(**arrays, activation=activation, room=self._room)
+        activation: Any = arrays[_ACTIVATION].tobytes().decode()
+        alpha, limit = arrays[_CLAMP].tolist()
+        gate, up, down = (arrays.get(name) for name in _BIASES)
+        biases = None if gate is None or up is None or down is None else (gate, up, down)
+        x, index, weights, answers = (arrays[name] for name in _ARRAYS)
+        return LayerInput(
+            x, index, weights, activation, answers=answers, room=self._room,
+            alpha=alpha, limit=limit, biases=biases,
+        )  # fmt: skip
 
     def advance(self, layer: int, *changed: object) -> None:
         """Nothing comes behind it here."""
