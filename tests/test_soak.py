@@ -81,7 +81,9 @@ def test_the_fuzzer_sees_what_must_not_be(tmp_path, monkeypatch, reading, said):
 
 def test_killed_runs_resume_to_the_same_bytes():
     pytest.importorskip("torch")
-    found = soak("kills", "--kills", 10, "--seed", 3, seconds=500)
+    kinds = ("data-free", "compressed experts", "heal")
+    named = [word for kind in kinds for word in ("--kinds", kind)]
+    found = soak("kills", "--kills", 10, "--seed", 3, *named, seconds=550)
     assert sum(found["kills"].values()) == 10
 
 

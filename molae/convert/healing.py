@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from molae.errors import ArgumentError, CheckpointError, NonFiniteError, Numeric
 from molae.factored import Factored
 from molae.fit.layer import runnable
 from molae.fit.refitting import in_dtype
-from molae.io import DTYPES, Checkpoint, TensorSpec, map_file, numpy_dtype
+from molae.io import DTYPES, Checkpoint, TensorSpec, map_file, numpy_dtype, parse_json
 from molae.ops import Projection
 
 __all__ = ["Healing"]
@@ -258,6 +257,6 @@ def _same_bytes(one: Any, other: Any) -> bool:
 def _vocabulary(checkpoint: Checkpoint) -> Any:
     """Of the tokenizer's file, where there is one: other entries are written anew by programs."""
     try:
-        return json.loads((checkpoint.path / TOKENIZER).read_bytes())["model"]["vocab"]
-    except (OSError, ValueError, KeyError):
+        return parse_json((checkpoint.path / TOKENIZER).read_bytes())["model"]["vocab"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None

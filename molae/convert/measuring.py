@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import index
@@ -24,6 +22,7 @@ from molae.convert.budget import Curve
 from molae.convert.fitting import Groups
 from molae.errors import ArgumentError, CheckpointError, DestinationError
 from molae.io import map_file, parse_json
+from molae.io.writer import write_bytes_atomic
 
 __all__ = ["TRIAL_SIZES", "Look", "Measurements"]
 
@@ -237,10 +236,6 @@ class Measurements:
         text = json.dumps({"facts": self.facts, **known})
         data = save(tensors, {"molae_measurements": text})
         try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as f:
-                f.write(data)
-            os.replace(f.name, path)
-        except OSError as error:
-            raise DestinationError(
-                f"stats: {path} cannot be written: {error.strerror}; name another file"
-            ) from error
+            write_bytes_atomic(path, data)
+        except DestinationError as error:
+            raise DestinationError(f"stats: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from molae.errors import ArgumentError
+from molae.io import parse_json
 
 __all__ = ["Ratio", "Windows", "decoded", "json_lines", "ratio", "read_text", "tokenize", "windows"]
 
@@ -48,7 +48,7 @@ def json_lines(path: str | os.PathLike[str], text: str) -> Iterator[tuple[str, A
             continue
         where = f"{path}: line {number}"
         try:
-            yield where, json.loads(line)
+            yield where, parse_json(line)
         except ValueError as error:
             raise ArgumentError(f"{where} is no JSON: {error}") from error
 

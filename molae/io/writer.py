@@ -30,6 +30,7 @@ __all__ = [
     "plan_bytes",
     "rename_durably",
     "write_all",
+    "write_bytes_atomic",
     "write_text_atomic",
 ]
 
@@ -307,7 +308,11 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     DestinationError
         The disk is full or refuses; the old file stands.
     """
-    data = text.encode("utf-8")
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """The same of bytes."""
     _atomically(Path(path), len(data), lambda fd: write_all(fd, data))
 
 

@@ -17,7 +17,7 @@ import torch
 
 from molae.errors import ArgumentError, NonFiniteError
 from molae.hf.opening import find_folder, open_model, open_tokenizer
-from molae.io import open_checkpoint, read_config
+from molae.io import open_checkpoint, parse_json, read_config
 from molae.train.examples import IGNORED, Packed
 from molae.train.loss import Head, Target, learned_states, log_probabilities, pieces
 
@@ -224,8 +224,8 @@ def keep_answers(
 
 def _is_of(note: Path, digest: str) -> bool:
     try:
-        return bool(json.loads(note.read_text())["digest"] == digest)
-    except (OSError, ValueError, KeyError):
+        return bool(parse_json(note.read_bytes())["digest"] == digest)
+    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 

@@ -28,7 +28,7 @@ def _fuzz(args: argparse.Namespace) -> Any:
 def _kills(args: argparse.Namespace) -> Any:
     from soak import kills
 
-    return kills.run(args.kills, args.seed)
+    return kills.run(args.kills, args.seed, args.kinds)
 
 
 def _faults(args: argparse.Namespace) -> Any:
@@ -78,6 +78,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kinds", action="append", default=[], help="of the runs that are killed")
     parser.add_argument("--calls", type=int, default=10_000, help="system calls that fail")
     parser.add_argument("--repeats", type=int, default=10_000, help="calls of each function")
     parser.add_argument(
