@@ -13,14 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from molae.arch.counts import active_numbers
-from molae.arch.family import (
-    Family,
-    Layout,
-    Tensor,
-    find_family,
-    known_families,
-    own_family,
-)
+from molae.arch.family import Family, Layout, Tensor
+from molae.arch.registry import find_family, known_families, own_family
 from molae.config import TYPES
 from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError, shorten
 from molae.factored import Factored
