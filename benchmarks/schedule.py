@@ -29,7 +29,7 @@ from benchmarks.header import header, usable_cpus
 from benchmarks.weights import write_checkpoint
 from molae import fit
 from molae.arch import Family, load_family
-from molae.arch.family import find_family
+from molae.arch.registry import find_family
 from molae.config import TYPES
 from molae.convert.allocation import gauge_ranks
 from molae.convert.estimate import group_bytes, group_flops

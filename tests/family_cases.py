@@ -156,6 +156,8 @@ def make_model(model_type: str) -> Any:
     import torch
     import transformers
 
+    import molae.hf  # noqa: F401 - Kimi-K2 is a name that it brings
+
     config = transformers.AutoConfig.for_model(model_type, **CASES[model_type])
     torch.manual_seed(0)
     auto = transformers.AutoModelForCausalLM

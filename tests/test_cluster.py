@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import MISSING, fields
 
 import numpy as np
 import pytest
@@ -24,11 +25,12 @@ from molae import ConvertConfig, convert, materialize
 from molae.cli import main
 from molae.cluster import Workers, client
 from molae.cluster.worker import Order, Unfit, Unwanted, describe_worker, write_shard
-from molae.convert import Report, Watcher
+from molae.convert import Report, Watcher, staging
 from molae.convert.conversion import Conversion
 from molae.convert.destination import WORKERS, apart_name, sweep_apart
 from molae.convert.journal import JOURNAL, Journal
 from molae.errors import ArgumentError, ClusterError, DestinationError, NonFiniteError
+from molae.fit import LayerInput
 from molae.io import open_checkpoint
 
 pytest.importorskip("distributed")
@@ -210,6 +212,38 @@ def test_a_text_that_all_layers_read_in_the_original(tmp_path, read, pair):
     assert [row.layer_error for row in shared.rows] == [row.layer_error for row in alone.rows]
     assert [row.tokens for row in shared.rows] == [row.tokens for row in alone.rows]
     assert len(shared.healed) == len(alone.healed) == 4
+
+
+def test_all_that_a_layer_reads_is_kept(tmp_path, rng):
+    """Whatever a `LayerInput` has, now or later, but for the room, which is the reader's own."""
+    x = rng.standard_normal((6, 4), dtype=np.float32)
+    given = LayerInput(
+        x, np.arange(12).reshape(6, 2) % 3, np.full((6, 2), 0.5, np.float32), "swiglu_clamped",
+        lost=x + 1, answers=2 * x, left_out=np.arange(6) == 3, room=None, alpha=1.5, limit=3.25,
+        biases=(x[:3, :2], x[3:, :2], x[:3]),
+    )  # fmt: skip
+    unlike_defaults = [
+        field.name for field in fields(given)
+        if field.default is not MISSING and getattr(given, field.name) is not field.default
+    ]  # fmt: skip
+    assert {field.name for field in fields(given) if field.default is not MISSING} == {
+        *unlike_defaults, "room"
+    }  # fmt: skip
+    staging.write_reading(tmp_path / "reading", given)
+    found = staging.read_reading(tmp_path / "reading", np.empty)
+    assert found.room is np.empty
+    for field in fields(given):
+        was, now = getattr(given, field.name), getattr(found, field.name)
+        if field.name == "biases":
+            assert [array.tolist() for array in now] == [array.tolist() for array in was]
+        elif isinstance(was, np.ndarray):
+            assert (now.dtype, now.tolist()) == (was.dtype, was.tolist())
+        elif field.name != "room":
+            assert now == was
+    bare = LayerInput(given.x, given.index, given.weights)
+    staging.write_reading(tmp_path / "reading", bare)
+    found = staging.read_reading(tmp_path / "reading", np.empty)
+    assert (found.biases, found.lost, found.activation) == (None, None, "silu")
 
 
 class Takes:
@@ -587,7 +621,7 @@ def test_a_file_that_workers_are_lost_with_is_given_up(tmp_path, source):
         for loss in range(client.MOST_LOSSES):
             number = run.pending.popleft()
             assert number == 0
-            worker = client._Worker(f"tcp://{loss}", 1, {"host": "h"})
+            worker = client._Worker(f"tcp://{loss}", 1, facts={"host": "h"})
             path = dst / apart_name(conversion.shards[0].file, run.name, loss)
             worker.order = number, path
             path.with_name(path.name + ".part").write_bytes(b"half")
@@ -605,7 +639,7 @@ def test_a_file_that_only_the_worker_sees_is_not_taken(tmp_path, source):
     with open_checkpoint(source) as checkpoint:
         conversion = Conversion(str(source), checkpoint, CONFIG)
         run = client._Run(conversion, dst, Journal(dst), lambda done, total, what: None)
-        worker = client._Worker("tcp://a", 1, {"host": "h", "build": {}})
+        worker = client._Worker("tcp://a", 1, facts={"host": "h", "build": {}})
         entry = {"file": conversion.shards[0].file, "bytes": 5}
         with pytest.raises(ClusterError, match="let all machines see the same folder"):
             run.take(0, dst / "nothing", entry, worker, 1)

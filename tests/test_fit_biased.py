@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from molae.convert.staging import StagedText, write_reading
 from molae.errors import ArgumentError
 from molae.fit import (
     LayerInput,
@@ -140,3 +143,20 @@ def test_a_whole_layer(layer):
     fitted = answer_error(given, tuple(found.projections.values()), own(W))
     assert fitted < 0.9 * answer_error(given, plain, own(W))
     assert set(found.layer_error) == {"down_proj"}
+
+
+def test_what_another_process_is_given(layer, tmp_path):
+    given, W = layer
+    aim = answers(given, W)
+    write_reading(tmp_path / "reading.safetensors", replace(given, answers=aim))
+    with StagedText({}, tmp_path / "reading.safetensors") as staged:
+        found = staged.reading(0)
+        assert found.act == given.act
+        for one, other in zip(found.biases, given.biases, strict=True):
+            np.testing.assert_array_equal(one, other)
+        error = answer_error(replace(found, answers=None), own(W), own(W))
+        assert error == 0
+        np.testing.assert_array_equal(found.answers, aim)
+    write_reading(tmp_path / "plain.safetensors", replace(given, biases=None, answers=aim))
+    with StagedText({}, tmp_path / "plain.safetensors") as staged:
+        assert staged.reading(0).biases is None

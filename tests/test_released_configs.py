@@ -150,6 +150,7 @@ def test_no_plan(name, error, said):
         plan_config(name, config_of(name), None, ConvertConfig(size=0.6), unknown="no torch")
 
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [4, 8]}
 NEMOTRON = {"model_type": "nemotron_h", "n_routed_experts": 4}
 SMALL = {
     "model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 2, "num_experts": 4,
@@ -169,6 +170,7 @@ SMALL = {
         ({"mlp_only_layers": [0, 1]}, "none of the L=2 layers has experts"),
         ({"mlp_only_layers": "all"}, "'mlp_only_layers' is 'all'"),
         ({"torch_dtype": "float7"}, "type 'float7' is unknown"),
+        ({"torch_dtype": ["bfloat16"]}, "type ['bfloat16'] is unknown"),
         ({"model_type": "llama"}, "model_type 'llama' is unknown"),
         (NEMOTRON, "'hybrid_override_pattern' is None, expected a text with a letter for each"),
         (NEMOTRON | {"hybrid_override_pattern": "ME*"}, "is 'ME*', expected a text"),
@@ -199,10 +201,22 @@ def test_a_family_of_ones_own_by_its_config(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("quant", "nbytes"),
     [
-        ({"quant_method": "fp8", "weight_block_size": [4, 8]}, 128 + 4 * 4),
+        (FP8, 128 + 4 * 4),
         ({"quant_method": "mxfp4"}, {(8, 16): 8 * (8 + 1), (16, 8): 16 * (4 + 1)}),
         ({"quant_method": "awq"}, "quantized by 'awq'"),
         ({"quant_method": "fp8"}, "in blocks of None"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 4]}, "in blocks of [0, 4]"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"a": 3}},
+            "by 'compressed-tensors'",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"a": {}}},
+            "by 'compressed-tensors'",
+        ),
+        ("fp8", "quantized by None"),
+        ({**FP8, "modules_to_not_convert": [1]}, "leaves out [1], expected a list of names"),
+        ({**FP8, "ignore": ["re:("]}, "leaves out '(', no pattern"),
     ],
 )
 def test_bytes_of_encoded_files(quant, nbytes):
@@ -215,3 +229,14 @@ def test_bytes_of_encoded_files(quant, nbytes):
     each = nbytes if isinstance(nbytes, dict) else dict.fromkeys([(8, 16), (16, 8)], nbytes)
     assert found.bytes == 2 * 4 * (2 * each[8, 16] + each[16, 8])
     assert found.encoding == quant["quant_method"]
+
+
+def test_step_as_its_first_release_spells_it():
+    text = {
+        "hidden_size": 16, "num_hidden_layers": 5, "moe_num_experts": 4, "moe_top_k": 2,
+        "moe_intermediate_size": 8, "moe_layers_enum": "2,3",
+    }  # fmt: skip
+    config = {"model_type": "step3p7", "dtype": "bfloat16", "text_config": text}
+    found = inspect_config("c", config, unknown="no torch")
+    assert found.moe_layers == (2, 3)
+    assert found.expert_parameters == 2 * 4 * 3 * 16 * 8

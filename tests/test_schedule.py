@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import molae
-from molae.arch.family import find_family
+from molae.arch.registry import find_family
 from molae.convert.estimate import group_bytes, group_flops
 from molae.errors import ArgumentError
 

@@ -1,51 +1,29 @@
-"""Model families as data: which tensors they have, of which shapes, under which names."""
+"""A model family: which tensors it has, of which shapes, under which names."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib import resources
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from molae.config import TYPES
-from molae.errors import CheckpointError, UnknownFamilyError, shorten
-from molae.factored import QUANT_METHOD
-from molae.io import parse_json
+from molae.errors import CheckpointError, shorten
 
-__all__ = [
-    "Family",
-    "Layout",
-    "Letter",
-    "MoeLayers",
-    "Tensor",
-    "families",
-    "find_family",
-    "load_family",
-]
+__all__ = ["FUSED", "SHAPES", "Family", "Layout", "Letter", "MoeLayers", "Tensor", "is_int"]
 
 FUSED = "gate_up_proj"
 """Role of a tensor whose first F rows are gate, and its last F rows up."""
 
-_KEYS = ("model_type", "letters", "moe_layers", "blocks", "experts", "layouts", "tensors")
-_LETTERS = ("L", "E", "K", "D", "F")
 # Far above any model's; a config may say anything, and layers are counted one by one.
 _MOST = {"L": 1 << 16}
 _MOST_OF_OTHERS = (1 << 31) - 1
-_SHAPES = {
+#: Of an expert's matrices by role, in letters.
+SHAPES: Mapping[str, tuple[str, ...]] = {
     "gate_proj": ("F", "D"),
     "up_proj": ("F", "D"),
     "down_proj": ("D", "F"),
     FUSED: ("2F", "D"),
 }
-_FLAGS = ("optional", "transposed", "interleaved")
-_EXTENT = re.compile(r"[1-9][0-9]*|(?:[1-9][0-9]*)?([A-Z]{1,2})")
-_RULES = (
-    "first", "last", "every", "offset", "step", "except", "only", "types", "pattern", "enabled",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +88,6 @@ class Layout:
     def of_type(self, kind: str) -> Tensor:
         """The tensor that holds a matrix type."""
         return next(t for t in self.tensors if kind in t.types)
-
-
-_SHARED_LAYOUTS = {
-    "per_expert": Layout(
-        "per_expert",
-        tuple(Tensor(t, f"${{experts}}.${{expert}}.{t}.weight", _SHAPES[t]) for t in TYPES),
-    ),
-    "fused": Layout(
-        "fused",
-        tuple(Tensor(t, f"${{experts}}.{t}", ("E", *_SHAPES[t])) for t in (FUSED, "down_proj")),
-    ),
-}
-"""Layouts that most families have, which a description names only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,301 +258,7 @@ class Family:
         return self.moe_layers.indices(part, _letter(part, "L", self.letters["L"]))
 
 
-@cache
-def families() -> Mapping[str, Family]:
-    """The families that molae ships, by model type."""
-    found: dict[str, Family] = {}
-    for entry in sorted(resources.files("molae.arch").iterdir(), key=lambda e: e.name):
-        if entry.name.endswith(".json") and entry.name != "family.schema.json":
-            family = parse_family(entry.read_text("utf-8"), entry.name)
-            found |= dict.fromkeys(family.model_types, family)
-    return found
-
-
-def find_family(config: Mapping[str, Any]) -> Family:
-    """The family of a config: the one that a converted checkpoint describes itself, else by
-    ``model_type``.
-
-    Raises
-    ------
-    UnknownFamilyError
-        molae has none for its ``model_type``; those that it converts are listed.
-    CheckpointError
-        A converted checkpoint's description makes no sense.
-    """
-    if (own := own_family(config)) is not None:
-        return own
-    model_type = config.get("model_type")
-    known = families()
-    if not isinstance(model_type, str) or model_type not in known:
-        raise UnknownFamilyError(
-            f"config.json: model_type {shorten(model_type)} is unknown; "
-            f"known are {known_families()}"
-        )
-    return known[model_type]
-
-
-def known_families() -> str:
-    """The model types that molae converts, for messages."""
-    return ", ".join(name for name, family in families().items() if family.unsupported is None)
-
-
-def own_family(config: Mapping[str, Any]) -> Family | None:
-    """The family that a converted checkpoint describes itself; None where it does not.
-
-    Raises
-    ------
-    CheckpointError
-        The description makes no sense.
-    """
-    quant = config.get("quantization_config")
-    if not isinstance(quant, Mapping) or quant.get("quant_method") != QUANT_METHOD:
-        return None
-    data = quant.get("arch")
-    if data is None:
-        return None
-    return replace(_Reader("quantization_config.arch").family(data), description=data)
-
-
-def load_family(path: str | os.PathLike[str]) -> Family:
-    """Read a family's description from a JSON file.
-
-    Parameters
-    ----------
-    path : path
-        A file as described in ``family.schema.json`` and docs/formats.md.
-
-    Returns
-    -------
-    Family
-
-    Raises
-    ------
-    CheckpointError
-        The file cannot be read, is no JSON, or holds an unknown key, a missing one, a name
-        twice, or a shape that is not supported.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"{path}: cannot be read: {e}") from e
-    family = parse_family(text, path.name)
-    data = {key: value for key, value in parse_json(text).items() if key != "$schema"}
-    return replace(family, description=data)
-
-
-def parse_family(text: str, name: str) -> Family:
-    """Read a family's description from JSON text; `name` is used in messages."""
-    try:
-        data = parse_json(text, repeats=False)
-    except ValueError as e:
-        raise CheckpointError(f"{name}: not valid JSON, or a key is there twice ({e})") from e
-    return _Reader(name).family(data)
-
-
-class _Reader:
-    """Checks a description while it is read; every message starts with the file's name."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def family(self, data: Any) -> Family:
-        self.keys(
-            "the description",
-            data,
-            _KEYS,
-            ("$schema", "head", "beneath", "about", "transformers", "unsupported"),
-        )
-        model_types = self.one_or_more("model_type", data["model_type"])
-        self.unique("model_type", model_types)
-        letters = self.letters(data["letters"])
-        blocks = self.strings("blocks", data["blocks"])
-        self.unique("blocks", blocks)
-        for block in blocks:
-            self.placeholders("blocks", block, {"layer"})
-        experts = self.string("experts", data["experts"])
-        self.placeholders("experts", experts, {"block"})
-        unsupported = self.optional("unsupported", data)
-        layouts = tuple(
-            self.layout(x, letters, whole=unsupported is None)
-            for x in self.items("layouts", data["layouts"])
-        )
-        self.unique("layouts", [x.name for x in layouts])
-        tensors = tuple(
-            self.tensor("tensors", x, {"block"}, letters)
-            for x in self.items("tensors", data["tensors"], least=0)
-        )
-        for layout in layouts:
-            both = (*layout.tensors, *tensors)
-            self.unique("roles", [t.role for t in both])
-            names = [name for t in both for name in (t.name, *t.others)]
-            self.unique("names", [name.replace("${experts}", experts) for name in names])
-        return Family(
-            model_types,
-            letters,
-            self.moe_layers(data["moe_layers"]),
-            blocks,
-            experts,
-            layouts,
-            tensors,
-            self.optional("head", data),
-            self.optional("beneath", data),
-            self.about(data.get("about", {})),
-            self.optional("transformers", data),
-            unsupported,
-        )
-
-    def about(self, data: Any) -> dict[str, str | tuple[str, ...]]:
-        self.keys("about", data, (), ("router", "shared", "notes", "released"))
-        return {
-            k: self.strings(f"about.{k}", v) if k == "released" else self.string(f"about.{k}", v)
-            for k, v in data.items()
-        }
-
-    def letters(self, data: Any) -> dict[str, Letter]:
-        if not isinstance(data, dict):
-            raise self.error("letters: expected an object")
-        for letter in data:
-            if not re.fullmatch("[A-Z]", letter):
-                raise self.error(f"letters: {letter!r} is not one capital letter")
-        missing = [x for x in _LETTERS if x not in data]
-        if missing:
-            raise self.error(f"letters: {', '.join(missing)} missing")
-        return {k: self.letter(f"letters.{k}", v) for k, v in data.items()}
-
-    def letter(self, where: str, data: Any) -> Letter:
-        if not isinstance(data, dict):
-            return Letter(self.one_or_more(where, data))
-        self.keys(where, data, ("keys", "default"), ())
-        default = data["default"]
-        if not _is_int(default) or default < 0:
-            raise self.error(f"{where}.default: expected 0 or more, got {default!r}")
-        if where.removeprefix("letters.") in _LETTERS:
-            raise self.error(f"{where}: this letter has no default")
-        return Letter(self.one_or_more(f"{where}.keys", data["keys"]), default)
-
-    def moe_layers(self, data: Any) -> MoeLayers:
-        self.keys("moe_layers", data, (), _RULES)
-        named = {k: self.string(f"moe_layers.{k}", v) for k, v in data.items()}
-        return MoeLayers(excluded=named.pop("except", None), **named)
-
-    def layout(self, data: Any, letters: Mapping[str, Any], *, whole: bool) -> Layout:
-        if isinstance(data, str):
-            if data not in _SHARED_LAYOUTS:
-                raise self.error(
-                    f"layouts: {data!r}, expected one of {', '.join(_SHARED_LAYOUTS)}, or an object"
-                )
-            return _SHARED_LAYOUTS[data]
-        self.keys("layouts", data, ("name", "tensors"), ())
-        name = self.string("layouts.name", data["name"])
-        where = f"layout {name!r}"
-        tensors = []
-        for x in self.items(where, data["tensors"]):
-            t = self.tensor(where, x, {"experts"}, letters, optional={"expert"}, flags=_FLAGS)
-            if t.optional or t.others:
-                raise self.error(f"{where}: {t.role} has one name, and is always there")
-            if t.role not in _SHAPES:
-                raise self.error(f"{where}: role {t.role!r}, expected one of {', '.join(_SHAPES)}")
-            if t.interleaved and t.role != FUSED:
-                raise self.error(f"{where}: {t.role} is interleaved, only {FUSED} can be")
-            one = _SHAPES[t.role][::-1] if t.transposed else _SHAPES[t.role]
-            wanted = one if t.per_expert else ("E", *one)
-            if t.shape != wanted:
-                raise self.error(
-                    f"{where}: {t.role} has shape {list(t.shape)}, molae reads {list(wanted)} only"
-                )
-            tensors.append(t)
-        held = sorted(kind for t in tensors for kind in t.types)
-        if held != sorted(TYPES) and (whole or held != ["down_proj", "up_proj"]):
-            raise self.error(f"{where}: must hold each of {', '.join(TYPES)} once, holds {held}")
-        return Layout(name, tuple(tensors))
-
-    def tensor(
-        self,
-        where: str,
-        data: Any,
-        needed: Set[str],
-        letters: Mapping[str, Any],
-        optional: Set[str] = frozenset(),
-        flags: tuple[str, ...] = _FLAGS[:1],
-    ) -> Tensor:
-        self.keys(where, data, ("role", "name", "shape"), flags)
-        names = self.one_or_more(f"{where}.name", data["name"])
-        for name in names:
-            # Some layouts name the experts' tensors beneath the block itself.
-            of_block = "experts" in needed and "${block}" in name
-            self.placeholders(where, name, {"block"} if of_block else needed, optional)
-        shape = self.strings(f"{where}.shape", data["shape"])
-        for extent in shape:
-            match = _EXTENT.fullmatch(extent)
-            if not match or not all(x in letters for x in match[1] or ""):
-                raise self.error(f"{where}: {extent!r} in a shape, expected such as 'F' or '2F'")
-        role = self.string(f"{where}.role", data["role"])
-        is_optional, transposed, interleaved = (self.flag(where, data, x) for x in _FLAGS)
-        return Tensor(role, names[0], shape, names[1:], is_optional, transposed, interleaved)
-
-    def flag(self, where: str, data: Any, name: str) -> bool:
-        value = data.get(name, False)
-        if not isinstance(value, bool):
-            raise self.error(f"{where}.{name}: expected true or false, got {value!r}")
-        return value
-
-    def placeholders(
-        self, where: str, text: str, needed: Set[str], optional: Set[str] = frozenset()
-    ) -> None:
-        found = re.findall(r"\$\{(\w*)\}", text)
-        if "$" in re.sub(r"\$\{\w*\}", "", text) or not (
-            needed <= set(found) <= needed | optional and len(set(found)) == len(found)
-        ):
-            wanted = " and ".join(f"${{{x}}}" for x in sorted(needed))
-            raise self.error(f"{where}: {text!r}, expected a name with {wanted}")
-
-    def keys(
-        self, where: str, data: Any, required: tuple[str, ...], optional: tuple[str, ...]
-    ) -> None:
-        if not isinstance(data, dict):
-            raise self.error(f"{where}: expected an object, got {type(data).__name__}")
-        for key in data:
-            if key not in required + optional:
-                raise self.error(f"{where}: unknown key {key!r}")
-        for key in required:
-            if key not in data:
-                raise self.error(f"{where}: key {key!r} is missing")
-
-    def string(self, where: str, value: Any) -> str:
-        if not isinstance(value, str) or not value:
-            raise self.error(f"{where}: expected a text, got {value!r}")
-        return value
-
-    def optional(self, key: str, data: Mapping[str, Any]) -> str | None:
-        return self.string(key, data[key]) if key in data else None
-
-    def one_or_more(self, where: str, value: Any) -> tuple[str, ...]:
-        if isinstance(value, str):
-            return (self.string(where, value),)
-        return self.strings(where, value)
-
-    def strings(self, where: str, value: Any) -> tuple[str, ...]:
-        return tuple(self.string(where, x) for x in self.items(where, value))
-
-    def items(self, where: str, value: Any, least: int = 1) -> list[Any]:
-        if not isinstance(value, list) or len(value) < least:
-            raise self.error(f"{where}: expected a list of at least {least}, got {value!r}")
-        return value
-
-    def unique(self, where: str, values: Any) -> None:
-        seen = set()
-        for value in values:
-            if value in seen:
-                raise self.error(f"{where}: {value!r} is there twice")
-            seen.add(value)
-
-    def error(self, text: str) -> CheckpointError:
-        return CheckpointError(f"{self.name}: {text}")
-
-
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -608,7 +279,7 @@ def _layers(config: Mapping[str, Any], key: str) -> list[int]:
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", value):
         value = [int(x) for x in value.split(",")]
     value = [] if value is None else value
-    if not isinstance(value, list) or not all(_is_int(x) for x in value):
+    if not isinstance(value, list) or not all(is_int(x) for x in value):
         raise CheckpointError(
             f"config.json: {key!r} is {shorten(value)}, expected a list of layers"
         )
@@ -652,7 +323,7 @@ def _letter(config: Mapping[str, Any], letter: str, where: Letter) -> int:
     value, least = config[key], 1 if where.default is None else 0
     if isinstance(value, list) and value and all(x == value[0] for x in value):
         value = value[0]  # some configs repeat a size for each layer
-    if isinstance(value, list) and value and all(_is_int(x) for x in value):
+    if isinstance(value, list) and value and all(is_int(x) for x in value):
         raise CheckpointError(
             f"config.json: {letter} is {shorten(value)} (key {key!r}); "
             f"layers of different sizes are not supported, expected the same number for each"

@@ -13,14 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from molae.arch.counts import active_numbers
-from molae.arch.family import (
-    Family,
-    Layout,
-    Tensor,
-    find_family,
-    known_families,
-    own_family,
-)
+from molae.arch.family import Family, Layout, Tensor
+from molae.arch.registry import find_family, known_families, own_family
 from molae.config import TYPES
 from molae.errors import ArgumentError, CheckpointError, UnknownFamilyError, shorten
 from molae.factored import Factored
@@ -382,10 +376,7 @@ def _find(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Famil
             hint = f"its experts' tensors are named like {_some(experts)}"
         else:
             hint = f"no tensor is named like an expert's, the names are like {_some(tensors)}"
-        raise UnknownFamilyError(
-            f"{e}; {hint}; describe the family in a JSON file and give it with --arch FILE "
-            f"('molae inspect CHECKPOINT --draft FILE' drafts one, see docs/formats.md)"
-        ) from None
+        raise UnknownFamilyError(f"{e}; {hint}") from None
 
 
 def _check_quantization(config: Mapping[str, Any], converted: bool) -> None:

@@ -9,6 +9,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -33,9 +34,9 @@ TIMEOUT = 60.0
 #: Seconds between looks at who is there.
 LOOK_EVERY = 0.5
 
-#: Calls `describe_worker` by its name. A function itself is unpickled before it is called, and a
-#: worker that lacks its module ends of that: it would never say what is wrong with it.
-LOOK = "__import__('molae.cluster.worker', fromlist=['*']).describe_worker(source, folder)"
+#: Is imported first, by its name: a worker that lacks it would end of a function that it cannot
+#: unpickle, and never say what is wrong with it.
+MODULE = describe_worker.__module__
 
 #: A file that so many workers were lost with is given up.
 MOST_LOSSES = 3
@@ -49,6 +50,8 @@ class _Worker:
     ----------
     address : str
     threads : int
+    imported : bool
+        Whether it has found what it is to run.
     facts : dict
         What `describe_worker` says of it; empty until it has answered.
     differs : list of str
@@ -65,6 +68,7 @@ class _Worker:
 
     address: str
     threads: int
+    imported: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     differs: list[str] = field(default_factory=list)
     refused: str = ""
@@ -228,8 +232,10 @@ class Workers:
             worker = self._workers.setdefault(address, _Worker(address, threads))
             if not worker.facts and not worker.refused and worker.busy is None:
                 place = None if folder is None else str(folder)
-                given = {"source": source, "folder": place}
-                worker.busy = self._submit(worker, eval, LOOK, given)
+                if worker.imported:
+                    worker.busy = self._submit(worker, answer, describe_worker, source, place)
+                else:
+                    worker.busy = self._submit(worker, import_module, MODULE)
                 worker.asked = time.monotonic()
             elif self._is_silent(worker):
                 worker.busy, worker.refused = None, f"says nothing for {self._timeout:g} s"
@@ -300,7 +306,11 @@ class Workers:
     def _judge(self, worker: _Worker) -> None:
         """What a worker has said of itself: may it take part?"""
         assert worker.busy is not None
-        found, worker.busy = _answer(worker.busy), None
+        busy, worker.busy = worker.busy, None
+        if not worker.imported and busy.status == "finished":
+            worker.imported = True  # the module itself stays there
+            return
+        found = _answer(busy)
         if (error := found.error) is not None:
             if _is_loss(error):
                 self._workers.pop(worker.address, None)
@@ -532,8 +542,8 @@ def _answer(future: distributed.Future[Any]) -> Answer:
     if future.status == "error":
         error = future.exception()
         return Answer(error=error if isinstance(error, Exception) else RuntimeError(str(error)))
-    found = future.result()
-    return found if isinstance(found, Answer) else Answer(found)
+    found: Answer = future.result()
+    return found
 
 
 def _is_loss(error: Exception) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from molae._version import __version__
 from molae.arch import Family, Model, describe, find_family, promise
 from molae.convert.quantized import find_packing
-from molae.errors import ArgumentError, CheckpointError
+from molae.errors import ArgumentError, CheckpointError, shorten
 from molae.factored import Factored, LightModule
 from molae.io import DTYPES, ENCODINGS, TensorInfo, open_checkpoint
 from molae.io.dtypes import FLOATING
@@ -337,9 +337,10 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
     for own in (config, text if isinstance(text, Mapping) else {}):
         written = own.get("dtype") or own.get("torch_dtype")
         if written:
-            if written not in _NAMES:
+            if not isinstance(written, str) or written not in _NAMES:
                 raise CheckpointError(
-                    f"config.json: type {written!r} is unknown; known are {', '.join(_NAMES)}"
+                    f"config.json: type {shorten(written)} is unknown; "
+                    f"known are {', '.join(_NAMES)}"
                 )
             return _NAMES[written]
     return None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molae.errors import CheckpointError
+from molae.errors import CheckpointError, shorten
 from molae.io import DTYPES, TensorInfo
 
 __all__ = ["Packing", "find_packing"]
@@ -77,7 +77,8 @@ def find_packing(config: Mapping[str, Any]) -> Packing | None:
     if method == "compressed-tensors" and (found := _compressed(quant)):
         return found
     raise CheckpointError(
-        f"config.json: quantized by {method!r}, of which molae does not know what the files take"
+        f"config.json: quantized by {shorten(method)}, of which molae does not know what the "
+        "files take"
     )
 
 
@@ -87,8 +88,8 @@ def _fp8(config: Mapping[str, Any], quant: Mapping[str, Any]) -> Packing:
         isinstance(n, int) and n > 0 for n in block
     )):  # fmt: skip
         raise CheckpointError(
-            f"config.json: quantized to fp8 in blocks of {block!r}, of which molae does not know "
-            "what the files take"
+            f"config.json: quantized to fp8 in blocks of {shorten(block)}, of which molae does not "
+            "know what the files take"
         )
     if config.get("expert_dtype"):
         raise CheckpointError(
@@ -117,7 +118,10 @@ def _compressed(quant: Mapping[str, Any]) -> Packing | None:
     groups = quant.get("config_groups")
     if not isinstance(groups, Mapping) or len(groups) != 1:
         return None
-    weights = next(iter(groups.values())).get("weights") or {}
+    group = next(iter(groups.values()))
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping):
+        return None
     size, bits, kind = (weights.get(key) for key in ("group_size", "num_bits", "type"))
     if bits != 4 or not isinstance(size, int) or size < 1 or weights.get("strategy") != "group":
         return None
@@ -131,9 +135,19 @@ def _compressed(quant: Mapping[str, Any]) -> Packing | None:
 def _skips(quant: Mapping[str, Any]) -> Callable[[str], bool]:
     """Whether a tensor belongs to a module that the config leaves as it is."""
     listed = quant.get("modules_to_not_convert") or quant.get("ignore") or []
+    if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
+        raise CheckpointError(
+            f"config.json: quantization_config leaves out {shorten(listed)}, expected a list of "
+            "names"
+        )
     plain = {x for x in listed if not x.startswith("re:") and "*" not in x}
     globs = [x for x in listed if "*" in x and not x.startswith("re:")]
-    patterns = [re.compile(x[3:]) for x in listed if x.startswith("re:")]
+    try:
+        patterns = [re.compile(x[3:]) for x in listed if x.startswith("re:")]
+    except re.error as error:
+        raise CheckpointError(
+            f"config.json: quantization_config leaves out {error.pattern!r}, no pattern: {error}"
+        ) from error
 
     def skipped(name: str) -> bool:
         module = name.rpartition(".")[0]

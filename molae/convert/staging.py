@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,24 +17,48 @@ from molae.errors import CheckpointError
 from molae.fit import LayerInput
 from molae.io import ShardWriter, TensorSpec, dtype_name, map_file
 
-__all__ = ["StagedText", "write_reading"]
+__all__ = ["StagedText", "read_reading", "write_reading"]
 
-#: The tensor that names the activation.
-_ACTIVATION = "activation"
-
-#: Of a `LayerInput`.
-_ARRAYS = ("x", "index", "weights", "answers")
+#: The tensor that holds what is no array, as JSON.
+_FACTS = "facts"
 
 
 def write_reading(path: Path, given: LayerInput) -> None:
-    """Keep a layer's input, without what a fit that follows converted layers has besides."""
-    arrays = {name: getattr(given, name) for name in _ARRAYS}
-    arrays[_ACTIVATION] = np.frombuffer(given.activation.encode(), np.uint8)
+    """Keep a layer's input, all but the `room`, which the reader has of its own."""
+    arrays: dict[str, np.ndarray] = {}
+    facts: dict[str, Any] = {}
+    for name, value in _parts(given).items():
+        if isinstance(value, np.ndarray):
+            arrays[name] = value
+        elif isinstance(value, tuple):
+            arrays |= {f"{name}.{i}": array for i, array in enumerate(value)}
+            facts[name] = len(value)
+        else:
+            facts[name] = value
+    arrays[_FACTS] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     specs = [TensorSpec(name, dtype_name(a.dtype), a.shape) for name, a in arrays.items()]
     with ShardWriter(path, specs) as out:
         for name, array in arrays.items():
             out.write(name, array)
         out.finish()
+
+
+def read_reading(path: Path, room: Callable[[str, tuple[int, ...]], np.ndarray]) -> LayerInput:
+    """What `write_reading` has kept, in mapped arrays."""
+    arrays: dict[str, Any] = dict(map_file(path))
+    facts = json.loads(arrays.pop(_FACTS).tobytes())
+    for name, value in facts.items():
+        if name in _TUPLES and value is not None:
+            facts[name] = tuple(arrays.pop(f"{name}.{i}") for i in range(value))
+    return LayerInput(**arrays, **facts, room=room)
+
+
+#: Fields of a `LayerInput` that are several arrays.
+_TUPLES = ("biases",)
+
+
+def _parts(given: LayerInput) -> dict[str, Any]:
+    return {f.name: getattr(given, f.name) for f in fields(given) if f.name != "room"}
 
 
 class StagedText:
@@ -65,9 +91,7 @@ class StagedText:
         """The one that is in the file."""
         if anchored:
             raise CheckpointError(f"{self._path.name}: was read without the layers before it")
-        arrays: dict[str, Any] = dict(map_file(self._path))
-        activation = arrays.pop(_ACTIVATION).tobytes().decode()
-        return LayerInput(**arrays, activation=activation, room=self._room)
+        return read_reading(self._path, self._room)
 
     def advance(self, layer: int, *changed: object) -> None:
         """Nothing comes behind it here."""

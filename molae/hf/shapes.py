@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 from molae.errors import CheckpointError, UnknownFamilyError
 from molae.hf.opening import check_harmless, first_line
@@ -102,9 +103,14 @@ def _is_nested(config: Mapping[str, Any]) -> bool:
 def _build(auto: Any, kind: str, config: Mapping[str, Any]) -> Any:
     # Nothing quantized, and no code of the checkpoint's own: only shapes are asked for.
     left_out = ("model_type", "quantization_config", "auto_map")
-    made = CONFIG_MAPPING[kind].from_dict(_without(config, left_out))
-    with torch.device("meta"):
-        return auto.from_config(made, trust_remote_code=False)
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # its advice is for those who would run the model
+    try:
+        made = CONFIG_MAPPING[kind].from_dict(_without(config, left_out))
+        with torch.device("meta"):
+            return auto.from_config(made, trust_remote_code=False)
+    finally:
+        logging.set_verbosity(told)
 
 
 def _without(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
