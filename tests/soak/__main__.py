@@ -52,7 +52,7 @@ def _poisons(args: argparse.Namespace) -> Any:
 def _leaks(args: argparse.Namespace) -> Any:
     from soak import native
 
-    return native.leaks(args.repeats)
+    return native.leaks(args.repeats, args.names)
 
 
 def _sanitizers(args: argparse.Namespace) -> Any:
@@ -81,6 +81,7 @@ def main() -> int:
     parser.add_argument("--kinds", action="append", default=[], help="of the runs that are killed")
     parser.add_argument("--calls", type=int, default=10_000, help="system calls that fail")
     parser.add_argument("--repeats", type=int, default=10_000, help="calls of each function")
+    parser.add_argument("--names", default="", help="of the functions, a part of them")
     parser.add_argument(
         "--only", action="append", default=[], choices=("asan", "ubsan", "tsan"),
         help="of the sanitizers",

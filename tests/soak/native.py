@@ -167,7 +167,7 @@ def leaks(count: int, names: str = "") -> Outcome:
             broken = swapped(case.given, first, np.full_like(first, np.nan))
         _times(case, broken, max(20, count // 10))
         gc.collect()
-        before = _resident()
+        before, live = _resident(), _core.mem_live()
         _times(case, broken, count)
         gc.collect()
         grown = _resident() - before
@@ -176,8 +176,8 @@ def leaks(count: int, names: str = "") -> Outcome:
         found.counts["most bytes grown"] = max(found.counts["most bytes grown"], grown)
         if grown > GROWTH:
             found.fault(case, f"{grown} bytes more after {count} calls")
-        if _core.mem_live() != 0:
-            found.fault(case, f"{_core.mem_live()} blocks are live")
+        if _core.mem_live() != live:
+            found.fault(case, f"{_core.mem_live() - live} more blocks are live")
     found.seconds = time.perf_counter() - started
     context.__exit__(None, None, None)
     return found
