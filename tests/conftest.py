@@ -8,6 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Test processes share the cores: threads that wait for one another would lose their turns. Set
+# before NumPy and molae look.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ("MOLAE_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
 import hypothesis
 import numpy as np
 import pytest
