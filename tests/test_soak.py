@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import make_checkpoint
-from converting import tree
+from converting import REPORT, tree
 from soak import native
 from soak.calls import Case
 from soak.faults import compiler
@@ -86,6 +86,42 @@ def test_killed_runs_resume_to_the_same_bytes():
     named = [word for kind in kinds for word in ("--kinds", kind)]
     found = soak("kills", "--kills", 10, "--seed", 3, *named, seconds=550)
     assert sum(found["kills"].values()) == 10
+
+
+def test_random_operations():
+    found = soak("walk", "--operations", 60, "--seed", 5)
+    assert sum(found["operations"].values()) == 60
+    assert len(found["operations"]) == 5
+    assert min(found["refused"].values()) > 0
+
+
+@pytest.mark.parametrize("harm", ["report", "weights"])
+def test_the_walk_sees_a_result_that_is_wrong(monkeypatch, harm):
+    from soak import walk
+
+    calls = 0
+
+    def convert_badly(src, dst, config, **options):
+        nonlocal calls
+        calls += 1
+        report = convert(src, dst, config, **options)
+        if harm == "report":
+            path = dst / REPORT
+            data = json.loads(path.read_text())
+            for row in data["rows"]:
+                row["error"] *= 1.01
+            path.write_text(json.dumps(data))
+        elif calls % 2:
+            file = next(path for path in sorted(dst.glob("*.safetensors")))
+            raw = bytearray(file.read_bytes())
+            raw[-1] ^= 1
+            file.write_bytes(raw)
+        return report
+
+    monkeypatch.setattr(walk, "convert", convert_badly)
+    faults = walk.run(12, 1).faults
+    wanted = {"_converted"} if harm == "report" else {"_interrupted", "_overwritten"}
+    assert wanted <= {fault["operation"] for fault in faults}
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C compiler to build the injector with")

@@ -29,8 +29,8 @@ Groups = list[tuple[int, ...]]
 
 Side = Literal["input", "output"]
 
-#: Factors of some groups, and the relative error of each of their experts.
-Solution = tuple[fit.SharedFactors, np.ndarray]
+#: Factors of some groups, and the relative error and the energy of each of their experts.
+Solution = tuple[fit.SharedFactors, np.ndarray, np.ndarray]
 Solver = Callable[[Matrices, Groups, list[int], Side], Solution]
 
 
@@ -121,7 +121,7 @@ def _shared_in_gauge_form(
 ) -> Solution:
     result = fit.factor_shared(matrices, ranks, groups=groups, side=side, form="gauge")
     assert result.error is not None
-    return result, result.error
+    return result, result.error, result.energy
 
 
 def _two_steps(matrices: Matrices, groups: Groups, ranks: list[int], side: Side) -> Solution:
@@ -134,7 +134,9 @@ def _two_steps(matrices: Matrices, groups: Groups, ranks: list[int], side: Side)
                 reduced[i] = lower.astype(matrices[i].dtype)
     result = fit.factor_shared(reduced, ranks, groups=groups, side=side, form="plain")
     error = [_relative_error(result.reconstruct(i), W) for i, W in enumerate(matrices)]
-    return result, np.array(error)
+    # What the second step has seen has less energy than the source.
+    energy = [_energy(W, i) for i, W in enumerate(matrices)]
+    return result, np.array(error), np.array(energy)
 
 
 def _fit(matrices: Matrices, split: Split, side: Side, solve: Solver) -> Fitted:
@@ -160,10 +162,9 @@ def _fit(matrices: Matrices, split: Split, side: Side, solve: Solver) -> Fitted:
         with _numbered(experts), warnings.catch_warnings():
             # The report says where the direct SVD was needed; no warning for each group.
             warnings.simplefilter("ignore", PrecisionWarning)
-            result, error[experts] = solve(
+            result, error[experts], energy[experts] = solve(
                 [matrices[i] for i in experts], list(groups), [rank for _, _, rank in batch], side
             )
-        energy[experts] = result.energy
         spectra += result.spectrum
         for at, (g, _, rank) in enumerate(batch):
             for name, values in facts.items():

@@ -31,6 +31,12 @@ def _kills(args: argparse.Namespace) -> Any:
     return kills.run(args.kills, args.seed, args.kinds)
 
 
+def _walk(args: argparse.Namespace) -> Any:
+    from soak import walk
+
+    return walk.run(args.operations, args.seed)
+
+
 def _faults(args: argparse.Namespace) -> Any:
     from soak import faults
 
@@ -64,6 +70,7 @@ def _sanitizers(args: argparse.Namespace) -> Any:
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "fuzz": _fuzz,
     "kills": _kills,
+    "walk": _walk,
     "faults": _faults,
     "allocations": _allocations,
     "poisons": _poisons,
@@ -79,6 +86,7 @@ def main() -> int:
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--kinds", action="append", default=[], help="of the runs that are killed")
+    parser.add_argument("--operations", type=int, default=10_000, help="of the random walk")
     parser.add_argument("--calls", type=int, default=10_000, help="system calls that fail")
     parser.add_argument("--repeats", type=int, default=10_000, help="calls of each function")
     parser.add_argument("--names", default="", help="of the functions, a part of them")
