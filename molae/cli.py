@@ -178,7 +178,7 @@ def _tensors(config: dict[str, Any], family: Any) -> tuple[Any, str]:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from molae.convert import convert, plan
+    from molae.convert import check_divisible, convert, plan
 
     config = _config(args)
     if args.dst is None and not args.dry_run:
@@ -190,6 +190,8 @@ def _convert(args: argparse.Namespace) -> None:
             )
         _show_plan(args, found)
         return
+    if args.scheduler is not None:  # before it is waited for
+        check_divisible(config, args.calibration is not None)
     with (
         _executor(args) as executor,
         _calibration(args, args.src) as calibration,

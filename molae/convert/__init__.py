@@ -37,6 +37,7 @@ __all__ = [
     "TypeRow",
     "Watcher",
     "WorkerRow",
+    "check_divisible",
     "convert",
     "heal",
     "inspect",

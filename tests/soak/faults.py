@@ -80,7 +80,7 @@ def preload(argv: Sequence[str]) -> None:
              library, "-ldl"], check=True,
         )  # fmt: skip
         environ = os.environ | {"LD_PRELOAD": library, LIBRARY: library}
-        done = subprocess.run([sys.executable, *argv], env=environ, check=False)
+        done = subprocess.run([sys.executable, "-P", *argv], env=environ, check=False)
     raise SystemExit(done.returncode)
 
 
