@@ -445,6 +445,7 @@ def _train(args: argparse.Namespace, path: str, data: str, config: Any, *, dtype
     from molae.hf.opening import use_threads
     from molae.report.evaluation import finetuned_view, steps_progress
     from molae.train import finetune
+    from molae.train.finetune import leave_processes
 
     hide_progress()
     use_threads(args.threads)
@@ -461,6 +462,7 @@ def _train(args: argparse.Namespace, path: str, data: str, config: Any, *, dtype
             overwrite=args.overwrite,
             progress=progress,
         )
+    leave_processes()
     if os.environ.get("RANK", "0") != "0":
         return  # of several processes the first tells
     if args.json:

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from molae.errors import ArgumentError, DestinationError, MissingExtraError
 from molae.hf.opening import find_folder, open_model, open_tokenizer
 from molae.train.adapters import add_adapters, need_peft
@@ -38,7 +40,7 @@ from molae.train.trainer import (
     trained_parameters,
 )
 
-__all__ = ["finetune"]
+__all__ = ["finetune", "leave_processes"]
 
 #: In the folder of a run.
 ANSWERS = "teacher"
@@ -159,6 +161,15 @@ def finetune(
         model = model.to(getattr(source, "dtype", None) or model.dtype)
         write(model, tokenizer, dst, work, found, config)
     return found
+
+
+def leave_processes() -> None:
+    """Let go of the other processes of a run, where there are any.
+
+    Their connections have threads, which must not be there any more when Python ends.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _open_to_train(src: Any, config: FinetuneConfig, dtype: Any, device: Any) -> Any:
