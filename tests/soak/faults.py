@@ -28,6 +28,7 @@ from converting import REPORT, tree
 from molae import ConvertConfig, cli, convert
 from molae.convert.destination import LOCK
 from molae.convert.journal import JOURNAL
+from soak.outcome import Findings
 
 __all__ = ["KINDS", "compiler", "preload", "run"]
 
@@ -48,16 +49,11 @@ LIBRARY = "MOLAE_SOAK_FAULTS"
 
 
 @dataclass
-class Outcome:
+class Outcome(Findings):
     """Faults by the call that failed, how the command ended, and what must not be."""
 
     failed: Counter[str] = field(default_factory=Counter)
     ended: Counter[str] = field(default_factory=Counter)
-    faults: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 def compiler() -> str | None:

@@ -44,6 +44,7 @@ from molae.fit.descent import Descended, _set_down, _taken_up
 from molae.io import open_checkpoint
 from molae.io.checkpoint import INDEX
 from soak.mutate import mutated
+from soak.outcome import Findings
 
 __all__ = ["CORPUS", "Outcome", "run", "surfaces"]
 
@@ -73,18 +74,13 @@ class Surface:
 
 
 @dataclass
-class Outcome:
+class Outcome(Findings):
     """Counts by surface, and what must not be."""
 
     read: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
-    faults: list[dict[str, Any]] = field(default_factory=list)
     slowest: float = 0.0
     most_bytes: int = 0
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 def surfaces(work: Path) -> list[Surface]:

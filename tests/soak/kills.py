@@ -30,6 +30,7 @@ from molae.convert import layer_state
 from molae.convert.destination import LOCK
 from molae.convert.journal import JOURNAL
 from molae.errors import DestinationError
+from soak.outcome import Findings
 
 __all__ = ["PHASES", "Outcome", "run"]
 
@@ -40,16 +41,11 @@ Run = Callable[[Path], object]
 
 
 @dataclass
-class Outcome:
+class Outcome(Findings):
     """Kills by the kind of run and by what they left, and what must not be."""
 
     kills: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
-    faults: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 def run(count: int, seed: int, kinds: Sequence[str] = ()) -> Outcome:

@@ -20,6 +20,7 @@ import numpy as np
 from molae import _core, ops
 from molae.errors import MolaeError
 from soak.calls import Case, arrays, cases, swapped
+from soak.outcome import Findings
 
 __all__ = ["Outcome", "allocations", "leaks", "poisons"]
 
@@ -28,15 +29,10 @@ GROWTH = 4 << 20
 
 
 @dataclass
-class Outcome:
+class Outcome(Findings):
     """Counts, and what must not be."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    faults: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
     def fault(self, case: Case, what: str) -> None:
         self.faults.append({"case": case.name, "fault": what})

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from soak.outcome import Findings
 
 __all__ = ["SANITIZERS", "TESTS", "Outcome", "run"]
 
@@ -45,15 +46,10 @@ _SAID = re.compile(
 
 
 @dataclass
-class Outcome:
+class Outcome(Findings):
     """Tests passed under each sanitizer, and what it said."""
 
     passed: Counter[str] = field(default_factory=Counter)
-    faults: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 def run(names: Sequence[str] = (), tests: Sequence[str] = TESTS) -> Outcome:

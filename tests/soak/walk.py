@@ -24,6 +24,7 @@ from molae import ConvertConfig, convert, materialize, num_threads
 from molae.convert import Report, Watcher, inspect
 from molae.errors import ArgumentError, CheckpointError, DestinationError
 from molae.report.page import page_text
+from soak.outcome import Findings
 
 __all__ = ["Outcome", "run"]
 
@@ -35,16 +36,11 @@ KEPT = 3
 
 
 @dataclass
-class Outcome:
+class Outcome(Findings):
     """Operations by name, and what must not be."""
 
     operations: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
-    faults: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 def run(operations: int, seed: int) -> Outcome:
