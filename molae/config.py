@@ -16,7 +16,7 @@ from typing import Any
 
 from molae.errors import ArgumentError
 
-__all__ = ["TYPES", "ConvertConfig", "HealConfig", "field_help", "refuse_nonsense"]
+__all__ = ["TYPES", "ConvertConfig", "HealConfig", "field_help", "is_int", "refuse_nonsense"]
 
 #: The matrices of one expert, in the order in which they are worked on.
 TYPES = ("gate_proj", "up_proj", "down_proj")
@@ -48,7 +48,8 @@ def _document(config: type) -> type:
     return config
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether it is a whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -168,13 +169,13 @@ class ConvertConfig:
                 object.__setattr__(self, name, _share(name, share))
         if self.flops is not None and self.uniform:
             raise ArgumentError("flops: the same share everywhere (uniform) knows no such budget")
-        if self.rank is not None and not (_is_int(self.rank) and self.rank >= 1):
+        if self.rank is not None and not (is_int(self.rank) and self.rank >= 1):
             raise ArgumentError(f"rank: expected a whole number of at least 1, got {self.rank!r}")
         for name in ("uniform", "one_shot", "drop_idle", "refit"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         for name in ("compressed_experts", "heal"):
-            if not (_is_int(getattr(self, name)) and getattr(self, name) >= 0):
+            if not (is_int(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ArgumentError(
                     f"{name}: expected a whole number of at least 0, got {getattr(self, name)!r}"
                 )
@@ -293,13 +294,13 @@ class HealConfig:
 
     def __post_init__(self) -> None:
         good = {
-            "passes": _is_int(self.passes) and self.passes >= 1,
-            "steps": self.steps is None or (_is_int(self.steps) and self.steps >= 1),
+            "passes": is_int(self.passes) and self.passes >= 1,
+            "steps": self.steps is None or (is_int(self.steps) and self.steps >= 1),
             "rate": _is_number(self.rate) and self.rate > 0,
             "weight_decay": _is_number(self.weight_decay) and self.weight_decay >= 0,
             "max_norm": self.max_norm is None or (_is_number(self.max_norm) and self.max_norm > 0),
             "anchored": isinstance(self.anchored, bool),
-            "seed": _is_int(self.seed) and self.seed >= 0,
+            "seed": is_int(self.seed) and self.seed >= 0,
         }
         refuse_nonsense(self, good)
 
@@ -328,7 +329,7 @@ def _nbytes(name: str, value: Any) -> int:
         if match is not None:
             number, prefix, binary = match.groups()
             found = int(float(number) * (1024 if binary else 1000) ** "_kmgt".index(prefix or "_"))
-    if not (_is_int(found) and found >= 1):
+    if not (is_int(found) and found >= 1):
         raise ArgumentError(f"{name}: expected bytes, or a text such as '24GB', got {value!r}")
     return int(found)
 
@@ -342,13 +343,13 @@ def _check_group_size(value: Any) -> int | str | dict[str, int]:
             kind = name if name in TYPES else f"{name}_proj"
             if kind not in TYPES:
                 raise ArgumentError(f"group_size: unknown matrix type {name!r}; known are {TYPES}")
-            if not (_is_int(size) and size >= 1):
+            if not (is_int(size) and size >= 1):
                 raise ArgumentError(
                     f"group_size: expected a whole number of at least 1 for {name}, got {size!r}"
                 )
             sizes[kind] = size
         return {kind: sizes[kind] for kind in TYPES if kind in sizes} or "auto"
-    if _is_int(value) and value >= 1:
+    if is_int(value) and value >= 1:
         return int(value)
     raise ArgumentError(
         f"group_size: expected 'auto', a whole number of at least 1 or a mapping, got {value!r}"

@@ -52,7 +52,7 @@ def test_matrices(tmp_path):
             assert checkpoint.encoding == encoding
             model = describe(checkpoint)
             assert (model.layout, model.dtype) == ("transposed", "BF16")
-            assert not model.is_mapped(checkpoint)
+            assert not model.is_mapped(checkpoint.encoding)
             for layer in model.moe_layers:
                 for kind in KINDS:
                     found = model.matrices(checkpoint, layer, kind)

@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping, Set
 from typing import Any
 
-from molae.arch.family import FUSED, SHAPES, Family, Layout, Letter, MoeLayers, Tensor, is_int
-from molae.config import TYPES
+from molae.arch.family import FUSED, SHAPES, Family, Layout, Letter, MoeLayers, Tensor
+from molae.config import TYPES, is_int
 from molae.errors import CheckpointError
 from molae.io import parse_json
 
-__all__ = ["parse_family", "read_family"]
+__all__ = ["NAMED_LAYOUTS", "parse_family", "read_family"]
 
 _KEYS = ("model_type", "letters", "moe_layers", "blocks", "experts", "layouts", "tensors")
 _LETTERS = ("L", "E", "K", "D", "F")
@@ -21,7 +21,7 @@ _RULES = (
     "first", "last", "every", "offset", "step", "except", "only", "types", "pattern", "enabled",
 )  # fmt: skip
 
-_NAMED_LAYOUTS = {
+NAMED_LAYOUTS = {
     "per_expert": Layout(
         "per_expert",
         tuple(Tensor(t, f"${{experts}}.${{expert}}.{t}.weight", SHAPES[t]) for t in TYPES),
@@ -136,11 +136,11 @@ class _Reader:
 
     def layout(self, data: Any, letters: Mapping[str, Any], *, whole: bool) -> Layout:
         if isinstance(data, str):
-            if data not in _NAMED_LAYOUTS:
+            if data not in NAMED_LAYOUTS:
                 raise self.error(
-                    f"layouts: {data!r}, expected one of {', '.join(_NAMED_LAYOUTS)}, or an object"
+                    f"layouts: {data!r}, expected one of {', '.join(NAMED_LAYOUTS)}, or an object"
                 )
-            return _NAMED_LAYOUTS[data]
+            return NAMED_LAYOUTS[data]
         self.keys("layouts", data, ("name", "tensors"), ())
         name = self.string("layouts.name", data["name"])
         where = f"layout {name!r}"

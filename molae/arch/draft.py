@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+from molae.arch.description import NAMED_LAYOUTS
 from molae.arch.family import MoeLayers
+from molae.config import is_int
 from molae.errors import CheckpointError
 from molae.factored import QUANT_METHOD
 from molae.io import TensorInfo
@@ -46,15 +48,6 @@ _RULES = {
 _GATE = ("gate_proj", "w1", "gate", "wi_0", "linear_1")
 _UP = ("up_proj", "w3", "up", "wi_1", "linear_v")
 _DOWN = ("down_proj", "w2", "down", "wo", "linear_2")
-
-_SHARED_LAYOUTS = {
-    "per_expert": [
-        ("gate_proj", "${experts}.${expert}.gate_proj.weight"),
-        ("up_proj", "${experts}.${expert}.up_proj.weight"),
-        ("down_proj", "${experts}.${expert}.down_proj.weight"),
-    ],
-    "fused": [("gate_up_proj", "${experts}.gate_up_proj"), ("down_proj", "${experts}.down_proj")],
-}
 
 
 @dataclass(frozen=True)
@@ -503,8 +496,8 @@ def _layout(roles: list[dict[str, Any]]) -> Any:
     """Its name where it is one that most families have."""
     named = [(own["role"], own["name"]) for own in roles]
     if not any("transposed" in own for own in roles):
-        for name, usual in _SHARED_LAYOUTS.items():
-            if named == usual:
+        for name, usual in NAMED_LAYOUTS.items():
+            if named == [(tensor.role, tensor.name) for tensor in usual.tensors]:
                 return name
     return {"name": "own", "tensors": roles}
 
@@ -532,5 +525,5 @@ def _gives(rules: Mapping[str, str], part: Mapping[str, Any], L: int, wanted: An
         return False
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_count(value: Any) -> bool:
+    return is_int(value) and value > 0

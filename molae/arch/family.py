@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from molae.errors import CheckpointError, shorten
+from molae.config import is_int
+from molae.errors import CheckpointError, UnknownFamilyError, shorten
+from molae.factored import Factored
 
-__all__ = ["FUSED", "SHAPES", "Family", "Layout", "Letter", "MoeLayers", "Tensor", "is_int"]
+__all__ = ["FUSED", "SHAPES", "Family", "Layout", "Letter", "MoeLayers", "Tensor"]
 
 FUSED = "gate_up_proj"
 """Role of a tensor whose first F rows are gate, and its last F rows up."""
@@ -229,6 +231,36 @@ class Family:
             )
         return part
 
+    def check_convertible(self) -> None:
+        """Refuse a family that is only inspected.
+
+        Raises
+        ------
+        UnknownFamilyError
+            The message says why.
+        """
+        if self.unsupported:
+            raise UnknownFamilyError(
+                f"family {self.model_type}: {self.unsupported}; molae inspects it, and does not "
+                "convert it"
+            )
+
+    def find_layout(self, factored: Factored) -> Layout:
+        """The layout that a converted checkpoint names.
+
+        Raises
+        ------
+        CheckpointError
+            There is no such one.
+        """
+        for layout in self.layouts:
+            if layout.name == factored.layout:
+                return layout
+        raise CheckpointError(
+            f"quantization_config.layout: {shorten(factored.layout)} is unknown for family "
+            f"{self.model_type}; known are {', '.join(x.name for x in self.layouts)}"
+        )
+
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the head is the embedding, by a bare config."""
         key = "tie_word_embeddings"
@@ -253,20 +285,29 @@ class Family:
         return sizes
 
     def read_moe_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """The layers that have experts, from a bare config."""
+        """The layers that have experts, from a bare config.
+
+        Raises
+        ------
+        CheckpointError
+            A size or a key of the rule is missing or makes no sense, or none has.
+        """
         part = self.settings(config)
-        return self.moe_layers.indices(part, _letter(part, "L", self.letters["L"]))
-
-
-def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        L = _letter(part, "L", self.letters["L"])
+        found = self.moe_layers.indices(part, L)
+        if not found:
+            raise CheckpointError(
+                f"config.json: by its settings none of the L={L} layers has experts; "
+                f"molae converts mixture-of-experts models only"
+            )
+        return found
 
 
 def _count(config: Mapping[str, Any], key: str | None, default: int, *, least: int) -> int:
     value = config.get(key) if key else None
     if value is None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_int(value) or value < least:
         raise CheckpointError(
             f"config.json: {key!r} is {shorten(value)}, expected a whole number of at least {least}"
         )
@@ -328,7 +369,7 @@ def _letter(config: Mapping[str, Any], letter: str, where: Letter) -> int:
             f"config.json: {letter} is {shorten(value)} (key {key!r}); "
             f"layers of different sizes are not supported, expected the same number for each"
         )
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_int(value) or value < least:
         raise CheckpointError(
             f"config.json: {letter} is {shorten(value)} (key {key!r}), "
             f"expected a whole number of at least {least}"

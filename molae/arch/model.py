@@ -111,13 +111,14 @@ class Model:
             made when it is asked for, by decoding or as a copy in the order that kernels read.
         """
         stored, tensor = self._stored(checkpoint, layer, kind), self._tensor(kind)
-        if self.is_mapped(checkpoint):
+        if self.is_mapped(checkpoint.encoding):
             return [tensor.view(own, kind) for own in stored]
         return LazyArrays(len(stored), lambda e: np.ascontiguousarray(tensor.view(stored[e], kind)))
 
-    def is_mapped(self, checkpoint: Checkpoint) -> bool:
-        """Whether `matrices` are views of the files, which take no memory of the process."""
-        return checkpoint.encoding is None and all(t.as_matrices for t in self._layout.tensors)
+    def is_mapped(self, encoding: str | None) -> bool:
+        """Whether `matrices` are views of files with this encoding, which take no memory of the
+        process."""
+        return encoding is None and all(t.as_matrices for t in self._layout.tensors)
 
     def sources(
         self, checkpoint: Checkpoint, layer: int, kind: str
@@ -329,34 +330,21 @@ def describe(
             "config.json: the checkpoint was converted with another description of its family, "
             "which it holds; leave --arch out"
         )
-    if family.unsupported and not converted:
-        raise UnknownFamilyError(
-            f"family {family.model_type}: {family.unsupported}; molae inspects it, and does not "
-            "convert it"
-        )
+    if not converted:
+        family.check_convertible()
     _check_quantization(config, converted)
     letters = family.read_letters(config)
     layers = family.read_moe_layers(config)
-    if not layers:
-        raise CheckpointError(
-            f"config.json: by its settings none of the L={letters['L']} layers has experts; "
-            f"molae converts mixture-of-experts models only"
-        )
     quant = config.get("quantization_config")
     method = quant.get("quant_method") if quant else None
     factored = Factored.from_dict(quant, letters) if quant and method not in ENCODINGS else None
     tied = family.is_tied(config)
+    layouts = family.layouts if factored is None else (family.find_layout(factored),)
     candidates = [
         Model(family, letters, layers, layout.name, "", factored, block, layout, tensors, tied)
         for block in family.blocks
-        for layout in family.layouts
-        if factored is None or layout.name == factored.layout
+        for layout in layouts
     ]
-    if not candidates:
-        raise CheckpointError(
-            f"quantization_config.layout: {quant and shorten(quant.get('layout'))} is unknown for "
-            f"family {family.model_type}; known are {', '.join(x.name for x in family.layouts)}"
-        )
     _check_extent(letters, layers, tensors)
     model = _best(candidates)
     _check_blocks(model)

@@ -7,9 +7,8 @@ from typing import Any
 
 from molae.arch.factors import factored_specs, light_specs
 from molae.arch.family import Family
-from molae.arch.model import Model, _expected, _extent
+from molae.arch.model import Model, _expected, _wanted_shape
 from molae.config import TYPES
-from molae.errors import CheckpointError
 from molae.factored import Factored
 from molae.io import TensorInfo, TensorSpec
 
@@ -44,23 +43,13 @@ def promise(
     """
     letters = family.read_letters(config)
     layers = family.read_moe_layers(config)
-    if not layers:
-        raise CheckpointError(
-            f"config.json: by its settings none of the L={letters['L']} layers has experts; "
-            f"molae is for mixture-of-experts models only"
-        )
     quant = config.get("quantization_config")
     converted = isinstance(quant, Mapping) and quant.get("quant_method") == "molae"
     factored = Factored.from_dict(quant, letters) if converted and quant else None
-    layout = min(family.layouts, key=lambda own: sum(t.per_expert for t in own.tensors))
     if factored is not None:
-        named = [own for own in family.layouts if own.name == factored.layout]
-        if not named:
-            raise CheckpointError(
-                f"quantization_config.layout: {factored.layout!r} is unknown for family "
-                f"{family.model_type}; known are {', '.join(x.name for x in family.layouts)}"
-            )
-        layout = named[0]
+        layout = family.find_layout(factored)
+    else:
+        layout = min(family.layouts, key=lambda own: sum(t.per_expert for t in own.tensors))
     tensors = dict(others)
     model = Model(
         family, letters, layers, layout.name, dtype, factored, family.blocks[0], layout, tensors,
@@ -73,7 +62,7 @@ def promise(
 
 def _specs(model: Model) -> Iterator[TensorSpec]:
     for name, (tensor, _, _) in _expected(model).items():
-        yield TensorSpec(name, model.dtype, tuple(_extent(x, model.letters) for x in tensor.shape))
+        yield TensorSpec(name, model.dtype, _wanted_shape(model, tensor))
     if model.factored is None:
         return
     for layer in model.moe_layers:

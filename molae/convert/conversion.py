@@ -22,12 +22,13 @@ from molae.convert.calibrated import Calibrated, Calibration, Trials
 from molae.convert.card import convert_card
 from molae.convert.estimate import calibrated_seconds, fit_seconds, memory_bytes, scratch_bytes
 from molae.convert.executor import Recipe
+from molae.convert.footprint import results_room
 from molae.convert.jsontext import json_text
 from molae.convert.layer_state import training_told
 from molae.convert.methods import find_method
 from molae.convert.naming import named
 from molae.convert.pipeline import Data
-from molae.convert.planning import Plan, spread, storage, summarize
+from molae.convert.planning import Plan
 from molae.convert.probe import Probe
 from molae.convert.report import CompressedRow, HealRow, Rows, TypeRow
 from molae.convert.shards import COMPRESSED, Job, convert_shards, finished_layers
@@ -148,9 +149,7 @@ class Conversion:
             self.allocation.compressed,
             self.allocation.light,
         )
-        E, F, D = (self.model.letters[letter] for letter in "EFD")
-        self.stack_bytes = E * F * D * DTYPES["F32"].itemsize
-        self.room = int(1.25 * self.stack_bytes)
+        self.room = results_room(self.model)
 
     def recipe(self) -> Recipe:
         """For other processes: all that is decided, so that they need not decide it again."""
@@ -172,7 +171,7 @@ class Conversion:
     @property
     def is_mapped(self) -> bool:
         """Whether the experts' matrices are views of the files."""
-        return self.model.is_mapped(self.checkpoint)
+        return self.model.is_mapped(self.checkpoint.encoding)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -290,31 +289,19 @@ class Conversion:
 
     def plan(self, *, timed: bool) -> Plan:
         """Facts about this conversion; `timed` measures how fast a few groups go."""
-        model, layers, form = self.model, self.allocation.layers, self.allocation.form
-        counts = model.counts()
+        counts, compressed = self.model.counts(), self.allocation.compressed
         others = (
             counts.total_parameters - counts.expert_parameters,
-            self.checkpoint.nbytes - counts.expert_parameters * DTYPES[model.dtype].itemsize,
+            self.checkpoint.nbytes - counts.expert_parameters * DTYPES[self.model.dtype].itemsize,
         )
-        before = storage(model, {}, form, others)
-        compressed, light = self.allocation.compressed, self.allocation.light
-        after = storage(model, layers, form, others, compressed, light)
-        return Plan.of(
+        return Plan.of_conversion(
             self,
-            self.method.name,
-            form,
-            size_asked=self.config.target_size,
-            size_reached=after.expert_numbers / before.expert_numbers,
-            before=before,
-            after=after,
-            types=summarize(layers),
-            spread=spread(layers, form, F=model.letters["F"], D=model.letters["D"]),
-            candidates=self.allocation.candidates,
+            others,
             memory_bytes=memory_bytes(self),
             seconds=self._seconds() if timed else None,
             passes=1 if self.calibrated is None else self.calibrated.footprint.passes,
             compressed=compressed,
-            light=light.title if compressed else None,
+            light=self.allocation.light.title if compressed else None,
             scratch_bytes=scratch_bytes(self),
             parallel=len(self.shards) if self._is_divisible else 1,
             encoding=self.checkpoint.encoding,

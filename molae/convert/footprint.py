@@ -17,7 +17,7 @@ from molae.fit.reading import CHUNK
 from molae.io import DTYPES, Checkpoint
 from molae.threads import get_num_threads
 
-__all__ = ["BASE_BYTES", "Footprint", "healing_bytes"]
+__all__ = ["BASE_BYTES", "Footprint", "healing_bytes", "results_room"]
 
 #: Python, NumPy and the libraries, before any work.
 BASE_BYTES = 60_000_000
@@ -77,8 +77,8 @@ class Footprint:
         ArgumentError
             There is no room for the groups asked for, or none for the refit.
         """
-        vocab = int(model.family.settings(checkpoint.config).get("vocab_size", 0))
-        copied = not model.is_mapped(checkpoint)
+        vocab = _vocabulary(model, checkpoint)
+        copied = not model.is_mapped(checkpoint.encoding)
         plan = cls.of_sizes(model.letters, model.dtype, config, vocab, copied=copied)
         if config.max_memory is None:
             return plan
@@ -160,7 +160,7 @@ def healing_bytes(checkpoint: Checkpoint, model: Model) -> int:
     trained, one at a time."""
     assert model.factored is not None
     D = model.letters["D"]
-    vocab = int(model.family.settings(checkpoint.config).get("vocab_size", 0))
+    vocab = _vocabulary(model, checkpoint)
     largest = max(
         sum(split_numbers(split, F=model.letters["F"], D=D, form=model.factored.form)
             for split in kinds.values())
@@ -191,3 +191,14 @@ def _light_bytes(config: ConvertConfig, F: int, D: int) -> int:
         return 8 * (2 * MEMORY + 6) * own
     # The linear part has eight arrays of down in double; the descent five of all.
     return max(8 * 8 * (light.units + 1) * D, 4 * 5 * own)
+
+
+def results_room(model: Model) -> int:
+    """Bytes of results that may wait to be written: a matrix type of a layer in float32, and a
+    quarter."""
+    E, F, D = (model.letters[letter] for letter in "EFD")
+    return int(1.25 * E * F * D * DTYPES["F32"].itemsize)
+
+
+def _vocabulary(model: Model, checkpoint: Checkpoint) -> int:
+    return int(model.family.settings(checkpoint.config).get("vocab_size", 0))

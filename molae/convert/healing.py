@@ -17,7 +17,7 @@ from molae.config import TYPES, HealConfig
 from molae.convert.calibrated import Calibration, in_order
 from molae.convert.card import heal_card
 from molae.convert.executor import Recipe
-from molae.convert.footprint import healing_bytes
+from molae.convert.footprint import healing_bytes, results_room
 from molae.convert.jsontext import json_text
 from molae.convert.layer_state import LayerState, training_told
 from molae.convert.light import Light
@@ -30,7 +30,7 @@ from molae.errors import ArgumentError, CheckpointError, NonFiniteError, Numeric
 from molae.factored import Factored
 from molae.fit.layer import runnable
 from molae.fit.refitting import in_dtype
-from molae.io import DTYPES, Checkpoint, TensorSpec, map_file, numpy_dtype, parse_json
+from molae.io import Checkpoint, TensorSpec, map_file, numpy_dtype, parse_json
 from molae.ops import Projection
 
 __all__ = ["Healing"]
@@ -79,8 +79,7 @@ class Healing:
             family = self.model.family
         _check_pair(self.model, checkpoint, describe(teacher, family=family), teacher)
         self.shards = heal_shards(checkpoint, self.model)
-        E, F, D = (self.model.letters[letter] for letter in "EFD")
-        self.room = int(1.25 * E * F * D * DTYPES["F32"].itemsize)
+        self.room = results_room(self.model)
         self.digest = ""
         self._finished: dict[int, Path] = {}
         self._state: Path | None = None

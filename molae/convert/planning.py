@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from molae.arch import Model, dense_flops, latent_flops
-from molae.config import TYPES
+from molae.config import TYPES, ConvertConfig
 from molae.convert.allocation import Candidate, split_numbers
 from molae.factored import VECTORS, Form, LightModule, Split, numbers_by_role
 from molae.io import DTYPES
 from molae.io.hub import is_hub_id
 
 if TYPE_CHECKING:
+    from molae.convert.allocation import Allocation
+    from molae.convert.fitting import Method
     from molae.convert.shards import Shard
 
 __all__ = ["Plan", "Spent", "Storage", "TypeSummary"]
@@ -173,6 +175,14 @@ class Run(Protocol):
     def settings(self) -> Mapping[str, Any]: ...
 
 
+class ConversionRun(Run, Protocol):
+    """A conversion whose groups and ranks are decided."""
+
+    config: ConvertConfig
+    method: Method
+    allocation: Allocation
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run will do.
@@ -264,6 +274,28 @@ class Plan:
             form=form,
             settings=run.settings,
             disk_bytes=sum(shard.nbytes for shard in run.shards),
+            **facts,
+        )
+
+    @classmethod
+    def of_conversion(cls, run: ConversionRun, others: tuple[int, int], **facts: Any) -> Plan:
+        """Of groups and ranks that are decided; `others` are the numbers and bytes of all but the
+        experts."""
+        model, decided = run.model, run.allocation
+        layers, form = decided.layers, decided.form
+        before = storage(model, {}, form, others)
+        after = storage(model, layers, form, others, decided.compressed, decided.light)
+        return cls.of(
+            run,
+            run.method.name,
+            form,
+            size_asked=run.config.target_size,
+            size_reached=after.expert_numbers / before.expert_numbers,
+            before=before,
+            after=after,
+            types=summarize(layers),
+            spread=spread(layers, form, F=model.letters["F"], D=model.letters["D"]),
+            candidates=decided.candidates,
             **facts,
         )
 

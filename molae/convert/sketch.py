@@ -12,13 +12,14 @@ from molae.config import ConvertConfig
 from molae.convert.allocation import Allocation, Candidate, complete_fused, gauge_ranks
 from molae.convert.calibrated import Calibrated
 from molae.convert.estimate import memory_bytes
+from molae.convert.footprint import results_room
 from molae.convert.inspection import read_promise
 from molae.convert.methods import find_method
-from molae.convert.planning import Plan, spread, storage, summarize
+from molae.convert.planning import Plan
 from molae.convert.probe import GROUP_SIZES
 from molae.convert.quantized import find_packing
 from molae.convert.shards import convert_shards
-from molae.errors import CheckpointError, UnknownFamilyError
+from molae.errors import CheckpointError
 from molae.factored import index_groups
 from molae.io import DTYPES, ENCODINGS, TensorInfo
 
@@ -63,11 +64,7 @@ def plan_config(
     """
     found = read_promise(config, tensors, family=family, unknown=unknown)
     model = found.model
-    if model.family.unsupported:
-        raise UnknownFamilyError(
-            f"family {model.family.model_type}: {model.family.unsupported}; molae inspects it, "
-            "and does not convert it"
-        )
+    model.family.check_convertible()
     try:
         packing = find_packing(config)
     except CheckpointError as error:
@@ -108,17 +105,15 @@ class Sketch:
         self, source: str, model: Model, config: ConvertConfig, encoding: str | None
     ) -> None:
         self.source_name, self.model, self.config = source, model, config
-        layout = next(own for own in model.family.layouts if own.name == model.layout)
         self.encoding = encoding
-        self.is_mapped = encoding is None and all(t.as_matrices for t in layout.tensors)
+        self.is_mapped = model.is_mapped(encoding)
         self.tensors = model.tensors
         self.method = find_method(config.method)
         self.allocation: Allocation = complete_fused(
             self.method.allocate(model, config, _Unmeasured(model)), model
         )
         self.shards = convert_shards(self, model, self.allocation.layers, self.allocation.form)
-        E, F, D = (model.letters[letter] for letter in "EFD")
-        self.room = int(1.25 * E * F * D * DTYPES["F32"].itemsize)
+        self.room = results_room(model)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -126,22 +121,11 @@ class Sketch:
 
     def plan(self, *, whole: bool) -> Plan:
         """The plan; `whole` if more than the experts is known of the model."""
-        model, layers, form = self.model, self.allocation.layers, self.allocation.form
-        counts, itemsize = model.counts(), DTYPES[model.dtype].itemsize
+        counts = self.model.counts()
         others = counts.total_parameters - counts.expert_parameters
-        before = storage(model, {}, form, (others, others * itemsize))
-        after = storage(model, layers, form, (others, others * itemsize))
-        plan = Plan.of(
+        plan = Plan.of_conversion(
             self,
-            self.method.name,
-            form,
-            size_asked=self.config.target_size,
-            size_reached=after.expert_numbers / before.expert_numbers,
-            before=before,
-            after=after,
-            types=summarize(layers),
-            spread=spread(layers, form, F=model.letters["F"], D=model.letters["D"]),
-            candidates=self.allocation.candidates,
+            (others, others * DTYPES[self.model.dtype].itemsize),
             memory_bytes=memory_bytes(self),
             seconds=None,
             experts_only=not whole,
