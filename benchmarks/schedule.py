@@ -38,7 +38,8 @@ from molae.convert.probe import GROUP_SIZES, MOST_EXPERTS
 from molae.errors import ArgumentError
 from molae.factored import index_groups
 from molae.fit import stored_numbers
-from molae.io import ShardWriter, TensorSpec
+from molae.io import DTYPES, ShardWriter, TensorSpec, read_config
+from molae.io.dtypes import config_dtype
 
 __all__ = ["Layer", "Pool", "Rates", "estimate", "layers_of", "makespan", "measure", "table"]
 
@@ -48,8 +49,7 @@ WIDEST = 1536
 #: Bytes of the file that is written to measure how fast that goes.
 WRITTEN = 256_000_000
 
-#: Bytes of a number, by the type that a config names, and as encoded, without scales of blocks.
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+#: Bytes of an encoded number, without scales of blocks.
 ENCODED = {"fp8": 1.0, "mxfp4": 17 / 32}
 
 #: What is converted for `check`: experts a layer, and their sizes; in groups of 8.
@@ -145,7 +145,7 @@ def layers_of(
             f"config.json: quant_method {encoding!r}; estimates are for {', '.join(ENCODED)}, or "
             "for a release without quantization_config"
         )
-    stored = BYTES[str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")]
+    stored = DTYPES[config_dtype(config) or "BF16"].itemsize
     layer = Layer(
         groups=len(groups),
         group_flops=group_flops(k, ranks[0], F=F, D=D),
@@ -319,8 +319,8 @@ def table(found: Mapping[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    config = json.loads(args.config.read_text(encoding="utf-8"))
-    family = load_family(args.family) if args.family else find_family(config)
+    config = read_config(args.config)
+    family = load_family(args.arch) if args.arch else find_family(config)
     choice = args.group_size is None
     k = args.group_size or GROUP_SIZES[-1]
     layers, facts = layers_of(config, family, size=args.size, k=k)
@@ -364,7 +364,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.schedule", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the model's config.json")
-    parser.add_argument("--family", type=Path, help="its family, where molae does not know it")
+    parser.add_argument(
+        "--arch", type=Path, help="its family's description, where molae does not know it"
+    )
     parser.add_argument("--title", help="what to call it (the file's name)")
     parser.add_argument(
         "--size", type=float, default=0.5, help="share of the numbers to keep (0.5)"

@@ -12,14 +12,13 @@ from typing import Any
 from molae._version import __version__
 from molae.arch import Family, Model, describe, find_family, promise
 from molae.convert.quantized import find_packing
-from molae.errors import ArgumentError, CheckpointError, shorten
+from molae.errors import ArgumentError, CheckpointError
 from molae.factored import Factored, LightModule
 from molae.io import DTYPES, ENCODINGS, TensorInfo, open_checkpoint
-from molae.io.dtypes import FLOATING
+from molae.io.dtypes import FLOATING, config_dtype
 
 __all__ = ["Inspection", "Promised", "inspect", "inspect_config", "read_promise"]
 
-_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _SHARED = {"shared_expert", "shared_experts", "shared_mlp", "share_expert"}
 _NEXT_TOKEN = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 _OTHERS = ("vision_config", "audio_config")
@@ -191,7 +190,7 @@ def read_promise(
     """
     family = family or find_family(config)
     notes = []
-    dtype = _dtype(config)
+    dtype = config_dtype(config)
     if dtype is None:
         dtype = "BF16"  # as which molae reads encoded files
         if "quantization_config" not in config:
@@ -330,20 +329,6 @@ def _aside(model: Model) -> tuple[int, tuple[str, ...]]:
 
 def _numbers(tensors: Iterable[TensorInfo]) -> int:
     return sum(info.size for info in tensors if info.dtype in FLOATING)
-
-
-def _dtype(config: Mapping[str, Any]) -> str | None:
-    text = config.get("text_config")
-    for own in (config, text if isinstance(text, Mapping) else {}):
-        written = own.get("dtype") or own.get("torch_dtype")
-        if written:
-            if not isinstance(written, str) or written not in _NAMES:
-                raise CheckpointError(
-                    f"config.json: type {shorten(written)} is unknown; "
-                    f"known are {', '.join(_NAMES)}"
-                )
-            return _NAMES[written]
-    return None
 
 
 def _as_type(info: TensorInfo, dtype: str) -> TensorInfo:

@@ -13,10 +13,9 @@ from transformers.utils import logging
 from molae.errors import CheckpointError, UnknownFamilyError
 from molae.hf.opening import check_harmless, first_line
 from molae.io import DTYPES, TensorInfo
+from molae.io.dtypes import config_dtype
 
 __all__ = ["tensors_of"]
-
-NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
 def tensors_of(config: Mapping[str, Any], *, known_as: str | None = None) -> dict[str, TensorInfo]:
@@ -69,9 +68,7 @@ def tensors_of(config: Mapping[str, Any], *, known_as: str | None = None) -> dic
             f"config.json: Transformers cannot build this model ({first_line(error)})"
         ) from error
     _check(net, own)
-    written = config.get("dtype") or config.get("torch_dtype")
-    written = written or own.get("dtype") or own.get("torch_dtype")
-    dtype = NAMES.get(str(written or "float32"), "F32")
+    dtype = config_dtype(config) or "F32"
     size = DTYPES[dtype].itemsize
     return {
         name: TensorInfo(name, dtype, tuple(t.shape), "", 0, t.numel() * size)

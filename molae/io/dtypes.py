@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from molae.errors import CheckpointError
+from molae.errors import CheckpointError, shorten
 
-__all__ = ["COMPUTABLE", "DTYPES", "FLOATING", "DType", "dtype_name", "numpy_dtype"]
+__all__ = [
+    "COMPUTABLE",
+    "DTYPES",
+    "FLOATING",
+    "DType",
+    "config_dtype",
+    "dtype_name",
+    "numpy_dtype",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,7 @@ COMPUTABLE = ("F32", "F16", "BF16")
 FLOATING = frozenset(n for n in DTYPES if n == "BF16" or n.startswith("F"))
 """The types whose elements count as parameters."""
 
+_CONFIG_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _NAMES = {d.numpy: d.name for d in DTYPES.values() if d.numpy is not None}
 
 
@@ -113,3 +124,25 @@ def dtype_name(dtype: np.dtype | type) -> str:
     if name is None:
         raise CheckpointError(f"NumPy type {np.dtype(dtype)} cannot be stored in safetensors")
     return name
+
+
+def config_dtype(config: Mapping[str, Any]) -> str | None:
+    """The type that a ``config.json``, or its ``text_config``, says of the weights; None where it
+    says none.
+
+    Raises
+    ------
+    CheckpointError
+        It is none of those that models are kept in.
+    """
+    text = config.get("text_config")
+    for own in (config, text if isinstance(text, Mapping) else {}):
+        written = own.get("dtype") or own.get("torch_dtype")
+        if written:
+            if not isinstance(written, str) or written not in _CONFIG_NAMES:
+                raise CheckpointError(
+                    f"config.json: type {shorten(written)} is unknown; "
+                    f"known are {', '.join(_CONFIG_NAMES)}"
+                )
+            return _CONFIG_NAMES[written]
+    return None
