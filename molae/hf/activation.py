@@ -99,17 +99,12 @@ def activation_of(experts: Any) -> Any:
     apply = getattr(experts, "_apply_gate", None)
     if own is not None:
         found = activation_module(own)
-        if apply is None or _answers_alike(apply, found):
+        if apply is None or _answers_alike(apply, found, 100):
             return found
     alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
     if own is None and isinstance(alpha, float) and isinstance(limit, float) and apply is not None:
         found = ClampedSwiglu(alpha, limit)
-        # By its answers: names alone would not tell if a later version computes another thing.
-        line = torch.linspace(-2 * limit, 2 * limit, 24, dtype=torch.float64, device="cpu")
-        gate, up = torch.meshgrid(line, line, indexing="ij")
-        both = torch.stack([gate, up], -1).reshape(-1, 2)
-        wanted = found(both[:, 0], both[:, 1])
-        if torch.allclose(apply(both).reshape(-1), wanted, rtol=1e-6, atol=1e-9):
+        if _answers_alike(apply, found, 2 * limit):
             return found
     raise CheckpointError(
         f"{type(experts).__name__}: this version of Transformers gives these experts an "
@@ -117,9 +112,11 @@ def activation_of(experts: Any) -> Any:
     )
 
 
-def _answers_alike(apply: Callable[..., torch.Tensor], act_fn: Any) -> bool:
-    """Whether experts take act(gate) · up and no more: some clamp gate and up beside that."""
-    line = torch.linspace(-100, 100, 41, dtype=torch.float64, device="cpu")
+def _answers_alike(apply: Callable[..., torch.Tensor], act_fn: Any, most: float) -> bool:
+    """Whether experts make of gate and up, up to ±`most`, what `gated` does. Names alone would not
+    tell if a version computes another thing, and some clamp both beside act(gate) · up."""
+    line = torch.linspace(-most, most, 41, dtype=torch.float64, device="cpu")
     gate, up = (x.reshape(-1, 1) for x in torch.meshgrid(line, line, indexing="ij"))
-    wanted = gated(act_fn, gate, up)
-    return torch.allclose(apply(torch.cat([gate, up], -1)), wanted, rtol=1e-6, atol=1e-9)
+    # With one unit it is the same whether gate and up take turns or not.
+    found = apply(torch.cat([gate, up], -1))
+    return torch.allclose(found, gated(act_fn, gate, up), rtol=1e-6, atol=1e-9)
