@@ -12,9 +12,12 @@ from checkpoints import transformers_checkpoint
 from converting import fixed_method
 from ref import compressed as ref_compressed
 
+from molae.arch import describe
 from molae.convert import convert, materialize
 from molae.convert.methods import METHODS
 from molae.factored import Split
+from molae.hf.streaming import LayerStream
+from molae.io import open_checkpoint
 
 #: Large enough that the experts matter for the logits.
 SETTINGS = {"initializer_range": 0.3}
@@ -179,3 +182,15 @@ def absolute(experts: Any, x: Any, index: Any, weights: Any) -> torch.Tensor:
         for parameter in twin.parameters():
             parameter.abs_()
     return by_definition(twin, x.abs(), index, weights.abs())
+
+
+def layer_by_layer(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the next tokens, with one decoder layer in memory at a time."""
+    with open_checkpoint(path) as checkpoint:
+        stream = LayerStream(checkpoint, describe(checkpoint))
+        (hidden,) = stream.embed(iter([ids]))
+        for number in range(len(stream)):
+            with stream.layer(number) as run:
+                hidden = run(hidden)
+        with stream._loaded(stream._net, ""), torch.inference_mode():
+            return stream._log_probabilities(ids, hidden, torch.arange(ids.shape[1]))

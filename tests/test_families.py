@@ -15,7 +15,7 @@ import transformers
 from checkpoints import make_config, make_tensors, write_checkpoint
 from converting import bits, fixed_method, tensors
 from family_cases import CASES, NAMED, D, E, F, K, make_model, named_tensors
-from hf_models import tokens
+from hf_models import layer_by_layer, tokens
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
@@ -128,14 +128,7 @@ def test_smaller(made, tmp_path):
 
 def test_layer_by_layer_is_the_model(made):
     ids = tokens()
-    with open_checkpoint(made / "original") as checkpoint:
-        stream = LayerStream(checkpoint, describe(checkpoint))
-        (hidden,) = stream.embed(iter([ids]))
-        for number in range(len(stream)):
-            with stream.layer(number) as run:
-                hidden = run(hidden)
-        with stream._loaded(stream._net, ""), torch.inference_mode():
-            found = stream._log_probabilities(ids, hidden, torch.arange(ids.shape[1]))
+    found = layer_by_layer(made / "original", ids)
     wanted = torch.log_softmax(logits(made / "original"), -1)
     assert (found - wanted).abs().max() < CLOSE
 

@@ -13,11 +13,10 @@ import torch
 import transformers
 from converting import bits, fixed_method, tensors
 from encoded import oss_pair
-from hf_models import load, matrices
+from hf_models import layer_by_layer, load, matrices
 from hf_models import tokens as some_tokens
 
 from molae import ConvertConfig
-from molae.arch import describe
 from molae.convert import convert, materialize
 from molae.convert.methods import METHODS
 from molae.errors import ArgumentError, CheckpointError
@@ -27,8 +26,6 @@ from molae.hf.activation import ClampedSwiglu, activation_of
 from molae.hf.calibrate import Calibration
 from molae.hf.forward import forward_torch, split_slots
 from molae.hf.native import forward_native
-from molae.hf.streaming import LayerStream
-from molae.io import open_checkpoint
 from molae.threads import num_threads
 
 
@@ -352,14 +349,7 @@ TEXT = np.random.default_rng(0).integers(3, 40, 512)
 
 def test_layer_by_layer_is_the_model(source):
     ids = some_tokens()
-    with open_checkpoint(source[1]) as checkpoint:
-        stream = LayerStream(checkpoint, describe(checkpoint))
-        (hidden,) = stream.embed(iter([ids]))
-        for number in range(len(stream)):
-            with stream.layer(number) as run:
-                hidden = run(hidden)
-        with stream._loaded(stream._net, ""), torch.inference_mode():
-            found = stream._log_probabilities(ids, hidden, torch.arange(ids.shape[1]))
+    found = layer_by_layer(source[1], ids)
     wanted = torch.log_softmax(logits(source[0], ids), -1)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 

@@ -7,7 +7,6 @@ believes dead cannot spoil anything.
 
 from __future__ import annotations
 
-import os
 import pickle
 import socket
 from collections.abc import Callable
@@ -104,7 +103,7 @@ def describe_worker(source: str, folder: str | None) -> dict[str, Any]:
     dict
         ``molae``, ``code`` and ``build`` are what results depend on; ``source`` the checkpoint's
         fingerprint, or a text about what is wrong with it; ``run`` the number of the run that it
-        sees in the destination; ``host`` and ``threads`` tell only who it is.
+        sees in the destination; ``host`` tells only who it is.
     """
     fingerprint: Any
     try:
@@ -119,7 +118,6 @@ def describe_worker(source: str, folder: str | None) -> dict[str, Any]:
         "source": fingerprint,
         "run": None if folder is None else _run_in(Path(folder)),
         "host": socket.gethostname(),
-        "pid": os.getpid(),
     }
 
 

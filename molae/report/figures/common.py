@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from molae.report.markup import Markup, table, tag
 from molae.report.svg import Series, line_chart, line_legend, part_legend, whole_ticks
+from molae.report.units import short
 
 __all__ = [
     "DEPTHS",
@@ -15,9 +16,10 @@ __all__ = [
     "card",
     "column_names",
     "columns",
+    "errors_over_layers",
     "extremes",
-    "lines_by_layer",
     "mean",
+    "over_layers",
     "spread_table",
     "together",
 ]
@@ -119,11 +121,44 @@ def columns(values: Sequence[float | None]) -> list[float | None]:
     return found
 
 
-def lines_by_layer(
+def over_layers(
     key: str,
     title: str,
     text: str,
-    layers: Sequence[int],
+    series: Sequence[Series],
+    *,
+    y_label: str = "relative error",
+    guides: Sequence[float] = (),
+    show: Callable[[float], str] = "{:.4f}".format,
+    y_text: Callable[[float], str] = short,
+) -> Markup:
+    """A figure of lines over the layers; `show` is how a value is told in the table."""
+    numbers = sorted({int(x) for own in series for x, _ in own.points})
+    known = [{int(x): y for x, y in own.points} for own in series]
+    rows = [(n, *(show(own[n]) if n in own else "" for own in known)) for n in numbers]
+    return card(
+        title,
+        text,
+        line_chart(
+            key,
+            title,
+            extremes(series, show),
+            series,
+            x_label="layer",
+            y_label=y_label,
+            x_ticks=whole_ticks(numbers),
+            guides=guides,
+            y_text=y_text,
+        ),
+        line_legend(series),
+        table(None, ("layer", *(own.name for own in series)), rows),
+    )
+
+
+def errors_over_layers(
+    key: str,
+    title: str,
+    text: str,
     lines: Sequence[tuple[str, str, str, Sequence[tuple[int, float]], bool]],
 ) -> Markup:
     """Errors of layers at several moments: name, class, mark, points, dashed."""
@@ -138,26 +173,7 @@ def lines_by_layer(
         )
         for name, style, mark, points, dashed in lines
     ]
-    known = [dict(points) for _, _, _, points, _ in lines]
-    return card(
-        title,
-        text,
-        line_chart(
-            key,
-            title,
-            extremes(series, "{:.4f}".format),
-            series,
-            x_label="layer",
-            y_label="relative error",
-            x_ticks=whole_ticks(layers),
-        ),
-        line_legend(series),
-        table(
-            None,
-            ("layer", *(name for name, *_ in lines)),
-            [(n, *(f"{own[n]:.4f}" if n in own else "" for own in known)) for n in layers],
-        ),
-    )
+    return over_layers(key, title, text, series)
 
 
 class Depth:

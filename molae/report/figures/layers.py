@@ -7,17 +7,14 @@ from typing import Any
 
 from molae.convert import Report, TypeRow
 from molae.report.facts import by_layer, calibrated, kinds_of, layer_errors
-from molae.report.figures.common import LOOKS, card, extremes, lines_by_layer
+from molae.report.figures.common import LOOKS, card, errors_over_layers, over_layers
 from molae.report.markup import Markup, table
 from molae.report.svg import (
     Part,
     Series,
     bars,
-    line_chart,
-    line_legend,
     part_legend,
     stacked_columns,
-    whole_ticks,
 )
 from molae.report.units import percent, short, size_text, time_text, whole
 
@@ -68,7 +65,6 @@ def _by_type(
     value: Callable[[TypeRow], float | None],
     *,
     y_label: str,
-    top: float | None = None,
     guides: Sequence[float] = (),
     show: Callable[[float], str] = "{:.4f}".format,
     y_text: Callable[[float], str] = short,
@@ -88,26 +84,8 @@ def _by_type(
             series.append(Series(name, style, [(float(a), b) for a, b in found], mark, tips))
     if not series:
         return None
-    numbers = sorted({int(x) for own in series for x, _ in own.points})
-    known = [{int(x): y for x, y in own.points} for own in series]
-    rows = [(n, *(show(own[n]) if n in own else "" for own in known)) for n in numbers]
-    return card(
-        title,
-        text,
-        line_chart(
-            key,
-            title,
-            extremes(series, show),
-            series,
-            x_label="layer",
-            y_label=y_label,
-            x_ticks=whole_ticks(numbers),
-            top=top,
-            guides=guides,
-            y_text=y_text,
-        ),
-        line_legend(series),
-        table(None, ("layer", *(own.name for own in series)), rows),
+    return over_layers(
+        key, title, text, series, y_label=y_label, guides=guides, show=show, y_text=y_text
     )
 
 
@@ -161,12 +139,11 @@ def answer_errors(report: Report) -> Markup | None:
     if not found:
         return None
     pairs = list(found.items())
-    return lines_by_layer(
+    return errors_over_layers(
         "answers",
         "Error of the layers' answers",
         "Relative error of what each layer as a whole answers to the calibration text, before "
         "and after its private factors were refitted.",
-        list(found),
         [
             ("factored", "dim", "square", [(n, both[0]) for n, both in pairs], True),
             ("refitted", "down", "circle", [(n, both[1]) for n, both in pairs], False),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from molae.convert import Report
-from molae.report.figures.common import DEPTHS, Depth, card, lines_by_layer
+from molae.report.figures.common import DEPTHS, Depth, card, errors_over_layers
 from molae.report.markup import Markup, table
 from molae.report.svg import Part, Series, line_chart, part_legend, stacked_columns
 from molae.report.units import time_text, whole
@@ -17,12 +17,11 @@ def compressed_errors(report: Report) -> Markup | None:
         return None
     moments = ("without them", "linear part fitted", "all fitted")
     looks = (("dim", "square", True), ("up", "triangle", True), ("light", "circle", False))
-    return lines_by_layer(
+    return errors_over_layers(
         "compressed",
         "What acts in their place",
         "Relative error of the layers' answers on the calibration text: when the last experts of "
         "a token do not run, and with what was fitted to act for them.",
-        [row.layer for row in rows],
         [
             (name, style, mark, [(row.layer, row.layer_error[at]) for row in rows], dashed)
             for at, (name, (style, mark, dashed)) in enumerate(zip(moments, looks, strict=True))
@@ -122,11 +121,10 @@ def healing_ends(report: Report) -> Markup | None:
     rows = sorted(report.healed, key=lambda row: row.layer)
     if not rows:
         return None
-    return lines_by_layer(
+    return errors_over_layers(
         "healed",
         "Before and after training",
         "Relative error of each layer's answers on the calibration text.",
-        [row.layer for row in rows],
         [
             ("before", "dim", "square", [(row.layer, row.layer_error[0]) for row in rows], True),
             ("after", "gate", "circle", [(row.layer, row.layer_error[-1]) for row in rows], False),
