@@ -110,6 +110,7 @@ build/%/csrc/kern/avx2_stream.o: ISA := $(AVX2)
 build/%/csrc/kern/avx512.o: ISA := $(AVX512)
 build/%/csrc/kern/avx512_rows_nn.o: ISA := $(AVX512)
 build/%/csrc/kern/avx512_rows_nt.o: ISA := $(AVX512)
+build/%/csrc/kern/avx512_rows_small.o: ISA := $(AVX512)
 build/%/csrc/kern/avx512_stream.o: ISA := $(AVX512)
 build/%/csrc/kern/avx512_pack.o: ISA := $(AVX512)
 build/%/csrc/kern/avx512bf16.o: ISA := $(AVX512) -mavx512bf16

@@ -48,6 +48,7 @@ ISA_FLAGS = {
     "csrc/kern/avx512.c": AVX512,
     "csrc/kern/avx512_rows_nn.c": AVX512,
     "csrc/kern/avx512_rows_nt.c": AVX512,
+    "csrc/kern/avx512_rows_small.c": AVX512,
     "csrc/kern/avx512_stream.c": AVX512,
     "csrc/kern/avx512_pack.c": AVX512,
     "csrc/kern/avx512bf16.c": [*AVX512, "-mavx512bf16"],

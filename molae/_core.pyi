@@ -73,6 +73,25 @@ def rows_f32(
     /,
 ) -> None: ...
 def rows_f32_native(isa: str, /) -> bool: ...
+def gauge_f32(
+    isa: str,
+    Z: npt.NDArray[np.float32],
+    X: npt.NDArray[np.float32],
+    row: npt.NDArray[np.int64],
+    own: npt.NDArray[np.int32],
+    rest: npt.NDArray[np.int32] | None,
+    M: npt.NDArray[np.float32] | None,
+    /,
+) -> None: ...
+def tn_f32(
+    isa: str,
+    dW: npt.NDArray[np.float32],
+    dY: npt.NDArray[np.float32],
+    X: npt.NDArray[np.float32],
+    row: npt.NDArray[np.int64] | None,
+    accumulate: bool,
+    /,
+) -> None: ...
 
 # Whether the OpenMP that a library is linked with lends its threads.
 def borrow_threads(library: str, /) -> bool: ...

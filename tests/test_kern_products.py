@@ -57,6 +57,15 @@ ROWS_LONG = (
 )
 
 
+# Rows in gauge form: rows, columns of their own, and others. Small ones have W packed, those with
+# more columns than rows, or more than 256 of k, have X.
+GAUGE = (
+    *((0, 3, 4), (1, 1, 0), (1, 1, 1), (2, 5, 0), (7, 7, 9), (8, 8, 40), (17, 9, 30)),
+    *((16, 16, 16), (33, 33, 31), (40, 49, 15), (61, 50, 137), (50, 61, 137), (100, 97, 256)),
+    *((100, 97, 257), (130, 16, 530), (20, 150, 300), (384, 56, 136)),
+)
+
+
 def unit(dtype: np.dtype) -> float:
     return float(np.finfo(dtype).eps) / 2
 
@@ -97,12 +106,12 @@ class Output:
 
 
 def expected(
-    a: np.ndarray, b: np.ndarray, layout: str, start: float, u: float
+    a: np.ndarray, b: np.ndarray, layout: str, start: float | np.ndarray, u: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """a b + start, and the bound (k + 2) u (sum |a||b| + |start|) of its error."""
     a, b = widen(a), widen(b)
     b = b.T if layout == "nt" else b
-    return a @ b + start, (a.shape[1] + 2) * u * (np.abs(a) @ np.abs(b) + abs(start))
+    return a @ b + start, (a.shape[1] + 2) * u * (np.abs(a) @ np.abs(b) + np.abs(start))
 
 
 def uses_amx(isa: str, layout: str, kind: str, n: int) -> bool:
@@ -305,6 +314,68 @@ def test_rows_do_not_change_each_other(isa, layout):
         piece = w[r0:r1] if layout == "nt" else w[:, r0:r1]
         _core.rows_f32(layout, isa, part, x[n0:n1], piece, False)
         assert (part == whole[n0:n1, r0:r1]).all()
+
+
+def gauge(rng: np.random.Generator, N: int, R: int, k: int) -> tuple[np.ndarray, ...]:
+    """X, row, own, rest, M: rows out of more, some twice, and columns in any order."""
+    X = draw(rng, "f32", 2 * N + 1, R + k + 3)
+    columns = rng.permutation(R + k + 3).astype(np.int32)
+    row = rng.integers(0, len(X), N)
+    return X, row, columns[:R].copy(), columns[3 + R :].copy(), draw(rng, "f32", R, k, 2)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_in_gauge_form(isa):
+    rng = np.random.default_rng(13)
+    for N, R, k in GAUGE:
+        X, row, own, rest, M = gauge(rng, N, R, k)
+        z = Output(np.float32, N, R, np.nan)
+        _core.gauge_f32(isa, z.view, X, row, own, rest, M)
+        first = X[row][:, own].astype(np.float64)
+        want, bound = expected(X[row][:, rest], M, "nt", first, unit(np.float32))
+        z.check(want, bound)
+        z.view[...] = np.nan
+        _core.gauge_f32(isa, z.view, X, row, own, None, None)
+        z.check(first, np.zeros_like(first))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_in_gauge_form_do_not_change_each_other(isa):
+    # Fewer rows than columns, and more: not packed alike, and the same bits.
+    rng = np.random.default_rng(14)
+    X, row, own, rest, M = gauge(rng, 90, 70, 200)
+    whole = np.empty((90, 70), np.float32)
+    _core.gauge_f32(isa, whole, X, row, own, rest, M)
+    for n0, n1, r0, r1 in ((0, 20, 0, 70), (40, 90, 30, 70), (89, 90, 7, 8)):
+        part = np.empty((n1 - n0, r1 - r0), np.float32)
+        _core.gauge_f32(isa, part, X, row[n0:n1], own[r0:r1], rest, M[r0:r1])
+        assert (part == whole[n0:n1, r0:r1]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_small_gradients(isa, accumulate):
+    rng = np.random.default_rng(15)
+    start = 2.0 if accumulate else np.nan
+    for (N, r, k), taken in itertools.product(GAUGE, (False, True)):
+        y, x = draw(rng, "f32", N, r, 3), draw(rng, "f32", N, k, 5)
+        row = rng.integers(0, N, N) if taken and N else None
+        w = Output(np.float32, r, k, start)
+        _core.tn_f32(isa, w.view, y, x, row, accumulate)
+        met = x if row is None else x[row]
+        w.check(*expected(y.T, met, "nn", 2.0 if accumulate else 0.0, unit(np.float32)))
+
+
+def test_refusals_of_rows_by_number():
+    X, row = np.zeros((2, 3), np.float32), np.array([0, 2])
+    own = np.array([1], np.int32)
+    z = np.zeros((2, 1), np.float32)
+    with pytest.raises(ArgumentError, match="row: expected numbers from 0 to 1"):
+        _core.gauge_f32("ref", z, X, row, own, None, None)
+    with pytest.raises(ShapeError, match="Z, X, row, own, rest, M: shapes do not fit"):
+        _core.gauge_f32("ref", z[:1], X, row[:2] // 2, own, None, None)
+    with pytest.raises(ShapeError, match="dW, dY, X, row: shapes do not fit"):
+        _core.tn_f32("ref", z, X, X, None, False)
 
 
 def test_which_rows_are_native():

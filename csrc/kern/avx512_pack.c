@@ -102,4 +102,40 @@ mli_store_transposed__avx512(float *C, int64_t ldc, const float *T, int64_t ldt,
     }
 }
 
+void
+mli_turn__avx512(float *T, const mli_rows_f32 *x, int64_t n)
+{
+    for (int64_t i = 0; i < x->D; i += 16, T += 256) {
+        const __mmask16 cols = (__mmask16)(x->D - i < 16 ? (1u << (x->D - i)) - 1u : 0xFFFFu);
+        __m512i r[16];
+        for (int64_t p = 0; p < 16; p++)
+            r[p] = n + p < x->N ? _mm512_maskz_loadu_epi32(cols, mli_row_f32(x, n + p) + i)
+                                : _mm512_setzero_si512();
+        transpose(r);
+        for (int64_t p = 0; p < 16; p++)
+            _mm512_store_si512(T + 16 * p, r[p]);
+    }
+}
+
+void
+mli_gather_f32__avx512(float *X, int64_t ldx, const mli_rows_f32 *x, const int32_t *column,
+                       int64_t cols, void *ws)
+{
+    /* As columns first, of which any follow any: no number is moved alone. */
+    for (int64_t n = 0; n < x->N; n += 16) {
+        mli_turn__avx512(ws, x, n);
+        for (int64_t j = 0; j < cols; j += 16) {
+            const int64_t wide = cols - j < 16 ? cols - j : 16;
+            const __mmask16 some = (__mmask16)((1u << wide) - 1u);
+            __m512i r[16];
+            for (int64_t c = 0; c < 16; c++)
+                r[c] = c < wide ? _mm512_load_si512((const float *)ws + 16 * column[j + c])
+                                : _mm512_setzero_si512();
+            transpose(r);
+            for (int64_t p = 0; p < 16 && n + p < x->N; p++)
+                _mm512_mask_storeu_epi32(X + (n + p) * ldx + j, some, r[p]);
+        }
+    }
+}
+
 #endif

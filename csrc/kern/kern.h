@@ -39,6 +39,24 @@ typedef void (*mli_stream_f64)(double *Y, int64_t ldy, const double *X, int64_t 
                                const double *W, int64_t ldw, int64_t N, int64_t columns, int64_t k,
                                int accumulate);
 
+/* N rows of a matrix with rows of D numbers: by number, or (row NULL) the first. */
+typedef struct {
+    const float *src;
+    int64_t D, N;
+    const int64_t *row;
+} mli_rows_f32;
+typedef struct {
+    const double *src;
+    int64_t D, N;
+    const int64_t *row;
+} mli_rows_f64;
+
+static inline const float *
+mli_row_f32(const mli_rows_f32 *x, int64_t n)
+{
+    return x->src + (x->row != NULL ? x->row[n] : n) * x->D;
+}
+
 typedef struct {
     const char *isa; /* "ref", "avx2", "avx512", "avx512bf16", "amx" */
     /* y[i] = x[i] widened; returns 1 if all n values are finite, else 0 (y is written anyway). */
@@ -87,6 +105,19 @@ typedef struct {
     void (*rows_f32)(int layout, float *Y, int64_t ldy, const float *X, int64_t ldx, const float *W,
                      int64_t ldw, int64_t N, int64_t cols, int64_t k, int accumulate, void *ws);
     int rows_f32_native;
+    /* Rows that meet a shared factor in gauge form. gather: X (N,cols) = x[:, column].
+     * gauge: Z (N,cols) = x[:, own] + x[:, rest] M (cols,k)^T, in the order of sums of rows_f32
+     * with accumulate. Native as rows_f32 is; ws: gauge_f32_ws bytes, cols + k <= D, 64-byte
+     * aligned. */
+    size_t (*gauge_f32_ws)(int64_t N, int64_t D);
+    void (*gather_f32)(float *X, int64_t ldx, const mli_rows_f32 *x, const int32_t *column,
+                       int64_t cols, void *ws);
+    void (*gauge_f32)(float *Z, int64_t ldz, const mli_rows_f32 *x, const int32_t *own,
+                      int64_t cols, const int32_t *rest, int64_t k, const float *M, int64_t ldm,
+                      void *ws);
+    /* dW (r,k) [+]= dY (N,r)^T x[:, :k], for small r and k. Native as rows_f32 is. */
+    void (*tn_f32)(float *dW, int64_t ldw, const float *dY, int64_t ldy, const mli_rows_f32 *x,
+                   int64_t r, int64_t k, int accumulate);
     /* C (m,n) f32 [+]= A (m,k) B, all of it bf16, with B (n,k) for MLI_NT and (k,n) for MLI_NN;
      * leading dimensions, accumulate and alignment as above. One thread; ws: gemm_bf16_ws bytes
      * of these sizes or larger ones, 64-byte aligned (SIZE_MAX: overflow). Products are

@@ -57,6 +57,48 @@ rows_f32(int layout, float *Y, int64_t ldy, const float *X, int64_t ldx, const f
     (layout == MLI_NN ? nn_f32 : nt_f32)(Y, ldy, X, ldx, Wt, ldw, N, cols, k, accumulate);
 }
 
+static size_t
+gauge_f32_ws(int64_t N, int64_t D)
+{
+    (void)N;
+    (void)D;
+    return 0;
+}
+
+static void
+gather_f32(float *X, int64_t ldx, const mli_rows_f32 *x, const int32_t *column, int64_t cols,
+           void *ws)
+{
+    (void)ws;
+    for (int64_t n = 0; n < x->N; n++)
+        for (int64_t j = 0; j < cols; j++)
+            X[n * ldx + j] = mli_row_f32(x, n)[column[j]];
+}
+
+static void
+gauge_f32(float *Z, int64_t ldz, const mli_rows_f32 *x, const int32_t *own, int64_t cols,
+          const int32_t *rest, int64_t k, const float *M, int64_t ldm, void *ws)
+{
+    gather_f32(Z, ldz, x, own, cols, ws);
+    for (int64_t n = 0; n < x->N; n++)
+        for (int64_t j = 0; j < cols; j++)
+            for (int64_t i = 0; i < k; i++)
+                Z[n * ldz + j] += mli_row_f32(x, n)[rest[i]] * M[j * ldm + i];
+}
+
+static void
+tn_f32(float *dW, int64_t ldw, const float *dY, int64_t ldy, const mli_rows_f32 *x, int64_t r,
+       int64_t k, int accumulate)
+{
+    for (int64_t p = 0; p < r; p++)
+        for (int64_t i = 0; i < k; i++) {
+            float s = 0;
+            for (int64_t n = 0; n < x->N; n++)
+                s += dY[n * ldy + p] * mli_row_f32(x, n)[i];
+            dW[p * ldw + i] = accumulate ? dW[p * ldw + i] + s : s;
+        }
+}
+
 enum { GEMM_ROWS = 16 };
 
 static size_t
@@ -96,6 +138,10 @@ mli_kernels_fill_ref_stream(mli_kernels *t)
     t->rows_f32_ws = rows_f32_ws;
     t->rows_f32 = rows_f32;
     t->rows_f32_native = 0;
+    t->gauge_f32_ws = gauge_f32_ws;
+    t->gather_f32 = gather_f32;
+    t->gauge_f32 = gauge_f32;
+    t->tn_f32 = tn_f32;
     t->gemm_bf16_ws = gemm_bf16_ws;
     t->gemm_bf16 = gemm_bf16;
     t->gemm_bf16_native = 0;

@@ -170,8 +170,9 @@ FN(shared_grad)(const FN(back) * b, const FN(scratch) * s, const mli_piece *t)
         const int64_t *token = r->tokens + r->ptr[g] + r0;
         const REAL *X = s->X;
         int64_t ldx = width;
+        const FN(mli_rows) x = {src, q->D, nr, token};
         if (gauge)
-            FN(gather_permuted)(s->X, width, src, q->D, token, nr, p->perm[g] + R, width);
+            FN(mli_gather)(s->X, width, &x, p->perm[g] + R, width, &s->product);
         else
             X = FN(rows_of)(s->X, &ldx, src, q->D, token, nr, 0, q->D);
         MLI_TRY(FN(mli_product_tn)(dB, width, b->w->add || r0 > 0, z + r0 * R, R, X, ldx, nr, t->nc,

@@ -18,31 +18,6 @@ FN(cols)(int64_t nr)
     return nr <= MLI_FEW ? MLI_FINE : MLI_COARSE;
 }
 
-/* X (nr,nc) = src[token][perm[..]], four rows for each reading of perm. */
-static void
-FN(gather_permuted)(REAL *restrict X, int64_t ldx, const REAL *restrict src, int64_t D,
-                    const int64_t *restrict token, int64_t nr, const int32_t *restrict perm,
-                    int64_t nc)
-{
-    int64_t i = 0;
-
-    for (; i + 4 <= nr; i += 4) {
-        const REAL *a = src + token[i] * D, *b = src + token[i + 1] * D;
-        const REAL *c = src + token[i + 2] * D, *d = src + token[i + 3] * D;
-        REAL *to = X + i * ldx;
-        for (int64_t j = 0; j < nc; j++) {
-            const int64_t at = perm[j];
-            to[j] = a[at];
-            to[ldx + j] = b[at];
-            to[2 * ldx + j] = c[at];
-            to[3 * ldx + j] = d[at];
-        }
-    }
-    for (; i < nr; i++)
-        for (int64_t j = 0; j < nc; j++)
-            X[i * ldx + j] = src[token[i] * D + perm[j]];
-}
-
 /* Some rows and columns of z_g = src B^T. */
 static molae_status
 FN(project_task)(void *arg, int64_t index, int32_t worker)
@@ -58,14 +33,11 @@ FN(project_task)(void *arg, int64_t index, int32_t worker)
     const REAL *src = ph->in[t->role];
     REAL *z = ph->z[t->role] + r->at[g] + t->r0 * R + t->c0;
 
-    if (p->form == MOLAE_FORM_GAUGE) { /* the identity is a gather */
-        FN(gather_permuted)(z, R, src, D, token, t->nr, p->perm[g] + t->c0, t->nc);
-        if (rest == 0)
-            return MOLAE_OK;
-        FN(gather_permuted)(s->X, rest, src, D, token, t->nr, p->perm[g] + R, rest);
-        return FN(mli_product_nt)(z, R, 1, s->X, rest,
-                                  mli_weight_at(p->shared[g], p->dtype, rest, t->c0, 0), rest,
-                                  p->dtype, t->nr, t->nc, rest, &s->product);
+    if (p->form == MOLAE_FORM_GAUGE) {
+        const FN(mli_rows) x = {src, D, t->nr, token};
+        return FN(mli_product_gauge)(z, R, &x, p->perm[g] + t->c0, t->nc, p->perm[g] + R, rest,
+                                     mli_weight_at(p->shared[g], p->dtype, rest, t->c0, 0),
+                                     p->dtype, s->X, &s->product);
     } else {
         int64_t ldx;
         const REAL *X = FN(rows_of)(s->X, &ldx, src, D, token, t->nr, 0, D);

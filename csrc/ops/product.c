@@ -13,6 +13,9 @@ enum { TILE_ROWS = 256, TILE_COLS = 512 };
 /* Rows from which a narrow nn product beats streaming, whose sums then fill the registers. */
 enum { NARROW_FROM = 8 };
 
+/* Up to so many rows and columns of dW BLAS has no advantage. */
+enum { SMALL_TN = 256 };
+
 size_t
 mli_product_cut(mli_product_scratch *s, char **p, int f32, int bf16, int narrow, int64_t r,
                 int64_t k)
@@ -22,8 +25,11 @@ mli_product_cut(mli_product_scratch *s, char **p, int f32, int bf16, int narrow,
     size_t n = 0;
 
     s->narrow = narrow && kern->gemm_bf16_native;
-    if (f32 && kern->rows_f32_native)
-        MLI_CUT(n, p, s->many, kern->rows_f32_ws(MLI_MANY_ROWS_NT, most), 1);
+    if ((f32 || bf16) && kern->rows_f32_native) { /* bf16: gathers alone */
+        const int64_t rows = f32 ? MLI_MANY_ROWS_NT : 0;
+        const size_t gauge = kern->gauge_f32_ws(rows, most), plain = kern->rows_f32_ws(rows, most);
+        MLI_CUT(n, p, s->many, MLI_MAX(plain, gauge), 1);
+    }
     if (bf16)
         MLI_CUT(n, p, s->tile, TILE_ROWS * TILE_COLS, sizeof(float));
     if (bf16 && s->narrow) {

@@ -19,6 +19,7 @@
 #ifndef MOLAE_OPS_PRODUCT_H
 #define MOLAE_OPS_PRODUCT_H
 
+#include "../kern/kern.h"
 #include "../molae.h"
 
 enum {
@@ -35,7 +36,7 @@ typedef struct {
     float *tile;    /* W, widened */
     uint16_t *rows; /* X, rounded */
     void *work;     /* of the bf16 product */
-    void *many;     /* of the f32 product */
+    void *many;     /* of the f32 product, and of gathers */
 } mli_product_scratch;
 
 /* Cuts the scratch for weights of at most r rows and k columns (or the other way round) from *p;
@@ -52,7 +53,15 @@ size_t mli_product_cut(mli_product_scratch *s, char **p, int f32, int bf16, int 
                                       int64_t c, int64_t k, const mli_product_scratch *s);         \
     molae_status mli_product_tn_##SFX(REAL *dW, int64_t ldw, int add, const REAL *dY, int64_t ldy, \
                                       const REAL *X, int64_t ldx, int64_t n, int64_t r,            \
-                                      int64_t k);
+                                      int64_t k);                                                  \
+    /* Z (n,cols) = x[:, own] + x[:, rest] M (cols,k)^T; X has room for (n,k) */                   \
+    molae_status mli_product_gauge_##SFX(REAL *Z, int64_t ldz, const mli_rows_##SFX *x,            \
+                                         const int32_t *own, int64_t cols, const int32_t *rest,    \
+                                         int64_t k, const void *M, molae_dtype dtype, REAL *X,     \
+                                         const mli_product_scratch *s);                            \
+    /* X (n,cols) = x[:, column] */                                                                \
+    void mli_gather_##SFX(REAL *X, int64_t ldx, const mli_rows_##SFX *x, const int32_t *column,    \
+                          int64_t cols, const mli_product_scratch *s);
 
 MLI_PRODUCT_DECLARE(float, f32)
 MLI_PRODUCT_DECLARE(double, f64)

@@ -122,5 +122,74 @@ FN(mli_product_tn)(REAL *dW, int64_t ldw, int add, const REAL *dY, int64_t ldy, 
         FN(no_terms)(dW, ldw, add, r, k);
         return MOLAE_OK;
     }
+#if NARROW_STORAGE
+    if (r <= SMALL_TN && k <= SMALL_TN && mli_kernels_get()->rows_f32_native) {
+        const mli_rows_f32 x = {X, ldx, n, NULL};
+        mli_kernels_get()->tn_f32(dW, ldw, dY, ldy, &x, r, k, add);
+        return MOLAE_OK;
+    }
+#endif
     return FN(mli_gemm)(1, 0, r, k, n, 1, dY, ldy, X, ldx, add ? 1 : 0, dW, ldw);
+}
+
+/* Four rows for each reading of `column`. */
+static void
+FN(gather_plainly)(REAL *restrict X, int64_t ldx, const FN(mli_rows) * x, const int32_t *column,
+                   int64_t cols)
+{
+    const REAL *restrict src = x->src;
+    const int64_t *row = x->row, D = x->D;
+    int64_t i = 0;
+
+    for (; i + 4 <= x->N; i += 4) {
+        const REAL *a = src + row[i] * D, *b = src + row[i + 1] * D;
+        const REAL *c = src + row[i + 2] * D, *d = src + row[i + 3] * D;
+        REAL *to = X + i * ldx;
+        for (int64_t j = 0; j < cols; j++) {
+            const int64_t at = column[j];
+            to[j] = a[at];
+            to[ldx + j] = b[at];
+            to[2 * ldx + j] = c[at];
+            to[3 * ldx + j] = d[at];
+        }
+    }
+    for (; i < x->N; i++)
+        for (int64_t j = 0; j < cols; j++)
+            X[i * ldx + j] = src[row[i] * D + column[j]];
+}
+
+void
+FN(mli_gather)(REAL *X, int64_t ldx, const FN(mli_rows) * x, const int32_t *column, int64_t cols,
+               const mli_product_scratch *s)
+{
+#if NARROW_STORAGE
+    const mli_kernels *kern = mli_kernels_get();
+
+    if (x->N > STREAM_UP_TO && kern->rows_f32_native) {
+        kern->gather_f32(X, ldx, x, column, cols, s->many);
+        return;
+    }
+#endif
+    (void)s;
+    FN(gather_plainly)(X, ldx, x, column, cols);
+}
+
+molae_status
+FN(mli_product_gauge)(REAL *Z, int64_t ldz, const FN(mli_rows) * x, const int32_t *own,
+                      int64_t cols, const int32_t *rest, int64_t k, const void *M,
+                      molae_dtype dtype, REAL *X, const mli_product_scratch *s)
+{
+#if NARROW_STORAGE
+    const mli_kernels *kern = mli_kernels_get();
+
+    if (dtype == OWN && x->N > STREAM_UP_TO && kern->rows_f32_native) {
+        kern->gauge_f32(Z, ldz, x, own, cols, rest, k, M, k, s->many);
+        return MOLAE_OK;
+    }
+#endif
+    FN(mli_gather)(Z, ldz, x, own, cols, s); /* the identity */
+    if (k == 0)
+        return MOLAE_OK;
+    FN(mli_gather)(X, k, x, rest, k, s);
+    return FN(mli_product_nt)(Z, ldz, 1, X, k, M, k, dtype, x->N, cols, k, s);
 }

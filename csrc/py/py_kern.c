@@ -190,6 +190,94 @@ py_gemm_bf16_native(PyObject *mod, PyObject *arg)
     return t != NULL ? PyBool_FromLong(t->gemm_bf16_native) : NULL;
 }
 
+/* Numbers of rows (int64) or of columns (int32), all below `below`: one dimension, contiguous. */
+static void *
+read_numbers(mli_pystate *st, const char *name, PyObject *obj, int type, int64_t below, int64_t *n)
+{
+    PyArrayObject *a = (PyArrayObject *)obj;
+    int good = PyArray_Check(obj) && PyArray_NDIM(a) == 1 && PyArray_TYPE(a) == type &&
+               PyArray_ISCARRAY_RO(a);
+
+    *n = good ? PyArray_DIM(a, 0) : 0;
+    for (int64_t i = 0; good && i < *n; i++) {
+        const int64_t at = type == NPY_INT64 ? ((const int64_t *)PyArray_DATA(a))[i]
+                                             : ((const int32_t *)PyArray_DATA(a))[i];
+        good = at >= 0 && at < below;
+    }
+    if (good)
+        return PyArray_DATA(a);
+    PyErr_Format(st->ArgumentError, "%s: expected numbers from 0 to %lld", name,
+                 (long long)below - 1);
+    return NULL;
+}
+
+static PyObject *
+py_gauge_f32(PyObject *mod, PyObject *args)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    const char *isa;
+    PyObject *oz, *ox, *orow, *oown, *orest, *om;
+    const mli_kernels *t;
+    matrix z, x, m = {NULL, 0, 0, 0};
+    int64_t cols, k = 0;
+    const int32_t *own, *rest = NULL;
+    mli_rows_f32 rows;
+    void *ws;
+
+    if (!PyArg_ParseTuple(args, "sOOOOOO:gauge_f32", &isa, &oz, &ox, &orow, &oown, &orest, &om) ||
+        (t = table_named(st, isa)) == NULL || read_matrix(st, "Z", oz, NPY_FLOAT, &z) < 0 ||
+        read_matrix(st, "X", ox, NPY_FLOAT, &x) < 0 ||
+        (rows.row = read_numbers(st, "row", orow, NPY_INT64, x.rows, &rows.N)) == NULL ||
+        (own = read_numbers(st, "own", oown, NPY_INT32, x.cols, &cols)) == NULL)
+        return NULL;
+    if (om != Py_None && (read_matrix(st, "M", om, NPY_FLOAT, &m) < 0 ||
+                          (rest = read_numbers(st, "rest", orest, NPY_INT32, x.cols, &k)) == NULL))
+        return NULL;
+    if (!PyArray_ISWRITEABLE((PyArrayObject *)oz) || x.ld != x.cols || cols + k > x.cols ||
+        z.rows != rows.N || z.cols != cols || (om != Py_None && (m.rows != cols || m.cols != k)))
+        return PyErr_Format(st->ShapeError, "Z, X, row, own, rest, M: shapes do not fit");
+    rows.src = x.data;
+    rows.D = x.cols;
+    if ((ws = spoiled(t->gauge_f32_ws(rows.N, rows.D))) == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (om == Py_None)
+        t->gather_f32(z.data, z.ld, &rows, own, cols, ws);
+    else
+        t->gauge_f32(z.data, z.ld, &rows, own, cols, rest, k, m.data, m.ld, ws);
+    Py_END_ALLOW_THREADS
+    mli_free(ws);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+py_tn_f32(PyObject *mod, PyObject *args)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    const char *isa;
+    PyObject *ow, *oy, *ox, *orow;
+    const mli_kernels *t;
+    matrix w, y, x;
+    mli_rows_f32 rows = {NULL, 0, 0, NULL};
+    int accumulate;
+
+    if (!PyArg_ParseTuple(args, "sOOOOp:tn_f32", &isa, &ow, &oy, &ox, &orow, &accumulate) ||
+        (t = table_named(st, isa)) == NULL || read_matrix(st, "dW", ow, NPY_FLOAT, &w) < 0 ||
+        read_matrix(st, "dY", oy, NPY_FLOAT, &y) < 0 || read_matrix(st, "X", ox, NPY_FLOAT, &x) < 0)
+        return NULL;
+    rows = (mli_rows_f32){x.data, x.ld, x.rows, NULL};
+    if (orow != Py_None &&
+        (rows.row = read_numbers(st, "row", orow, NPY_INT64, x.rows, &rows.N)) == NULL)
+        return NULL;
+    if (!PyArray_ISWRITEABLE((PyArrayObject *)ow) || y.rows != rows.N || w.rows != y.cols ||
+        w.cols != x.cols)
+        return PyErr_Format(st->ShapeError, "dW, dY, X, row: shapes do not fit");
+    Py_BEGIN_ALLOW_THREADS
+    t->tn_f32(w.data, w.ld, y.data, y.ld, &rows, w.rows, w.cols, accumulate);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyMethodDef mli_py_kern_methods[] = {
     {"stream", py_stream, METH_VARARGS,
      "stream($module, name, isa, Y, X, W, accumulate, /)\n--\n\n"
@@ -206,5 +294,11 @@ PyMethodDef mli_py_kern_methods[] = {
     {"rows_f32_native", py_rows_f32_native, METH_O,
      "rows_f32_native($module, isa, /)\n--\n\n"
      "Test hook: whether the table has such a product of its own."},
+    {"gauge_f32", py_gauge_f32, METH_VARARGS,
+     "gauge_f32($module, isa, Z, X, row, own, rest, M, /)\n--\n\n"
+     "Test hook: X[row][:, own] + X[row][:, rest] M^T, or without M the first alone, into Z."},
+    {"tn_f32", py_tn_f32, METH_VARARGS,
+     "tn_f32($module, isa, dW, dY, X, row, accumulate, /)\n--\n\n"
+     "Test hook: dY^T X[row] (None: X) into dW."},
     {NULL, NULL, 0, NULL},
 };

@@ -153,6 +153,60 @@ products(const mli_kernels *t, problem *p, int accumulate)
     mli_free(ws);
 }
 
+/* Y = X[:, own] + X[:, rest] W^T and dW = Y^T X, against the same in double. x has k columns, of
+ * which the first half, backwards, is its own and the others meet W. */
+static void
+by_number(const mli_kernels *t, problem *p)
+{
+    const int64_t R = p->k / 2, k = p->k - R, N = p->m;
+    int64_t *row = mli_alloc((size_t)N * sizeof *row);
+    int32_t *column = mli_alloc((size_t)p->k * sizeof *column);
+    float *z = mli_alloc((size_t)(N * R) * sizeof *z), *m = mli_alloc((size_t)(R * k) * sizeof *m);
+    float *d = mli_alloc((size_t)(R * k) * sizeof *d);
+    void *ws = mli_alloc(t->gauge_f32_ws(N, p->ldx));
+    const mli_rows_f32 x = {p->x, p->ldx, N, row};
+    uint64_t seed = 9;
+    int wrong = 0;
+
+    for (int64_t i = 0; i < N; i++)
+        row[i] = N - 1 - i; /* the last has no numbers after its own */
+    for (int64_t i = 0; i < p->k; i++)
+        column[i] = (int32_t)(p->k - 1 - i);
+    for (int64_t i = 0; i < R * k; i++)
+        m[i] = (float)test_random(&seed);
+    t->gauge_f32(z, R, &x, column, R, column + R, k, m, k, ws);
+    for (int64_t i = 0; i < N; i++)
+        for (int64_t j = 0; j < R; j++) {
+            const float *from = p->x + row[i] * p->ldx;
+            double want = (double)from[column[j]], size = fabs(want);
+            for (int64_t q = 0; q < k; q++) {
+                const double v = (double)from[column[R + q]] * (double)m[j * k + q];
+                want += v;
+                size += fabs(v);
+            }
+            wrong += !(fabs((double)z[i * R + j] - want) <= (double)(k + 2) * 0x1p-24 * size);
+        }
+    CHECK(wrong == 0);
+    t->tn_f32(d, k, z, R, &x, R, k, 0);
+    for (int64_t j = 0; j < R; j++)
+        for (int64_t q = 0; q < k; q++) {
+            double want = 0, size = 0;
+            for (int64_t i = 0; i < N; i++) {
+                const double v = (double)z[i * R + j] * (double)p->x[row[i] * p->ldx + q];
+                want += v;
+                size += fabs(v);
+            }
+            wrong += !(fabs((double)d[j * k + q] - want) <= (double)(N + 2) * 0x1p-24 * size);
+        }
+    CHECK(wrong == 0);
+    mli_free(ws);
+    mli_free(d);
+    mli_free(m);
+    mli_free(z);
+    mli_free(column);
+    mli_free(row);
+}
+
 void
 test_products(void)
 {
@@ -170,6 +224,7 @@ test_products(void)
             for (int which = 0; which < 4; which++) {
                 problem p = make(shapes[s][0], shapes[s][1], shapes[s][2], which % 2, &seed);
                 products(t, &p, which / 2);
+                by_number(t, &p);
                 drop(&p);
             }
     }
