@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 QUANT_METHOD = "molae"
-#: 2 has compressed experts, 3 narrow experts in their place.
-FORMAT_VERSION = 3
+#: 2 has compressed experts, 3 narrow experts in their place, 4 biases of these.
+FORMAT_VERSION = 4
 Form = Literal["gauge", "plain"]
 FORMS: tuple[Form, ...] = ("gauge", "plain")
 
@@ -147,13 +147,17 @@ class LightModule:
         None: vectors of 2 D + F numbers that scale what the others read, as in
         `molae.ops.compressed_experts_forward`. Else a narrow expert of so many units and a bias, as
         in `molae.ops.narrow_experts_forward`; with 0 units the bias alone.
+    biased : bool
+        Gate and up of narrow experts have biases, as those that they stand for.
     """
 
     units: int | None = None
+    biased: bool = False
 
     @classmethod
-    def parse(cls, text: str, F: int) -> LightModule:
-        """From 'vectors', 'additive', 'narrow:M' or, as a share of F, 'narrow:1/8'.
+    def parse(cls, text: str, F: int, *, biased: bool = False) -> LightModule:
+        """From 'vectors', 'additive', 'narrow:M' or, as a share of F, 'narrow:1/8', for experts
+        that are `biased` or not.
 
         Raises
         ------
@@ -173,7 +177,7 @@ class LightModule:
             raise ArgumentError(
                 f"light_module: {text!r} are {units} units, the experts have {F}; take 1 to {F}"
             )
-        return cls(units)
+        return cls(units, biased)
 
     @property
     def title(self) -> str:
@@ -186,7 +190,9 @@ class LightModule:
 
     def numbers(self, *, F: int, D: int) -> int:
         """Of one expert; a row costs twice as many operations."""
-        return 2 * D + F if self.units is None else (3 * self.units + 1) * D
+        if self.units is None:
+            return 2 * D + F
+        return (3 * self.units + 1) * D + (2 * self.units if self.biased else 0)
 
     def tensors(self, prefix: str, *, E: int, F: int, D: int) -> tuple[Part, ...]:
         """Names and shapes of one layer's, roles as in `molae.ops.NarrowExperts`."""
@@ -195,7 +201,10 @@ class LightModule:
         m = self.units
         shapes = {"gate": (E, m, D), "up": (E, m, D), "down": (E, D, m)} if m else {}
         parts = [Part(role, f"{prefix}.light.{role}_proj", s) for role, s in shapes.items()]
-        return (*parts, Part("bias", f"{prefix}.light.bias", (E, D)))
+        biases = {"bias": (E, D)}
+        if self.biased:
+            biases |= {"gate_bias": (E, m), "up_bias": (E, m)}
+        return (*parts, *(Part(role, f"{prefix}.light.{role}", s) for role, s in biases.items()))
 
 
 def numbers_by_role(split: Split, *, F: int, D: int, form: Form) -> dict[str, int]:
@@ -235,10 +244,11 @@ class Factored:
         """The value of ``quantization_config`` in ``config.json``."""
         compressed = {str(layer): n for layer, n in self.compressed.items()}
         narrow = bool(compressed) and self.light.units is not None
+        biased = bool(compressed) and self.light.biased
         return {
             "quant_method": QUANT_METHOD,
             # What older ones can read.
-            "format_version": 3 if narrow else 2 if compressed else 1,
+            "format_version": 4 if biased else 3 if narrow else 2 if compressed else 1,
             "molae_version": self.molae_version,
             "method": self.method,
             "form": self.form,
@@ -249,6 +259,7 @@ class Factored:
             },
             **({"compressed_experts": compressed} if compressed else {}),
             **({"light_units": self.light.units} if narrow else {}),
+            **({"light_biases": True} if biased else {}),
             **({"arch": dict(self.arch)} if self.arch is not None else {}),
         }
 
@@ -286,6 +297,12 @@ class Factored:
             raise CheckpointError(
                 f"quantization_config.light_units: expected 0 to F = {F}, got {shorten(units)}"
             )
+        biased: Any = data.get("light_biases", False)
+        if not isinstance(biased, bool) or (biased and not units):
+            raise CheckpointError(
+                "quantization_config.light_biases: expected true only beside light_units of 1 and "
+                f"more, got {shorten(biased)}"
+            )
         layers = data.get("layers")
         if not isinstance(layers, Mapping):
             raise CheckpointError("quantization_config.layers: missing, or not a JSON object")
@@ -299,7 +316,7 @@ class Factored:
             },
             molae_version=str(data.get("molae_version")),
             compressed=_read_compressed(compressed, K),
-            light=LightModule(units),
+            light=LightModule(units, biased),
             arch=data.get("arch"),
         )
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from test_fit_compressed import LATENT, D, answer, problem
+from test_fit_compressed import BIASED, LATENT, D, answer, problem
 
 import molae
 from molae import ops
@@ -122,7 +122,7 @@ def test_losses_are_of_the_tokens_held_out():
 
 
 @pytest.mark.parametrize("form", ["vectors", "narrow", "additive"])
-@pytest.mark.parametrize("options", [{}, LATENT])
+@pytest.mark.parametrize("options", [{}, LATENT, LATENT | BIASED])
 def test_beside_what_acts_for_compressed_experts(form, options):
     """The whole layer comes nearer, and what acts for them stays as it is."""
     given, teacher = problem(8, 1200, **options)
@@ -133,13 +133,19 @@ def test_beside_what_acts_for_compressed_experts(form, options):
         light = 1 + 0.2 * rng.standard_normal((E, 2 * D + F))
     else:
         m = 2 * (form == "narrow")
-        parts = [(E, m, D), (E, m, D), (E, D, m), (E, D)]
+        parts = [
+            (E, m, D),
+            (E, m, D),
+            (E, D, m),
+            (E, D),
+            *[(E, m)] * (m if "bias" in options else 0),
+        ]
         light = ops.NarrowExperts(*(0.1 * rng.standard_normal(shape) for shape in parts))
 
     def run(layer):
         call = given.x, given.index, given.weights, *layer, light, n
         which = ops.compressed_experts_forward if form == "vectors" else ops.narrow_experts_forward
-        return which(*call)
+        return which(*call, **given.how(layer))
 
     aim = answer(given, teacher)
     found = distill_layer(given, student, teacher=teacher, light=(light, n), epochs=10)

@@ -44,7 +44,7 @@ def test_compressed_experts_are_of_a_newer_format():
 
 
 @pytest.mark.parametrize("units", [0, 2])
-def test_narrow_experts_are_of_the_newest_format(units):
+def test_narrow_experts_are_of_a_newer_format(units):
     narrow = replace(WHOLE, compressed={0: 1}, light=LightModule(units))
     data = narrow.to_dict()
     assert (data["format_version"], data["light_units"]) == (3, units)
@@ -55,12 +55,25 @@ def test_narrow_experts_are_of_the_newest_format(units):
     assert narrow.light.numbers(F=6, D=8) * 4 == sum(np.prod(shape) for shape in parts.values())
 
 
+def test_narrow_experts_with_biases_are_of_the_newest_format():
+    narrow = replace(WHOLE, compressed={0: 1}, light=LightModule(2, biased=True))
+    data = narrow.to_dict()
+    assert (data["format_version"], data["light_units"], data["light_biases"]) == (4, 2, True)
+    assert Factored.from_dict(data, LETTERS) == narrow
+    parts = {part.name: part.shape for part in narrow.light.tensors("P", E=4, F=6, D=8)}
+    plain = {part.name: part.shape for part in LightModule(2).tensors("P", E=4, F=6, D=8)}
+    assert parts == plain | {"P.light.gate_bias": (4, 2), "P.light.up_bias": (4, 2)}
+    assert narrow.light.numbers(F=6, D=8) * 4 == sum(np.prod(shape) for shape in parts.values())
+
+
 @pytest.mark.parametrize(
     ("text", "units"),
     [("vectors", None), ("additive", 0), ("narrow:5", 5), ("narrow:1/3", 2), ("narrow:1/1", 6)],
 )
 def test_light_modules_have_names(text, units):
     assert LightModule.parse(text, 6) == LightModule(units)
+    # What has no gate and up has no biases of them.
+    assert LightModule.parse(text, 6, biased=True) == LightModule(units, biased=bool(units))
 
 
 @pytest.mark.parametrize("text", ["", "narrow", "narrow:0", "narrow:7", "narrow:1/7", "narrow:-1"])
@@ -85,7 +98,9 @@ GATE = ("layers", "0", "gate_proj")
     ("path", "value", "named"),
     [
         (("quant_method",), "gptq", "quant_method"),
-        (("format_version",), 4, "newer molae"),
+        (("format_version",), 5, "newer molae"),
+        (("light_biases",), 1, "light_biases: expected true only beside light_units"),
+        (("light_biases",), True, "light_biases: expected true only beside light_units"),
         (("light_units",), 7, "light_units: expected 0 to F = 6"),
         (("light_units",), -1, "light_units"),
         (("light_units",), True, "light_units"),

@@ -20,6 +20,7 @@ from molae.ops import Projection
 
 E, D, F, K = 5, 8, 6, 3
 LATENT = {"ranks": (4, 6), "groups": (2, 3, 2)}
+BIASED = {"bias": True, "activation": "swiglu_clamped", "alpha": 1.3, "limit": 0.9}
 
 
 def problem(seed=0, N=400, dtype=np.float64, **options):
@@ -28,15 +29,18 @@ def problem(seed=0, N=400, dtype=np.float64, **options):
     rng = np.random.default_rng(seed)
     index = np.argsort(rng.random((N, E)), axis=1)[:, :K]
     index[rng.random((N, K)) < 0.05] = E
-    given = LayerInput(made.x, index, np.sort(made.weights, axis=1)[:, ::-1].copy())
+    biases = tuple(made.biases.values()) if options.get("bias") else None
+    given = LayerInput(
+        made.x, index, np.sort(made.weights, axis=1)[:, ::-1].copy(), biases=biases, **made.act
+    )
     return given, (made.gate, made.up, made.down)
 
 
 def answer(given, experts, e=None, n=0):
-    call = given.x, given.index, given.weights, *experts
+    call, how = (given.x, given.index, given.weights, *experts), given.how(experts)
     if e is None:
-        return ops.latent_experts_forward(*call)
-    return ops.compressed_experts_forward(*call, e, n)
+        return ops.latent_experts_forward(*call, **how)
+    return ops.compressed_experts_forward(*call, e, n, **how)
 
 
 def error(given, experts, e, n, aim=None):
@@ -57,10 +61,11 @@ def holding(given, experts, n, ridge):
     return ridge * energy / (2 * D + F)
 
 
+@pytest.mark.parametrize("kind", [{}, BIASED])
 @pytest.mark.parametrize("n", [1, 2])
-def test_the_linear_part_is_the_least_squares_solution(n, monkeypatch):
+def test_the_linear_part_is_the_least_squares_solution(n, kind, monkeypatch):
     monkeypatch.setattr(fit.compressed, "RESIDUAL", 1e-10)
-    given, experts = problem(1)
+    given, experts = problem(1, **kind)
     ridge, one = 0.05, np.ones((E, 2 * D + F))
     base = one.copy()
     base[:, D : D + F] = 0
@@ -84,7 +89,7 @@ def test_the_linear_part_is_the_least_squares_solution(n, monkeypatch):
     assert np.abs(again.embeddings[:, D : D + F].ravel() - want).max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", [{}, LATENT, {**LATENT, "form": "plain"}])
+@pytest.mark.parametrize("kind", [{}, LATENT, {**LATENT, "form": "plain"}, LATENT | BIASED])
 def test_errors_are_those_of_the_layer_and_fall(kind):
     given, experts = problem(2, **kind)
     found = compressed_experts(given, experts, 2)
@@ -98,22 +103,24 @@ def test_errors_are_those_of_the_layer_and_fall(kind):
     n=st.integers(1, 2),
     ridge=st.sampled_from([1e-4, 0.01, 1.0]),
     dtype=st.sampled_from([np.float32, np.float64]),
+    kind=st.sampled_from([{}, BIASED]),
 )
 @settings(max_examples=15, deadline=None)
-def test_the_objective_never_rises(seed, n, ridge, dtype):
-    given, experts = problem(seed, N=60, dtype=dtype, **LATENT)
+def test_the_objective_never_rises(seed, n, ridge, dtype, kind):
+    given, experts = problem(seed, N=60, dtype=dtype, **LATENT, **kind)
     found = compressed_experts(given, experts, n, ridge=ridge, steps=5)
     assert (np.diff(found.objective) <= 0).all()
     assert np.isfinite(found.embeddings).all()
 
 
-def test_vectors_that_were_planted_are_found():
-    given, experts = problem(3, N=2500)
+@pytest.mark.parametrize("kind", [{}, BIASED])
+def test_vectors_that_were_planted_are_found(kind):
+    given, experts = problem(3, N=2500, **kind)
     rng = np.random.default_rng(4)
     planted = 1 + 0.3 * rng.standard_normal((E, 2 * D + F))
     given = replace(given, answers=answer(given, experts, planted, 2))
     found = compressed_experts(given, experts, 2, ridge=1e-6, steps=60)
-    assert found.error[0] > 0.2
+    assert found.error[0] > 0.15
     assert found.error[2] < 0.02 * found.error[0]
 
 

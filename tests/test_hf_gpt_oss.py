@@ -19,12 +19,12 @@ from hf_models import tokens as some_tokens
 from molae import ConvertConfig
 from molae.convert import convert, materialize
 from molae.convert.methods import METHODS
-from molae.errors import ArgumentError, CheckpointError
+from molae.errors import CheckpointError
 from molae.factored import Split, index_groups
 from molae.hf import LatentExperts, latent_model
 from molae.hf.activation import ClampedSwiglu, activation_of
 from molae.hf.calibrate import Calibration
-from molae.hf.forward import forward_torch, split_slots
+from molae.hf.forward import forward_torch
 from molae.hf.native import forward_native
 from molae.threads import num_threads
 
@@ -47,28 +47,33 @@ MIXED = {
 }
 
 
-def config() -> Any:
+def config(num_experts_per_tok: int = K) -> Any:
     return transformers.GptOssConfig(
         hidden_size=D, intermediate_size=F, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, num_local_experts=E, num_experts_per_tok=K,
+        num_key_value_heads=2, head_dim=8, num_local_experts=E,
+        num_experts_per_tok=num_experts_per_tok,
         vocab_size=40, max_position_embeddings=64, sliding_window=8, initializer_range=0.5,
         swiglu_limit=1.5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def make_source(path: Path, **sizes: int) -> tuple[Any, Path]:
     """A tiny model of Transformers' own with biases that matter, and its folder."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config(), dtype=torch.float32).eval()
+    made = config(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.normal_(std=0.5)
-    path = tmp_path_factory.mktemp("gpt_oss")
     model.save_pretrained(path)
     return model, path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("gpt_oss"))
 
 
 def converted(
@@ -192,7 +197,9 @@ def layer(splits: dict[str, Split | None], dtype: torch.dtype, **how: Any) -> La
     return experts
 
 
-def inputs(dtype: torch.dtype, T: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(
+    dtype: torch.dtype, T: int = 9, K: int = K
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(T, D, generator=generator, dtype=torch.float64).to(dtype)
     index = torch.stack([torch.randperm(E + 1, generator=generator)[:K] for _ in range(T)])
@@ -306,21 +313,6 @@ class Held(torch.nn.Module):
         return self.run(self.experts, *args)
 
 
-def test_compressed_experts_have_biases_too():
-    full = layer(CASES["latent"], torch.float64)
-    some = layer(CASES["latent"], torch.float64, num_compressed=1)
-    assert some.compressed is not None
-    x, index, weights = inputs(torch.float64)
-    with torch.no_grad():
-        some.load_state_dict(full.state_dict(), strict=False)
-        native = forward_native(some, x, index, weights)
-        plain = forward_torch(some, x, index, weights, some.factors())
-        torch.testing.assert_close(native, plain)
-        # Vectors of 1 change nothing: what is left of the token's experts answers.
-        few, _ = split_slots(index, weights, 1, E)
-        torch.testing.assert_close(native, by_definition(full, x, few, weights))
-
-
 # ------------------------------------------------------------------ refusals
 
 
@@ -331,15 +323,6 @@ def test_an_activation_that_is_another(source):
     experts._apply_gate = lambda both: both[..., ::2] * both[..., 1::2]
     with pytest.raises(CheckpointError, match="GptOssExperts: .* activation"):
         activation_of(experts)
-
-
-def test_compressed_experts_are_refused(source, tmp_path):
-    config = ConvertConfig(size=0.7, compressed_experts=1)
-    with (
-        Calibration(source[1], TEXT, length=64) as calibration,
-        pytest.raises(ArgumentError, match="compressed_experts: .*biases"),
-    ):
-        convert(source[1], tmp_path / "dst", config, calibration=calibration)
 
 
 # ---------------------------------------------------------- a calibration text

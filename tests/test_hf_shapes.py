@@ -19,6 +19,7 @@ from checkpoints import (
 )
 from family_cases import CASES, make_model
 from hf_models import SETTINGS, SIZES
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 import molae
 from molae import ConvertConfig
@@ -47,6 +48,24 @@ def test_a_config_alone_counts_as_the_checkpoint_does(tmp_path, family, light):
     for name in (*COUNTS, "family", "letters", "moe_layers", "shapes", "bytes", "dtype"):
         assert getattr(alone, name) == getattr(whole, name), name
     assert alone.files == 0
+
+
+@pytest.mark.parametrize("light", ["vectors", "additive", "narrow:1/4"])
+def test_a_config_alone_knows_biases(tmp_path, light):
+    made = GptOssConfig(
+        hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, num_local_experts=6, num_experts_per_tok=3,
+        vocab_size=40,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+    asked = {"compressed_experts": 2, "light_module": light}
+    whole = molae.inspect(tmp_path, **asked)
+    config = read_config(tmp_path / "config.json")
+    alone = inspect_config("config.json", config, tensors_of(config), **asked)
+    assert [getattr(alone, name) for name in COUNTS] == [getattr(whole, name) for name in COUNTS]
+    numbers = {"vectors": 2 * 16 + 12, "additive": 16, "narrow:1/4": 10 * 16 + 2 * 3}[light]
+    saved = 2 * 2 * (3 * 16 * 12 + 2 * 12 + 16 - numbers)
+    assert whole.active_parameters - whole.active_compressed == saved
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 from ref import compressed as ref
-from test_fit_compressed import LATENT, D, E, F, K, answer, problem
+from ref import ops as ref_ops
+from test_fit_compressed import BIASED, LATENT, D, E, F, K, answer, problem
 
 import molae
 from molae import ops
@@ -18,20 +19,28 @@ from molae.fit import descent, narrow, narrow_experts
 from molae.ops import NarrowExperts, Projection, narrow_experts_forward, split_slots
 
 M = 3
+BIASES = ("gate_bias", "up_bias")
 
 
-def some_narrow(rng, m=M, dtype=np.float64):
-    shapes = (E, m, D), (E, m, D), (E, D, m), (E, D)
+def some_narrow(rng, m=M, dtype=np.float64, *, biased=False):
+    shapes = [(E, m, D), (E, m, D), (E, D, m), (E, D), *[(E, m)] * (2 * biased)]
     return NarrowExperts(*(rng.standard_normal(s).astype(dtype) for s in shapes))
 
 
-def by_hand(x, aux, weights, n):
-    """Row by row, in plain NumPy."""
-    y = np.zeros_like(x)
+def hidden(given, n, e, x):
+    """Of one narrow expert and one token, in plain NumPy."""
+    gate, up = n.gate[e] @ x, n.up[e] @ x
+    if n.gate_bias is not None:
+        gate, up = gate + n.gate_bias[e], up + n.up_bias[e]
+    return ref_ops.activate(given.activation, gate, up, given.alpha, given.limit)
+
+
+def by_hand(given, aux, n):
+    """Row by row."""
+    y = np.zeros_like(given.x)
     for t, k in np.argwhere(aux < E):
-        e, g = aux[t, k], weights[t, k]
-        gate, up = n.gate[e] @ x[t], n.up[e] @ x[t]
-        y[t] += g * (n.down[e] @ (gate / (1 + np.exp(-gate)) * up) + n.bias[e])
+        e, g = aux[t, k], given.weights[t, k]
+        y[t] += g * (n.down[e] @ hidden(given, n, e, given.x[t]) + n.bias[e])
     return y
 
 
@@ -70,16 +79,16 @@ def test_slots_that_make_no_sense_are_refused(wrong, error, text):
 
 
 @pytest.mark.parametrize("m", [0, 1, M])
-@pytest.mark.parametrize("options", [{}, LATENT])
+@pytest.mark.parametrize("options", [{}, LATENT, LATENT | BIASED])
 def test_the_answer_is_that_of_both_halves(options, m):
     given, experts = problem(3, 60, **options)
-    rest = some_narrow(np.random.default_rng(1), m)
-    call = given.x, given.index, given.weights, *experts
+    rest = some_narrow(np.random.default_rng(1), m, biased="bias" in options and m > 0)
+    call, how = (given.x, given.index, given.weights, *experts), given.how(experts)
     main, aux = split_slots(given.index, given.weights, E, 2)
-    want = ops.latent_experts_forward(given.x, main, given.weights, *experts)
-    want += by_hand(given.x, aux, given.weights, rest)
-    np.testing.assert_allclose(narrow_experts_forward(*call, rest, 2), want, atol=1e-12)
-    assert np.array_equal(narrow_experts_forward(*call, rest, 0), answer(given, experts))
+    want = ops.latent_experts_forward(given.x, main, given.weights, *experts, **how)
+    want += by_hand(given, aux, rest)
+    np.testing.assert_allclose(narrow_experts_forward(*call, rest, 2, **how), want, atol=1e-12)
+    assert np.array_equal(narrow_experts_forward(*call, rest, 0, **how), answer(given, experts))
 
 
 def test_arrays_that_do_not_belong_together_are_refused():
@@ -92,6 +101,14 @@ def test_arrays_that_do_not_belong_together_are_refused():
     assert (good.num_experts, good.units, good.numbers) == (E, M, E * D * (3 * M + 1))
     bare = NarrowExperts.of({"bias": good.bias})
     assert (bare.units, list(bare.arrays)) == (0, ["bias"])
+    biased = some_narrow(np.random.default_rng(0), biased=True)
+    again = NarrowExperts.of(biased.arrays)
+    assert all(np.array_equal(again.arrays[k], v) for k, v in biased.arrays.items())
+    assert (len(again.arrays), biased.numbers) == (6, good.numbers + 2 * E * M)
+    with pytest.raises(ShapeError, match="up_bias: expected"):
+        replace(biased, up_bias=biased.up_bias[:, 1:])
+    with pytest.raises(ShapeError, match="gate_bias, up_bias: expected both or neither"):
+        replace(biased, up_bias=None)
 
 
 # ------------------------------------------------------------------------------- fit
@@ -100,12 +117,12 @@ def test_arrays_that_do_not_belong_together_are_refused():
 def errors_of(given, experts, found, n):
     aim = answer(given, experts)
     call = given.x, given.index, given.weights, *experts
-    y = narrow_experts_forward(*call, found, n)
+    y = narrow_experts_forward(*call, found, n, **given.how(experts))
     return np.linalg.norm(aim - y) / np.linalg.norm(aim)
 
 
 @pytest.mark.parametrize("m", [0, M])
-@pytest.mark.parametrize("options", [{}, LATENT])
+@pytest.mark.parametrize("options", [{}, LATENT, LATENT | BIASED])
 def test_the_linear_part_is_the_least_squares_solution(options, m, monkeypatch):
     monkeypatch.setattr(narrow, "RESIDUAL", 1e-12)
     monkeypatch.setattr(descent, "HELD_OUT", 10**9)
@@ -114,23 +131,21 @@ def test_the_linear_part_is_the_least_squares_solution(options, m, monkeypatch):
     found = narrow_experts(given, experts, n, m, ridge=ridge, linear_steps=300, epochs=0)
     assert found.residual < 1e-8
     begun = narrow_experts(given, experts, n, m, linear_steps=0, epochs=0).experts
-    assert (begun.bias == 0).all()
+    assert np.array_equal(begun.bias, given.biases[2] if given.biases else np.zeros((E, D)))
     main, aux = split_slots(given.index, given.weights, E, n)
     rest = answer(given, experts) - ops.latent_experts_forward(
-        given.x, main, given.weights, *experts
+        given.x, main, given.weights, *experts, **given.how(experts)
     )
     features = np.zeros((300, E, m + 1))  # what each expert's V = [down | bias] is multiplied with
     for t, k in np.argwhere(aux < E):
         e = aux[t, k]
-        gate, up = begun.gate[e] @ given.x[t], begun.up[e] @ given.x[t]
-        h = [*(gate / (1 + np.exp(-gate)) * up), 1.0]
+        h = [*hidden(given, begun, e, given.x[t]), 1.0]
         features[t, e] += given.weights[t, k] * np.array(h)
     hold = []
     for e in range(E):
         trace = 0.0
         for t, k in np.argwhere(aux == e):
-            gate, up = begun.gate[e] @ given.x[t], begun.up[e] @ given.x[t]
-            h = np.array([*(gate / (1 + np.exp(-gate)) * up), 1.0])
+            h = np.array([*hidden(given, begun, e, given.x[t]), 1.0])
             trace += given.weights[t, k] ** 2 * (h @ h)
         hold += [ridge * trace / (m + 1)] * (m + 1)
     A = features.reshape(300, -1)
@@ -142,8 +157,9 @@ def test_the_linear_part_is_the_least_squares_solution(options, m, monkeypatch):
     np.testing.assert_allclose(found.experts.bias, V[:, :, -1], atol=1e-6)
 
 
-def test_it_begins_with_the_units_that_matter_most():
-    given, (gate, up, down) = problem(5)
+@pytest.mark.parametrize("options", [{}, BIASED])
+def test_it_begins_with_the_units_that_matter_most(options):
+    given, (gate, up, down) = problem(5, **options)
     wide = [np.empty((E, *p.private[0].shape[1:])) for p in (gate, up, down)]
     for own, p in zip(wide, (gate, up, down), strict=True):
         own[list(p.groups[0])] = p.private[0]
@@ -153,6 +169,18 @@ def test_it_begins_with_the_units_that_matter_most():
     assert np.array_equal(found.gate, wide[0][:, [1, 4]])
     assert np.array_equal(found.up, wide[1][:, [1, 4]])
     assert np.array_equal(found.down, wide[2][:, :, [1, 4]])
+    if options:
+        assert np.array_equal(found.gate_bias, given.biases[0][:, [1, 4]])
+        assert np.array_equal(found.up_bias, given.biases[1][:, [1, 4]])
+        assert np.array_equal(found.bias, given.biases[2])
+
+
+@pytest.mark.parametrize("options", [{}, BIASED])
+def test_with_all_units_it_begins_as_the_experts(options):
+    given, experts = problem(5, **options)
+    found = narrow_experts(given, experts, 2, F, linear_steps=0, epochs=0)
+    assert found.error[0] > 0.1
+    assert found.error[1] < 1e-12
 
 
 def test_narrow_experts_that_were_planted_are_found():
@@ -166,8 +194,21 @@ def test_narrow_experts_that_were_planted_are_found():
     assert end < 0.4 * linear < 0.4 * start
 
 
+def test_biases_that_were_planted_are_found():
+    given, experts = problem(7, 2000, **BIASED)
+    begun = narrow_experts(given, experts, 2, M, linear_steps=0, epochs=0).experts
+    rng = np.random.default_rng(2)
+    moved = {name: begun.arrays[name] + rng.standard_normal((E, M)) for name in BIASES}
+    call = given.x, given.index, given.weights, *experts
+    aim = narrow_experts_forward(*call, replace(begun, **moved), 2, **given.how(experts))
+    found = narrow_experts(replace(given, answers=aim), experts, 2, M, epochs=150, rate=0.05)
+    start, linear, end = found.error
+    assert end < 0.2 * linear < 0.2 * start
+    assert all((found.experts.arrays[name] != begun.arrays[name]).all() for name in BIASES)
+
+
 @pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("options", [{}, LATENT])
+@pytest.mark.parametrize("options", [{}, LATENT, LATENT | BIASED])
 def test_each_part_comes_closer(options, n):
     given, experts = problem(2, 1500, **options)
     found = narrow_experts(given, experts, n, M, epochs=30)

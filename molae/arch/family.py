@@ -231,6 +231,11 @@ class Family:
             )
         return part
 
+    @property
+    def has_biases(self) -> bool:
+        """Whether the experts have biases."""
+        return any(t.role == "down_proj_bias" for t in self.tensors)
+
     def check_convertible(self) -> None:
         """Refuse a family that is only inspected.
 

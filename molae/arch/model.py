@@ -159,7 +159,7 @@ class Model:
     @property
     def has_biases(self) -> bool:
         """Whether the experts have biases."""
-        return any(t.role == "down_proj_bias" for t in self.family.tensors)
+        return self.family.has_biases
 
     def biases(
         self, checkpoint: Checkpoint, layer: int

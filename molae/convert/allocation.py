@@ -79,6 +79,8 @@ class Allocation:
         if self.compressed:
             facts["compressed"] = {str(layer): n for layer, n in self.compressed.items()}
             facts["light_units"] = self.light.units
+            if self.light.biased:
+                facts["light_biases"] = True
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

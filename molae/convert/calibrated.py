@@ -126,11 +126,6 @@ class Calibrated:
                 f"compressed_experts: expected 0 to K - 1 = {model.letters['K'] - 1}, got "
                 f"{config.compressed_experts}"
             )
-        if config.compressed_experts and model.has_biases:
-            raise ArgumentError(
-                "compressed_experts: the experts of this model have biases, and what acts in the "
-                "place of compressed ones knows none; leave it out"
-            )
         self.footprint = Footprint.of(checkpoint, model, config)
         facts = {
             "checkpoint": checkpoint.fingerprint(),
@@ -149,7 +144,9 @@ class Calibrated:
         self._state: Path | None = None
         self._told: Told = lambda layer, done, steps, loss: None
         self._fitted: dict[tuple[int, str], Fitted] = {}
-        self._light = LightModule.parse(config.light_form, model.letters["F"])
+        self._light = LightModule.parse(
+            config.light_form, model.letters["F"], biased=model.has_biases
+        )
         self._counts: Mapping[int, int] = {}
         self._compressed: dict[int, FittedLight] = {}
         self._healed: LayerDistillation | None = None

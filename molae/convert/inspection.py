@@ -380,6 +380,6 @@ def _active_compressed(model: Model, n: int, light: str) -> int:
     factored = dataclasses.replace(
         factored,
         compressed=dict.fromkeys(model.moe_layers, n),
-        light=LightModule.parse(light, model.letters["F"]),
+        light=LightModule.parse(light, model.letters["F"], biased=model.has_biases),
     )
     return dataclasses.replace(model, factored=factored).counts().active_parameters

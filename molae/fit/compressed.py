@@ -102,8 +102,8 @@ def compressed_experts(
     -----
     Minimizes ``½ Σ_t ‖target − y‖² + ½ Σ_i r_i ‖(e1, e2, e3)_i − 1‖²`` with
     ``r_i = ridge Σ share_i² ‖y‖² / (2 D + F)`` over the tokens that compress i. y is linear in
-    e2: first a problem of least squares, by conjugate gradients; then all three by a quasi-Newton
-    descent (L-BFGS) from there. Each step is one pass over the tokens, forward and backward; a
+    e2, up to a constant where there are biases: first a problem of least squares, by conjugate
+    gradients; then all three by a quasi-Newton descent (L-BFGS) from there. Each step is one pass over the tokens, forward and backward; a
     step that gains nothing is not taken.
 
     References
@@ -151,6 +151,8 @@ class _Problem:
     def __init__(self, given: LayerInput, layer: Layer, n: int, ridge: float) -> None:
         self._given, self._layer, self._n = given, layer, n
         (E, F), D = layer_sizes(*layer), given.x.shape[1]
+        #: Activation and biases.
+        self._how = given.how(layer)
         #: e2 among the numbers of an expert.
         self._middle = slice(D, D + F)
         self._one = np.ones((E, 2 * D + F), given.x.dtype)
@@ -235,9 +237,7 @@ class _Problem:
         energy, target = np.zeros(E + 1), 0.0
         for _, call, aim in self._given.aims(self._layer):
             _, index, weights = call
-            y = compressed_experts_forward(
-                *call, *self._layer, self._one, self._n, activation=self._given.activation
-            )
+            y = compressed_experts_forward(*call, *self._layer, self._one, self._n, **self._how)
             lengths = row_squares(y)
             if not np.isfinite(lengths).all() or not np.isfinite(aim).all():
                 raise NonFiniteError("NaN or Inf in what the experts read or answer")
@@ -257,14 +257,13 @@ class _Problem:
         v = v.astype(self._one.dtype)
         gradient = np.zeros_like(v)
         squared = 0.0
-        activation = self._given.activation
         for _, call, aim in self._given.aims(self._layer):
             own = *call, *self._layer, v, self._n
-            y, saved = compressed_experts_forward(*own, activation=activation, save=True)
+            y, saved = compressed_experts_forward(*own, **self._how, save=True)
             y -= aim
             squared += squares(y)
             compressed_experts_backward(
-                y, saved, *own, activation=activation, out=Gradients(embeddings=gradient)
+                y, saved, *own, **self._how, out=Gradients(embeddings=gradient)
             )
         moved = v.astype(np.float64) - 1
         held = self._hold * moved

@@ -151,8 +151,6 @@ def distill_layer(
             f"{epochs}, {steps}, {weight_decay} and {rate}"
         )
     given.check()
-    if light is not None and given.biases is not None:
-        raise ArgumentError("light: experts with biases have nothing in the place of others")
     own = _Distilling(given, student, teacher or student, light, trained)
     return own.solve(
         steps_of(epochs, own.seen) if steps is None else steps,
@@ -205,7 +203,7 @@ class _Distilling:
                 # These answer beside the others: what they answer is none of the others' concern.
                 x, every, weights = call
                 index[some], rest = split_slots(every, weights, narrow[0].num_experts, narrow[1])
-                aim -= narrow[0].forward(x, rest, weights, given.activation)
+                aim -= narrow[0].forward(x, rest, weights, **given.act)
             answers[some] = aim
         if not math.isfinite(self._target):
             raise NonFiniteError("NaN or Inf in what the experts read or answer")
@@ -264,12 +262,11 @@ class _Distilling:
             "wanted": None if self._room else self._trained,
             "out": self._room,
             "add": False,
+            **self._given.how(self._layer),
         }
         if self._vectors is None:
-            how |= self._given.how(self._layer)
             found = latent_experts_backward(dy, saved, *call, *self._layer, **how)
         else:
-            how["activation"] = self._given.activation
             found = compressed_experts_backward(
                 dy, saved, *call, *self._layer, *self._vectors, **how
             )
@@ -277,13 +274,10 @@ class _Distilling:
         return {name: own for kind in self._trained for name, own in _named(kind, found)}
 
     def _forward(self, call: tuple[Array, Array, Array], *, save: bool = False) -> Any:
+        how = self._given.how(self._layer)
         if self._vectors is None:
-            how = self._given.how(self._layer)
             return latent_experts_forward(*call, *self._layer, **how, save=save)
-        act = self._given.activation
-        return compressed_experts_forward(
-            *call, *self._layer, *self._vectors, activation=act, save=save
-        )
+        return compressed_experts_forward(*call, *self._layer, *self._vectors, **how, save=save)
 
     def _lost(self, tokens: Array) -> float:
         total = 0.0

@@ -41,9 +41,6 @@ EPOCHS, RATE = 10, 0.02
 #: Passes over the tokens, about: some measure.
 PASSES = LINEAR_STEPS + EPOCHS + 3
 
-#: Arrays of narrow experts.
-PARTS = ("gate", "up", "down", "bias")
-
 
 @dataclass(frozen=True, eq=False)
 class NarrowFit:
@@ -116,11 +113,13 @@ def narrow_experts(
     Notes
     -----
     Each begins as the m units of its expert that matter most in the text, by
-    ``Σ g² h² ‖W_down‖²`` of the unit over the tokens that compress the expert. Then down and the
-    bias, in which the answer is linear, are found together by conjugate gradients, with each
-    expert's own second moments for a preconditioner; then all by AdamW on batches of tokens. A
-    few tokens are held out, and what answers these best is what is kept: the descent is never
-    worse there than the linear part.
+    ``Σ g² h² ‖W_down‖²`` of the unit over the tokens that compress the expert. Where the experts
+    have biases (``given.biases``) it has those of its units for gate and up, and begins with all
+    of its expert's for down; so does an additive vector. Then down and the bias, in which the
+    answer is linear, are found together by conjugate gradients, with each expert's own second
+    moments for a preconditioner; then all by AdamW on batches of tokens. A few tokens are held
+    out, and what answers these best is what is kept: the descent is never worse there than the
+    linear part.
 
     Examples
     --------
@@ -183,7 +182,7 @@ class _Left:
         for some, call, aim in given.aims(teacher):
             x, index, weights = call
             main, every[some] = split_slots(index, weights, E, n)
-            y = latent_experts_forward(x, main, weights, *layer, activation=given.activation)
+            y = latent_experts_forward(x, main, weights, *layer, **given.how(layer))
             target += squares(aim)
             aim -= y
             squared = squares(aim)
@@ -203,16 +202,23 @@ def _chosen_units(given: LayerInput, layer: Layer, m: int) -> NarrowExperts:
     if 0 < m < F:
         for _, x, index, weights in given.chunks():
             _, saved = latent_experts_forward(
-                x, index, weights, *layer, activation=given.activation, save=True
+                x, index, weights, *layer, **given.how(layer), save=True
             )
             routed = Routed.of(index, weights, E)
-            h = activate(routed.cut(saved.gate), routed.cut(saved.up), activation=given.activation)
+            h = activate(routed.cut(saved.gate), routed.cut(saved.up), **given.act)
             h *= routed.weights
             np.square(h, out=h)
             for e, rows in _by_expert(routed, E):
                 energy[e] += h[rows].sum(0, dtype=np.float64)
-    found = {"gate": np.empty((E, m, D), given.x.dtype), "down": np.empty((E, D, m), given.x.dtype)}
-    found["up"] = np.empty_like(found["gate"])
+    dtype = given.x.dtype
+    found = {"gate": np.empty((E, m, D), dtype), "down": np.empty((E, D, m), dtype)}
+    found |= {"up": np.empty_like(found["gate"]), "bias": np.zeros((E, D), dtype)}
+    biases: dict[str, Array] = {}
+    if given.biases is not None:
+        biases = dict(zip(("gate_bias", "up_bias"), given.biases[:2], strict=True))
+        found["bias"] = given.biases[2].astype(dtype)
+    if m:
+        found |= {name: np.empty((E, m), dtype) for name in biases}
     gate, up, down = (_matrices(p, is_down) for p, is_down in zip(layer, (0, 0, 1), strict=True))
     for e, *matrices in zip(range(E), gate, up, down, strict=True):
         wide = dict(zip(("gate", "up", "down"), matrices, strict=True))
@@ -222,8 +228,10 @@ def _chosen_units(given: LayerInput, layer: Layer, m: int) -> NarrowExperts:
         order.sort()
         for name in ("gate", "up"):
             found[name][e] = wide[name][order]
+        for name in biases if m else ():
+            found[name][e] = biases[name][e, order]
         found["down"][e] = wide["down"][:, order]
-    return NarrowExperts(**found, bias=np.zeros((E, D), given.x.dtype))
+    return NarrowExperts(**found)
 
 
 def _matrices(p: Projection, is_down: int) -> Iterator[Array]:
@@ -299,7 +307,7 @@ class _Fit:
         total = 0.0
         for some in pieces(tokens):
             call, rest = self._left.given.rows(some)
-            total += squares(experts.forward(*call, self._left.given.activation) - rest)
+            total += squares(experts.forward(*call, **self._left.given.act) - rest)
         return total
 
     # ---------------------------------------------------------------- its parts
@@ -324,21 +332,26 @@ class _Fit:
         return total
 
     def _slopes(
-        self, experts: NarrowExperts, tokens: Array, unit: float, names: Sequence[str] = PARTS
+        self,
+        experts: NarrowExperts,
+        tokens: Array,
+        unit: float,
+        names: Sequence[str] | None = None,
     ) -> dict[str, Array]:
-        """By each array, of half the squared error over some tokens in this unit."""
+        """By each array, or some, of half the squared error over some tokens in this unit."""
         call, rest = self._left.given.rows(tokens)
-        act = self._left.given.activation
+        act = self._left.given.act
         if not experts.units:
-            dy = (experts.forward(*call, act) - rest) / unit
+            dy = (experts.forward(*call, **act) - rest) / unit
             return {"bias": _bias_slope(dy, *call[1:], experts.num_experts)}
         own = *call, experts.gate, experts.up, experts.down
-        bias = experts.bias
-        dy, saved = experts_forward(*own, down_bias=bias, activation=act, save=True)
+        how = experts.biases | act
+        dy, saved = experts_forward(*own, **how, save=True)
         dy -= rest
         dy /= unit
+        names = tuple(experts.arrays) if names is None else names
         wanted = ["down_bias" if name == "bias" else name for name in names]
-        d = experts_backward(dy, saved, *own, down_bias=bias, activation=act, wanted=wanted)
+        d = experts_backward(dy, saved, *own, **how, wanted=wanted)
         return {n: getattr(d, full) for n, full in zip(names, wanted, strict=True)}
 
     def _curvature(self, ridge: float) -> tuple[Array, Array]:
@@ -347,16 +360,17 @@ class _Fit:
         E, m = self._begun.num_experts, self._begun.units
         found = SecondMoments.nothing(E, m + 1, np.float64)
         layer = self._begun.gate, self._begun.up, self._begun.down
-        act = self._left.given.activation
+        act = self._left.given.act
         for tokens in pieces(self._seen):
             (x, index, weights), _ = self._left.given.rows(tokens)
             h = np.ones((*index.shape, m + 1))
             if m:
-                _, saved = experts_forward(x, index, weights, *layer, activation=act, save=True)
+                how = self._begun.biases | act
+                _, saved = experts_forward(x, index, weights, *layer, **how, save=True)
                 routing = route(index, E)
                 rows = slice(0, len(routing.token))
                 h[routing.token, routing.slot, :m] = activate(
-                    saved.gate[rows], saved.up[rows], activation=act
+                    saved.gate[rows], saved.up[rows], **act
                 )
             second_moments(h, index, weights.astype(np.float64), E, out=found)
         roots = np.zeros_like(found.moment)

@@ -102,7 +102,7 @@ def latent_model(
         raise ArgumentError("group_size and rank: needed, the config says nothing of groups")
     if num_compressed:
         compressed = dict.fromkeys(moe_layers, num_compressed)
-        light = LightModule.parse(light_module, letters["F"])
+        light = LightModule.parse(light_module, letters["F"], biased=family.has_biases)
         factored = dataclasses.replace(factored, compressed=compressed, light=light)
     factored = _fused(factored, family)
     config.quantization_config = MolaeConfig(**factored.to_dict())

@@ -245,8 +245,9 @@ class LatentExperts(nn.Module):
         elif num_compressed:
             assert light.units is not None
             self.light = NarrowExperts(
-                E, D, light.units, activation=self.act_fn, device=device, dtype=dtype
-            )
+                E, D, light.units, biased=light.biased, activation=self.act_fn, device=device,
+                dtype=dtype,
+            )  # fmt: skip
         self.register_parameter("compressed", compressed)
         if torch.empty(0, device=device).device.type != "meta":
             self.reset_parameters()
@@ -356,6 +357,8 @@ class NarrowExperts(LatentExperts):
         E and D.
     units : int
         m, 0 or more; with 0 the bias (E, D) is all there is.
+    biased : bool
+        Gate and up have biases too, ``gate_bias`` and ``up_bias`` (E, m).
     activation, device, dtype
         As of `LatentExperts`.
 
@@ -374,6 +377,7 @@ class NarrowExperts(LatentExperts):
         hidden_size: int,
         units: int,
         *,
+        biased: bool = False,
         activation: str | Callable[[torch.Tensor], torch.Tensor] = "silu",
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -385,13 +389,26 @@ class NarrowExperts(LatentExperts):
         if units == 0:
             for kind in TYPES:
                 setattr(self, kind, None)
-        bias = torch.zeros(num_experts, hidden_size, device=device, dtype=dtype)
-        self.bias = nn.Parameter(bias)
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+
+        self.bias = zeros(num_experts, hidden_size)
+        self.biased = biased
+        if biased:
+            self.gate_bias, self.up_bias = zeros(num_experts, units), zeros(num_experts, units)
+
+    @property
+    def biases(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Where gate and up have some; else the one of down is added beside what runs."""
+        return (self.gate_bias, self.up_bias, self.bias) if self.biased else None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As of `LatentExperts`."""
+        if self.biased:
+            return self._sum(hidden_states, top_k_index, top_k_weights)
         y = weighted_rows(self.bias, top_k_index, top_k_weights, self.num_experts)
         y = y.to(hidden_states.dtype)
         if self.intermediate_dim:

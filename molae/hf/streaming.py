@@ -83,13 +83,14 @@ class StreamedExperts(nn.Module):
         for at in range(0, len(x), CHUNK):
             some = slice(at, at + CHUNK)
             call = x[some], index[some], weights[some], gate, up, down
-            to: Any = {"activation": how["activation"], "out": y[some]}
             if self.light is None:
                 ops.latent_experts_forward(*call, **how, out=y[some])
             elif isinstance(self.light[0], ops.NarrowExperts):
-                ops.narrow_experts_forward(*call, self.light[0], self.light[1], **to)
+                ops.narrow_experts_forward(*call, self.light[0], self.light[1], **how, out=y[some])
             else:
-                ops.compressed_experts_forward(*call, self.light[0], self.light[1], **to)
+                ops.compressed_experts_forward(
+                    *call, self.light[0], self.light[1], **how, out=y[some]
+                )
         if self.seen is not None:
             self.seen(x, index, weights, y)
         return torch.from_numpy(y).reshape(shape)

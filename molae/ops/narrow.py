@@ -30,6 +30,9 @@ class NarrowExperts:
         m may be 0: then only the bias is left, an additive vector.
     down : (E, D, m) ndarray
     bias : (E, D) ndarray
+        Of down, or the additive vector.
+    gate_bias, up_bias : (E, m) ndarray, optional
+        Both or neither: of experts that stand for such as have biases.
 
     Raises
     ------
@@ -53,10 +56,16 @@ class NarrowExperts:
     up: Array
     down: Array
     bias: Array
+    gate_bias: Array | None = None
+    up_bias: Array | None = None
 
     def __post_init__(self) -> None:
         E, m, D = self.gate.shape if self.gate.ndim == 3 else (0, 0, 0)
         want = {"gate": (E, m, D), "up": (E, m, D), "down": (E, D, m), "bias": (E, D)}
+        if (self.gate_bias is None) != (self.up_bias is None):
+            raise ShapeError("gate_bias, up_bias: expected both or neither")
+        if self.gate_bias is not None:
+            want |= {"gate_bias": (E, m), "up_bias": (E, m)}
         for name, shape in want.items():
             own = getattr(self, name)
             if own.shape != shape or own.ndim < 2:
@@ -70,7 +79,9 @@ class NarrowExperts:
         E, D = arrays["bias"].shape
         nothing = np.empty((E, 0, D), arrays["bias"].dtype)
         gate, up = (arrays.get(name, nothing) for name in ("gate", "up"))
-        return cls(gate, up, arrays.get("down", nothing.reshape(E, D, 0)), arrays["bias"])
+        down = arrays.get("down", nothing.reshape(E, D, 0))
+        biases = arrays.get("gate_bias"), arrays.get("up_bias")
+        return cls(gate, up, down, arrays["bias"], *biases)
 
     @property
     def num_experts(self) -> int:
@@ -84,23 +95,37 @@ class NarrowExperts:
     @property
     def numbers(self) -> int:
         """How many are stored."""
-        return self.gate.size + self.up.size + self.down.size + self.bias.size
+        return sum(array.size for array in self.arrays.values())
 
     @property
     def arrays(self) -> Mapping[str, Array]:
         """By name; what there is none of is left out."""
-        found = {"gate": self.gate, "up": self.up, "down": self.down, "bias": self.bias}
-        return {name: array for name, array in found.items() if array.size}
+        found = {
+            "gate": self.gate, "up": self.up, "down": self.down, "bias": self.bias,
+            "gate_bias": self.gate_bias, "up_bias": self.up_bias,
+        }  # fmt: skip
+        return {name: array for name, array in found.items() if array is not None and array.size}
+
+    @property
+    def biases(self) -> dict[str, Any]:
+        """As `experts_forward` takes them."""
+        return {"gate_bias": self.gate_bias, "up_bias": self.up_bias, "down_bias": self.bias}
 
     def forward(
-        self, x: Array, index: Array, weights: Array, activation: Activation = "silu"
+        self,
+        x: Array,
+        index: Array,
+        weights: Array,
+        activation: Activation = "silu",
+        alpha: float = 1.702,
+        limit: float = 7.0,
     ) -> Array:
         """y (N, D), their own answers summed by routing weight; arguments as of
         `experts_forward`."""
         if self.units:
             y: Array = experts_forward(
-                x, index, weights, self.gate, self.up, self.down, down_bias=self.bias,
-                activation=activation,
+                x, index, weights, self.gate, self.up, self.down, **self.biases,
+                activation=activation, alpha=alpha, limit=limit,
             )  # fmt: skip
             return y
         rows = np.concatenate([self.bias, np.zeros_like(self.bias[:1])])
@@ -120,7 +145,12 @@ def narrow_experts_forward(
     narrow: NarrowExperts,
     num_compressed: int,
     *,
+    gate_bias: Array | None = None,
+    up_bias: Array | None = None,
+    down_bias: Array | None = None,
     activation: Activation = "silu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
     out: Array | None = None,
 ) -> Array:
     """One layer in which each token's least important experts are stood for by narrow ones.
@@ -130,13 +160,14 @@ def narrow_experts_forward(
 
     Parameters
     ----------
-    x, top_k_index, top_k_weights, gate, up, down
-        As in `latent_experts_forward`.
+    x, top_k_index, top_k_weights, gate, up, down, gate_bias, up_bias, down_bias
+        As in `latent_experts_forward`; the biases are of the experts that run.
     narrow : NarrowExperts
+        With biases of their own.
     num_compressed : int
         n, 0 to K − 1. 0: the layer as it is, to the bit.
-    activation, out
-        As in `experts_forward`.
+    activation, alpha, limit, out
+        As in `experts_forward`; of the narrow experts too.
 
     Returns
     -------
@@ -169,8 +200,9 @@ def narrow_experts_forward(
     index = as_index(top_k_index)
     main, aux = split_slots(index, top_k_weights, narrow.num_experts, num_compressed)
     y: Array = latent_experts_forward(
-        x, main, top_k_weights, gate, up, down, activation=activation, out=out
-    )
+        x, main, top_k_weights, gate, up, down, gate_bias=gate_bias, up_bias=up_bias,
+        down_bias=down_bias, activation=activation, alpha=alpha, limit=limit, out=out,
+    )  # fmt: skip
     if num_compressed:
-        y += narrow.forward(x, aux, top_k_weights, activation)
+        y += narrow.forward(x, aux, top_k_weights, activation, alpha, limit)
     return y
