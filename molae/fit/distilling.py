@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,19 +12,16 @@ import numpy as np
 from molae.errors import ArgumentError, NonFiniteError
 from molae.fit.arguments import Array
 from molae.fit.descent import Keeper, descend, parted, steps_of
-from molae.fit.reading import Layer, LayerInput, pieces
+from molae.fit.reading import Layer, LayerInput, biases_for, pieces
 from molae.fit.refitting import in_dtype
 from molae.fit.sums import squares
 from molae.ops import (
     Gradients,
     NarrowExperts,
     Projection,
-    compressed_experts_backward,
-    compressed_experts_forward,
-    latent_experts_backward,
-    latent_experts_forward,
     split_slots,
 )
+from molae.ops.call import Call
 
 __all__ = ["LayerDistillation", "distill_layer"]
 
@@ -209,8 +206,12 @@ class _Distilling:
             raise NonFiniteError("NaN or Inf in what the experts read or answer")
         #: With all that is to be answered by the experts that run.
         self._given = replace(given, index=index, answers=answers, lost=None)
-        #: The gradients of a step: where those of the next go.
+        biases = biases_for(given.biases, self._layer, given.x.dtype)
+        gate, up, down = (biases.get(f"{kind}_bias") for kind in KINDS)
+        self._biases = gate, up, down
+        #: The gradients of a step, and by name: where those of the next go.
         self._room: Gradients | None = None
+        self._found: Mapping[str, Array] = {}
 
     def solve(self, steps: int, **options: Any) -> LayerDistillation:
         every = np.arange(len(self._given.x))
@@ -253,37 +254,30 @@ class _Distilling:
 
         return replace(p, private=taken("private", p.private), shared=taken("shared", p.shared))
 
-    def _slopes(self, tokens: Array) -> dict[str, Array]:
-        call, aim = self._given.rows(tokens)
-        dy, saved = self._forward(call, save=True)
+    def _slopes(self, tokens: Array) -> Mapping[str, Array]:
+        rows, aim = self._given.rows(tokens)
+        call = self._call(rows)
+        dy, saved = call.forward(save=True)
         dy -= aim
         dy /= self._target
-        how: Any = {
-            "wanted": None if self._room else self._trained,
-            "out": self._room,
-            "add": False,
-            **self._given.how(self._layer),
-        }
-        if self._vectors is None:
-            found = latent_experts_backward(dy, saved, *call, *self._layer, **how)
+        if self._room is None:
+            self._room = call.backward(dy, saved, wanted=self._trained)
+            self._found = {n: own for kind in self._trained for n, own in _named(kind, self._room)}
         else:
-            found = compressed_experts_backward(
-                dy, saved, *call, *self._layer, *self._vectors, **how
-            )
-        self._room = found
-        return {name: own for kind in self._trained for name, own in _named(kind, found)}
+            call.backward(dy, saved, out=self._room, add=False)
+        return self._found
 
-    def _forward(self, call: tuple[Array, Array, Array], *, save: bool = False) -> Any:
-        how = self._given.how(self._layer)
-        if self._vectors is None:
-            return latent_experts_forward(*call, *self._layer, **how, save=save)
-        return compressed_experts_forward(*call, *self._layer, *self._vectors, **how, save=save)
+    def _call(self, rows: tuple[Array, Array, Array]) -> Call:
+        """The student's layer on x, index, weights."""
+        given = self._given
+        act = given.activation, given.alpha, given.limit
+        return Call.of(*rows, self._layer, self._biases, act, self._vectors)
 
     def _lost(self, tokens: Array) -> float:
         total = 0.0
         for some in pieces(tokens):
-            call, aim = self._given.rows(some)
-            total += squares(self._forward(call) - aim)
+            rows, aim = self._given.rows(some)
+            total += squares(self._call(rows).forward() - aim)
         if not math.isfinite(total):
             raise NonFiniteError("NaN or Inf in what the experts answer")
         return total
