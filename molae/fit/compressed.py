@@ -103,8 +103,8 @@ def compressed_experts(
     Minimizes ``½ Σ_t ‖target − y‖² + ½ Σ_i r_i ‖(e1, e2, e3)_i − 1‖²`` with
     ``r_i = ridge Σ share_i² ‖y‖² / (2 D + F)`` over the tokens that compress i. y is linear in
     e2, up to a constant where there are biases: first a problem of least squares, by conjugate
-    gradients; then all three by a quasi-Newton descent (L-BFGS) from there. Each step is one pass over the tokens, forward and backward; a
-    step that gains nothing is not taken.
+    gradients; then all three by a quasi-Newton descent (L-BFGS) from there. Each step is one pass
+    over the tokens, forward and backward; a step that gains nothing is not taken.
 
     References
     ----------
