@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from molae.errors import CheckpointError
 from molae.fit import LayerInput
 from molae.io import ShardWriter, TensorSpec, dtype_name, map_file
+from molae.io.scratch import scratch_array, scratch_folder
 
 __all__ = ["StagedText", "read_reading", "write_reading"]
 
@@ -74,7 +75,8 @@ class StagedText:
     def __init__(self, facts: Mapping[str, Any], path: Path) -> None:
         self.facts = dict(facts)
         self._path = path
-        self._place = tempfile.TemporaryDirectory(prefix="molae-worker-")
+        self._held = contextlib.ExitStack()
+        self._place = self._held.enter_context(scratch_folder("molae-worker-"))
 
     def __enter__(self) -> StagedText:
         return self
@@ -85,7 +87,7 @@ class StagedText:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._place.cleanup()
+        self._held.close()
 
     def reading(self, layer: int, *, anchored: bool = False) -> LayerInput:
         """The one that is in the file."""
@@ -97,8 +99,6 @@ class StagedText:
         """Nothing comes behind it here."""
 
     def _room(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        path = Path(self._place.name, name.replace("/", "-"))
-        path.unlink(missing_ok=True)
         if math.prod(shape) == 0:
             return np.empty(shape, np.float32)
-        return np.memmap(path, np.float32, "w+", shape=shape)
+        return scratch_array(self._place / name.replace("/", "-"), shape)

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,7 @@ from molae.hf.opening import open_tokenizer
 from molae.hf.streaming import LayerStream, Light, Projections, in_torch
 from molae.hf.windows import decoded, json_lines, read_text, tokenize
 from molae.io import open_checkpoint
+from molae.io.scratch import scratch_array, scratch_folder
 from molae.threads import get_num_threads
 
 __all__ = ["Calibration", "read_calibration_text"]
@@ -152,10 +152,7 @@ class Calibration:
                 else torch.from_numpy(np.array(text, dtype=np.int64).reshape(-1))
             )
             self._tokens = self._cut(tokens, sequences, length)
-            place = held.enter_context(
-                tempfile.TemporaryDirectory(prefix="molae-calibration-", dir=folder)
-            )
-            self._place = Path(place)
+            self._place = held.enter_context(scratch_folder("molae-calibration-", folder))
             self._maps: dict[str, np.memmap[Any, np.dtype[np.float32]]] = {}
             self._walk = self._new_walk("hidden")
             self._original: _Walk | None = None
@@ -433,7 +430,7 @@ class Calibration:
         shape it is made anew."""
         size = math.prod(shape)
         if name not in self._maps or self._maps[name].size < size:
-            self._maps[name] = _memory_map(self._place / name, size)
+            self._maps[name] = scratch_array(self._place / name, (size,))
         return self._maps[name][:size].reshape(shape)  # type: ignore[return-value]
 
     def _let_go(self, name: str) -> None:
@@ -542,17 +539,3 @@ def _all(run: Any, hidden: torch.Tensor, out: np.ndarray, **options: Any) -> Non
     """A layer on several sequences, one at a time."""
     for i in range(len(hidden)):
         out[i] = run(hidden[i : i + 1], **options)[0].numpy()
-
-
-def _memory_map(path: Path, size: int) -> np.memmap[Any, np.dtype[np.float32]]:
-    nbytes = 4 * size
-    try:
-        path.unlink(missing_ok=True)
-        with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-    except OSError as error:
-        raise ArgumentError(
-            f"no room for {nbytes / 1e9:.1f} GB of temporary files in {path.parent.parent}: "
-            f"{error.strerror}; name another folder, or take fewer sequences"
-        ) from error
-    return np.memmap(path, dtype=np.float32, mode="r+", shape=(size,))
