@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from types import SimpleNamespace
@@ -21,9 +22,10 @@ import molae
 import molae.demo
 from molae.cli import main
 from molae.convert import Report, Watcher, convert, heal, layer_state, plan_heal
-from molae.convert.loss_plot import PICTURE
+from molae.convert.loss_plot import PICTURE, plot_losses
+from molae.convert.report import HealRow
 from molae.demo.corpus import builtin_text
-from molae.errors import ArgumentError, CheckpointError, NumericalError
+from molae.errors import ArgumentError, CheckpointError, DestinationError, NumericalError
 from molae.hf import hide_progress
 from molae.hf.calibrate import Calibration
 from molae.hf.evaluate import evaluate_path
@@ -89,6 +91,17 @@ def test_a_healed_model_is_nearer_to_the_original(tmp_path):
     assert Report.from_file(dst) == report
     assert (dst / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert json.loads((dst / "molae-report.source.json").read_text())["kind"] == "convert"
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def fails(fd):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", fails)
+    row = HealRow(0, [0.5, 0.4], [[0, 0.5], [1, 0.4]], 1, 0.0)
+    with pytest.raises(DestinationError, match=f"{PICTURE}: cannot be written"):
+        plot_losses(tmp_path / PICTURE, [row])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

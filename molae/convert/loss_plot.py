@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from molae.convert.report import HealRow
-from molae.io.writer import PART
+from molae.io.writer import write_bytes_atomic
 
 __all__ = ["PICTURE", "plot_losses"]
 
@@ -35,7 +36,7 @@ def plot_losses(path: Path, rows: Sequence[HealRow]) -> bool:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    part = path.with_name(path.name + PART)
-    figure.savefig(part, dpi=150, format="png")
-    part.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    write_bytes_atomic(path, picture.getvalue())
     return True
