@@ -37,6 +37,7 @@ from molae.errors import (
 from molae.hf import calibrate, hide_progress
 from molae.hf.calibrate import Calibration, read_calibration_text
 from molae.hf.evaluate import evaluate_path
+from molae.hf.opening import open_tokenizer
 from molae.hf.streaming import LayerStream
 from molae.io import open_checkpoint
 from molae.ops import NarrowExperts
@@ -338,6 +339,18 @@ def test_too_short_a_text(source):
 def test_no_tokenizer(source):
     with pytest.raises(CheckpointError, match="tokenizer"):
         Calibration(source, "A text.")
+
+
+def test_a_tokenizer_that_cannot_be_read(tmp_path, monkeypatch):
+    """The tokenizers library says so by a plain Exception."""
+
+    def fails(*args, **options):
+        raise Exception("Input/output error (os error 5)")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fails)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: .*Input/output error"):
+        open_tokenizer(tmp_path)
 
 
 def test_tokens_that_the_model_does_not_have(source):

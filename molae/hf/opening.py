@@ -150,7 +150,7 @@ def open_tokenizer(folder: Path, name: str | os.PathLike[str] | None = None) -> 
         raise CheckpointError(f"{name}: no tokenizer here; copy that of the original")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what the tokenizers library raises is nothing more special
         raise CheckpointError(
             f"{name}: no tokenizer that Transformers can load; copy that of the original here "
             f"({first_line(error)})"
