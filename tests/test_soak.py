@@ -122,8 +122,18 @@ def test_the_walk_sees_a_result_that_is_wrong(monkeypatch, harm):
 
 @pytest.mark.skipif(compiler() is None, reason="no C compiler to build the injector with")
 def test_system_calls_that_fail():
-    found = soak("faults", "--calls", 60, "--seed", 2)
+    found = soak("faults", "--calls", 60, "--seed", 2, "--commands", "data-free")
+    assert found["cases"] == {"data-free": 60}
     assert found["ended"]["exit code 1"] > 40
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C compiler to build the injector with")
+def test_system_calls_of_runs_with_a_text_that_fail():
+    pytest.importorskip("torch")
+    named = ("--commands", "heal", "--commands", "calibrated")
+    found = soak("faults", "--calls", 20, "--seed", 3, *named)
+    assert sum(found["cases"].values()) == 20
+    assert {place.partition(" ")[0] for place in found["failed"]} > {"src", "scratch", "out"}
 
 
 def test_a_source_cut_short_under_a_run_ends_it_and_is_refused_after(tmp_path):

@@ -40,7 +40,7 @@ def _walk(args: argparse.Namespace) -> Any:
 def _faults(args: argparse.Namespace) -> Any:
     from soak import faults
 
-    return faults.run(args.calls, args.seed)
+    return faults.run(args.calls, args.seed, args.commands)
 
 
 def _allocations(args: argparse.Namespace) -> Any:
@@ -88,6 +88,9 @@ def main() -> int:
     parser.add_argument("--kinds", action="append", default=[], help="of the runs that are killed")
     parser.add_argument("--operations", type=int, default=10_000, help="of the random walk")
     parser.add_argument("--calls", type=int, default=10_000, help="system calls that fail")
+    parser.add_argument(
+        "--commands", action="append", default=[], help="of those whose system calls fail"
+    )
     parser.add_argument("--repeats", type=int, default=10_000, help="calls of each function")
     parser.add_argument("--names", default="", help="of the functions, a part of them")
     parser.add_argument(

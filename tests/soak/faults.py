@@ -1,14 +1,13 @@
 """Each system call that fails in turn: a clear error, nothing half-written, and a run to resume.
 
-``faults.c`` is preloaded and lets the n-th call of a kind fail on files below one folder.
+``faults.c`` is preloaded and lets the n-th call of a kind fail on files below one of some folders,
+in the children in which commands run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
-import io
 import os
 import random
 import shutil
@@ -17,17 +16,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from checkpoints import add_companions, make_checkpoint
-from converting import REPORT, tree
+from converting import tree
 
-from molae import ConvertConfig, cli, convert
 from molae.convert.destination import LOCK
-from molae.convert.journal import JOURNAL
+from soak.bench import Bench
 from soak.outcome import Findings
 
 __all__ = ["KINDS", "compiler", "preload", "run"]
@@ -35,25 +32,50 @@ __all__ = ["KINDS", "compiler", "preload", "run"]
 #: As numbered in faults.c.
 KINDS = ("open", "read", "write", "fsync", "rename", "unlink", "mkdir", "mmap", "truncate")
 
-#: What each kind of call may answer, on the source and on the destination.
-ERRORS = {
-    "src": {"open": ("EACCES", "EIO"), "read": ("EIO",), "mmap": ("ENODEV",)},
-    "dst": {
-        "open": ("EACCES", "EROFS", "ENOSPC"), "read": ("EIO",), "write": ("ENOSPC", "EIO"),
-        "fsync": ("EIO",), "rename": ("EIO", "EACCES"), "unlink": ("EACCES",),
-        "mkdir": ("EACCES",), "truncate": ("EIO",),
-    },
+#: What each kind of call may answer, on what is only read and on what is written.
+READ = {"open": ("EACCES", "EIO"), "read": ("EIO",), "mmap": ("ENODEV",)}
+WRITTEN = READ | {
+    "open": ("EACCES", "EROFS", "ENOSPC"), "write": ("ENOSPC", "EIO"), "fsync": ("EIO",),
+    "rename": ("EIO", "EACCES"), "unlink": ("EACCES",), "mkdir": ("EACCES",), "truncate": ("EIO",),
 }  # fmt: skip
+
+#: Folders of a `Bench`, as numbered in faults.c.
+PLACES = {
+    "src": READ, "converted": READ, "text": READ, "stats": WRITTEN, "scratch": WRITTEN,
+    "out": WRITTEN,
+}  # fmt: skip
+
+#: Reads and writes that move so many bytes at a time.
+SHORT = (1, 7, 100)
 
 LIBRARY = "MOLAE_SOAK_FAULTS"
 
 
 @dataclass
 class Outcome(Findings):
-    """Faults by the call that failed, how the command ended, and what must not be."""
+    """Faults by the command, by the call that failed, how commands ended, and what must not be.
 
+    `cases` are those that were tried, `possible` all there are.
+    """
+
+    cases: Counter[str] = field(default_factory=Counter)
+    possible: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     ended: Counter[str] = field(default_factory=Counter)
+
+
+class Case(NamedTuple):
+    """The n-th call of a kind fails, and with `sticky` all after it; or moves n bytes at most.
+
+    `begun`: in a run that goes on where another stopped.
+    """
+
+    begun: bool
+    place: str
+    kind: str
+    n: int
+    code: str = ""
+    sticky: bool = False
 
 
 def compiler() -> str | None:
@@ -80,121 +102,181 @@ def preload(argv: Sequence[str]) -> None:
     raise SystemExit(done.returncode)
 
 
-def run(most: int, seed: int) -> Outcome:
-    """Each call of each kind fails once, and each from then on; at most so many cases."""
+def run(most: int, seed: int, commands: Sequence[str] = ()) -> Outcome:
+    """Each call of each kind fails once, and each from then on; of each command, or of some, an
+    even share of so many cases."""
     library = ctypes.CDLL(os.environ[LIBRARY])
     library.soak_calls.restype = ctypes.c_long
     found, started = Outcome(), time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name).resolve()
-        source = make_checkpoint(work / "src", L=2, E=4, D=8, F=4, dtype="BF16", shards=2)
-        add_companions(source)
-        convert(source, work / "wanted", ConvertConfig(size=0.6, group_size=2))
-        wanted = tree(work / "wanted")
-        bench = _Bench(library, source, work / "dst", wanted)
-        chosen = random.Random(f"faults {seed}")
-        cases = bench.cases()
-        for case in cases if len(cases) <= most else chosen.sample(cases, most):
-            bench.run(found, *case)
-        for place in ("src", "dst"):
-            for length in (1, 7, 100):
-                bench.short(found, place, length)
+        bench = Bench(Path(name).resolve())
+        for at, place in enumerate(PLACES):
+            if library.soak_place(at, str(getattr(bench, place)).encode()) != 0:
+                raise MemoryError
+        names = commands or list(bench.commands)
+        for at, own in enumerate(names):
+            command = _Command(bench, own, library)
+            command.run(found, (most + at) // len(names), random.Random(f"faults {seed} {own}"))
     found.seconds = time.perf_counter() - started
     return found
 
 
-class _Bench:
-    def __init__(self, library: Any, source: Path, dst: Path, wanted: dict[str, str]) -> None:
-        self._library, self._source, self._dst, self._wanted = library, source, dst, wanted
+class _Command:
+    """One command of a bench, and what it comes to where nothing fails."""
 
-    def _fault(
-        self, place: str, kind: str, n: int, code: int = 0, sticky: bool = False, most: int = 0
-    ) -> None:
-        folder = str(self._source if place == "src" else self._dst).encode()
-        self._library.soak_fault(
-            folder, KINDS.index(kind), ctypes.c_long(n), code, int(sticky), ctypes.c_long(most)
-        )
+    def __init__(self, bench: Bench, name: str, library: Any) -> None:
+        self._bench, self._name, self._library = bench, name, library
+        bench.clear()
+        bench.run(name)
+        self._wanted = self._written()
+        self._begun = bench.out.with_name("begun")
+        self._read = self._only_read()
 
-    def _off(self) -> None:
-        self._library.soak_fault(b"", -1, ctypes.c_long(0), 0, 0, ctypes.c_long(0))
+    def run(self, found: Outcome, most: int, rng: random.Random) -> None:
+        cases = self._cases(begun=False)
+        self._begin()
+        cases += self._cases(begun=True)
+        found.possible[self._name] = len(cases)
+        for case in _spread(cases, rng)[:most]:
+            trouble = self._try(found, case)
+            if trouble:
+                found.faults.append({
+                    "command": self._name, "case": case._asdict(), "fault": trouble,
+                    "said": self._bench.said,
+                })  # fmt: skip
+        if self._only_read() != self._read:
+            found.faults.append({"command": self._name, "fault": "what is read was changed"})
+        shutil.rmtree(self._begun)
 
-    def cases(self) -> list[tuple[str, str, int, str, bool]]:
-        """Place, kind, which call, error, and whether all calls after it fail too."""
+    # ------------------------------------------------------------------- the cases
+
+    def _cases(self, *, begun: bool) -> list[Case]:
+        """One of each, of a command that does not fail."""
+        self._ready(begun)
+        self._go(count=True)
         every = []
-        for place, kinds in ERRORS.items():
-            self._fault(place, "open", 0)
-            code, _, error = self._convert()
-            assert code == 0, error
-            counts = {kind: self._library.soak_calls(KINDS.index(kind)) for kind in kinds}
-            self._off()
-            for kind, codes in kinds.items():
-                assert counts[kind] > 0, f"{kind} is never called on {place}"
-                every += [
-                    (place, kind, n, code, sticky)
-                    for n in range(1, counts[kind] + 1)
-                    for code in codes
-                    for sticky in (False, True)
-                ]
+        for place, kinds in PLACES.items():
+            calls = {kind: self._calls(place, kind) for kind in kinds}
+            every += [
+                Case(begun, place, kind, n, code, sticky)
+                for kind, codes in kinds.items()
+                for n in range(1, calls[kind] + 1)
+                for code in codes
+                for sticky in (False, True)
+            ]
+            if calls["read"] or calls.get("write"):
+                every += [Case(begun, place, "short", length) for length in SHORT]
         return every
 
-    def _convert(self) -> tuple[int, str, str]:
-        shutil.rmtree(self._dst, ignore_errors=True)
-        return self._again()
+    def _begin(self) -> None:
+        """Keep what a run leaves that fails midway."""
+        self._ready(False)
+        self._go(count=True)
+        half = self._calls("out", "write") // 2
+        self._ready(False)
+        if self._go(Case(False, "out", "write", half, "ENOSPC", True)) != 1:
+            raise RuntimeError(f"{self._name}: {self._bench.said}")
+        for folder in (self._bench.out, self._bench.stats):
+            shutil.copytree(folder, self._begun / folder.name)
 
-    def _again(self) -> tuple[int, str, str]:
-        out, err = io.StringIO(), io.StringIO()
-        argv = ["convert", str(self._source), str(self._dst), "--size", "0.6"]
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = cli.main([*argv, "--group-size", "2", "--quiet"])
-        return code, out.getvalue(), err.getvalue()
+    def _ready(self, begun: bool) -> None:
+        self._bench.clear()
+        if begun:
+            for folder in (self._bench.out, self._bench.stats):
+                shutil.copytree(self._begun / folder.name, folder, dirs_exist_ok=True)
 
-    def run(self, found: Outcome, place: str, kind: str, n: int, code: str, sticky: bool) -> None:
-        self._off()
-        shutil.rmtree(self._dst, ignore_errors=True)
-        self._fault(place, kind, n, getattr(errno, code), sticky)
-        end, _, said = self._again()
-        self._off()
-        found.failed[f"{place} {kind} {code}"] += 1
+    def _go(self, case: Case | None = None, *, count: bool = False) -> int:
+        """Run the command, and let a call fail; its exit code."""
+        before: Callable[[], object] | None = None
+        if case is not None and case.kind == "short":
+            before = self._fault(case.place, "read", most=case.n)
+        elif case is not None:
+            code = getattr(errno, case.code)
+            before = self._fault(case.place, case.kind, case.n, code, case.sticky)
+        elif count:
+            before = self._fault("out", "read")
+        child = self._bench.start(self._name, before)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def _fault(
+        self, place: str, kind: str, n: int = 0, code: int = 0, sticky: bool = False, most: int = 0
+    ) -> Callable[[], object]:
+        return lambda: self._library.soak_fault(
+            list(PLACES).index(place), KINDS.index(kind), ctypes.c_long(n), code, int(sticky),
+            ctypes.c_long(most),
+        )  # fmt: skip
+
+    def _calls(self, place: str, kind: str) -> int:
+        return self._library.soak_calls(list(PLACES).index(place), KINDS.index(kind))
+
+    # ------------------------------------------------------------------ what is seen
+
+    def _try(self, found: Outcome, case: Case) -> str:
+        """What must not be, in words."""
+        self._ready(case.begun)
+        end = self._go(case)
+        found.cases[self._name] += 1
         found.ended[f"exit code {end}"] += 1
-        trouble = self._trouble(end, said, kind, sticky)
-        if trouble:
-            where = f"{place} {kind} {n} {code}{' from then on' if sticky else ''}"
-            found.faults.append({"case": where, "fault": trouble, "said": said})
-
-    def _trouble(self, end: int, said: str, kind: str, sticky: bool) -> str:
-        there = tree(self._dst) if self._dst.exists() else {}
-        torn = [name for name, sha in there.items() if self._wanted.get(name, sha) != sha]
+        if case.kind == "short" or self._calls(case.place, case.kind) >= case.n:
+            found.failed[f"{case.place} {case.kind}"] += 1
+        now = self._written()
+        torn = [name for name, sha in self._wanted.items() if now.get(name, sha) != sha]
+        torn = [name for name in torn if name.startswith(self._bench.out.name)]
         if torn:
             return f"not whole under its own name: {torn}"
-        if end not in (0, 1):
+        if end == 0:
+            return self._other(now)
+        if end != 1 or case.kind == "short":
             return f"exit code {end}"
-        if end == 1:
-            clear = said.startswith("molae: ") and said.count("\n") == 1 and ": " in said[7:]
-            names = [*self._wanted, REPORT, JOURNAL, LOCK, "src", "dst"]
-            if not clear or "--debug shows" in said or not any(name in said for name in names):
-                return "no clear error"
-            if kind != "unlink" and any(name.endswith(".part") for name in there):
-                return "a part was left"
-            if self._done():
-                shutil.rmtree(self._dst)  # all was done but for the last word
-            end, _, said = self._again()
-            if end != 0:
-                return f"not resumed: {said}"
-        now = tree(self._dst)
-        now.pop(LOCK, None)
-        if now == self._wanted:
-            return ""
-        return f"other bytes: {sorted(k for k in now if now[k] != self._wanted.get(k))}"
+        said = self._bench.said
+        if not said.startswith("molae: ") or said.count("\n") != 1 or "--debug shows" in said:
+            return "no clear error"
+        if not any(name in said for name in self._names(case.place)):
+            return "the error does not name the file"
+        if case.kind != "unlink" and (parts := self._parts(case.place)):
+            return f"left: {parts}"
+        if self._bench.done:  # all was done but for the last word
+            return self._other(now)
+        if self._go() != 0:
+            return f"not resumed, after it had said {said!r}"
+        return self._other(self._written())
 
-    def _done(self) -> bool:
-        return (self._dst / REPORT).exists() and not (self._dst / JOURNAL).exists()
+    def _written(self) -> dict[str, str]:
+        return _trees(self._bench.out, self._bench.stats)
 
-    def short(self, found: Outcome, place: str, length: int) -> None:
-        """Reads and writes that move few bytes at a time."""
-        self._fault(place, "read", 0, most=length)
-        end, _, said = self._convert()
-        self._off()
-        found.failed[f"{place} short"] += 1
-        found.ended[f"exit code {end}"] += 1
-        if end != 0 or tree(self._dst) != self._wanted:
-            found.faults.append({"case": f"{place} short {length}", "fault": "short", "said": said})
+    def _only_read(self) -> dict[str, str]:
+        return _trees(*(getattr(self._bench, name) for name, may in PLACES.items() if may is READ))
+
+    def _other(self, now: dict[str, str]) -> str:
+        now.pop(f"{self._bench.out.name}/{self._bench.dst.name}/{LOCK}", None)  # no lock any more
+        names = sorted(self._wanted.keys() | now.keys())
+        other = [name for name in names if now.get(name) != self._wanted.get(name)]
+        return f"other bytes: {other}" if other else ""
+
+    def _names(self, place: str) -> list[str]:
+        """What an error may call a file of a folder."""
+        folder = getattr(self._bench, place)
+        return [str(folder), *(Path(name).name for name in tree(folder) | self._wanted)]
+
+    def _parts(self, place: str) -> list[str]:
+        """What must not be left; a folder in which nothing works cannot be tidied."""
+        left = [name for name in self._written() if name.endswith(".part")]
+        if place != "scratch":
+            left += [path.name for path in self._bench.scratch.iterdir()]
+        return left
+
+
+def _trees(*folders: Path) -> dict[str, str]:
+    return {f"{own.name}/{name}": sha for own in folders for name, sha in tree(own).items()}
+
+
+def _spread(cases: Sequence[Case], rng: random.Random) -> list[Case]:
+    """In random order, but so that calls that are rare come among the first."""
+    shuffled = rng.sample(cases, len(cases))
+    seen: Counter[tuple[object, ...]] = Counter()
+    order = []
+    for case in shuffled:
+        alike = case.begun, case.place, case.kind
+        order.append(seen[alike])
+        seen[alike] += 1
+    return [case for _, case in sorted(zip(order, shuffled, strict=True), key=lambda own: own[0])]
