@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,7 @@ import torch
 from finetuning import DEMO, bytes_of, compressed_demo, settings, write_text
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from torch.nn import functional
 
 from molae.cli import main
@@ -32,6 +36,7 @@ from molae.train import (
 from molae.train import loss as losses
 from molae.train.examples import IGNORED
 from molae.train.loss import TeacherBeside, distilling_loss
+from molae.train.results import named_troubles
 
 hide_progress()
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -236,6 +241,62 @@ def test_vectors_learn_what_the_original_answers(compressed, text, tmp_path):
     assert kept["losses"] == found.losses
     assert (tmp_path / "dst" / "finetune.png").stat().st_size > 1000
     assert not (tmp_path / "dst.training").exists()
+
+
+def test_a_result_that_could_not_be_written_is_written_by_the_same_call(
+    text, tmp_path, monkeypatch
+):
+    """All steps are done then; and nothing is gone on from that was not whole."""
+    wanted = finetune(DEMO, tmp_path / "whole", text, settings(learning_rate=1.0))
+    real, rmdir = Path.replace, os.rmdir
+
+    def fails(self, target):
+        if target == tmp_path / "dst":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, target)
+
+    def keeps_the_folder(path, **options):
+        if Path(path) == tmp_path / "dst.training":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        rmdir(path, **options)
+
+    def go():
+        return finetune(DEMO, tmp_path / "dst", text, settings(learning_rate=1.0))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fails)
+        with pytest.raises(DestinationError, match=r"dst\.training: cannot be written: .*full"):
+            go()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rmdir", keeps_the_folder)
+        assert go() == wanted
+    assert bytes_of(tmp_path / "dst") == bytes_of(tmp_path / "whole")
+    assert not (tmp_path / "dst.training" / "run.txt").exists()
+
+
+def test_a_run_whose_note_could_not_be_written_begins_anew(text, tmp_path, monkeypatch):
+    def fails(fd):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fails)
+        with pytest.raises(DestinationError, match=r"run\.txt: cannot be written"):
+            finetune(DEMO, tmp_path / "dst", text, settings(steps=1))
+    assert finetune(DEMO, tmp_path / "dst", text, settings(steps=1)).steps == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SafetensorError("I/O error"), RuntimeError("unable to mmap 8 bytes from file <x>"),
+     RuntimeError("basic_ios::clear: iostream error"),
+     Exception("Permission denied (os error 13)"), OSError(errno.EIO, "Input/output error")],
+)  # fmt: skip
+def test_what_libraries_say_of_a_disk_names_the_folder(error):
+    work = Path("x.training")
+    with pytest.raises(DestinationError, match=r"^x\.training: cannot be"), named_troubles(work):
+        raise error
+    with pytest.raises(RuntimeError, match="^another$"), named_troubles(work):
+        raise RuntimeError("another")
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(text, tmp_path):

@@ -121,7 +121,8 @@ def open_model(
         )
     except MolaeError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:  # no weights, an unreadable shard
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # No weights, or an unreadable shard, which torch says by a RuntimeError.
         raise CheckpointError(f"{path}: {first_line(error)}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):

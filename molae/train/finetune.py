@@ -20,7 +20,7 @@ from molae.hf.opening import find_folder, open_model, open_tokenizer
 from molae.train.adapters import add_adapters, need_peft
 from molae.train.examples import pack, read_examples
 from molae.train.loss import Teacher, TeacherBeside
-from molae.train.results import prepare, rows_digest, write
+from molae.train.results import named_troubles, prepare, rows_digest, write
 from molae.train.selection import select_parameters
 from molae.train.settings import FinetuneConfig, Finetuned
 from molae.train.teachers import (
@@ -34,9 +34,9 @@ from molae.train.trainer import (
     gather_parameters,
     make_arguments,
     make_trainer,
-    quiet,
     set_parameters,
     sharding_is_asked,
+    train,
     trained_parameters,
 )
 
@@ -122,7 +122,7 @@ def finetune(
         answers = answers_digest(teacher, of_rows, kept)
     places = [os.fspath(src), teacher and os.fspath(teacher)]
     facts = [dataclasses.asdict(config), *places, str(dtype), of_rows, answers]
-    with arguments.main_process_first():
+    with named_troubles(work), arguments.main_process_first():
         going_on = prepare(work, facts, overwrite, keep={ANSWERS})
     guide: Teacher | None = None
     if teacher is not None and kept is not None:
@@ -140,8 +140,8 @@ def finetune(
     trainer = make_trainer(
         model, guide, rows if kept is None else Numbered(rows), config, arguments, progress
     )
-    with quiet():
-        trainer.train(resume_from_checkpoint=going_on)
+    with named_troubles(work):
+        train(trainer, going_on)
     found = Finetuned(
         steps=int(trainer.state.global_step),
         trained_parameters=trained,
@@ -159,7 +159,8 @@ def finetune(
             model = model.merge_and_unload()
         # What was not trained keeps its bytes, and the result its size.
         model = model.to(getattr(source, "dtype", None) or model.dtype)
-        write(model, tokenizer, dst, work, found, config)
+        with named_troubles(work):
+            write(model, tokenizer, dst, work, found, config)
     return found
 
 

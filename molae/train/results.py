@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from molae.errors import DestinationError
+from safetensors import SafetensorError
+
+from molae.errors import DestinationError, MolaeError
+from molae.hf.opening import first_line
+from molae.io import write_text_atomic
+from molae.io.writer import PART, destination_error
 from molae.train.examples import Packed
 from molae.train.settings import FinetuneConfig, Finetuned
 
-__all__ = ["prepare", "rows_digest", "write"]
+__all__ = ["named_troubles", "prepare", "rows_digest", "write"]
+
+#: In the folder of a run: which one it is.
+NOTE = "run.txt"
 
 #: What a run leaves in its result.
 LOG, PICTURE = "finetune.json", "finetune.png"
@@ -28,6 +37,27 @@ def rows_digest(rows: Packed) -> str:
         for _, tensor in sorted(rows[i].items()):
             found.update(tensor.numpy().tobytes())
     return found.hexdigest()
+
+
+@contextlib.contextmanager
+def named_troubles(work: Path) -> Iterator[None]:
+    """What the disk refuses is told as an error of molae's that names the folder of the run."""
+    try:
+        yield
+    except MolaeError:
+        raise
+    except OSError as error:  # with a file's bare name, or none
+        raise destination_error(error, work) from error
+    except Exception as error:
+        # No type of their own: safetensors, torch and tokenizers, in this order.
+        said = any(word in str(error) for word in (" file ", "iostream"))
+        torchs = isinstance(error, RuntimeError) and said
+        if not (isinstance(error, SafetensorError) or torchs or type(error) is Exception):
+            raise
+        raise DestinationError(
+            f"{work}: cannot be used: {first_line(error)}; check the disk and run the same command "
+            "again"
+        ) from error
 
 
 def prepare(
@@ -51,8 +81,8 @@ def prepare(
         Another run is there.
     """
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    note = work / "run.txt"
-    if work.exists():
+    note = work / NOTE
+    if work.exists() and any(path.name != note.name + PART for path in work.iterdir()):
         if note.is_file() and note.read_text() == digest:
             # One that was not finished lacks the file that comes last.
             whole = [p.parent for p in work.glob("checkpoint-*/trainer_state.json")]
@@ -68,7 +98,7 @@ def prepare(
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     work.mkdir(parents=True, exist_ok=True)
-    note.write_text(digest)
+    write_text_atomic(note, digest)
     return None
 
 
@@ -93,7 +123,10 @@ def write(
     if dst.exists():
         shutil.rmtree(dst)
     made.replace(dst)
-    shutil.rmtree(work)
+    # The result is whole. What cannot be removed is not gone on from: the note goes first.
+    with contextlib.suppress(OSError):
+        (work / NOTE).unlink()
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _plot(found: Finetuned, path: Path) -> None:

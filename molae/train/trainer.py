@@ -131,6 +131,10 @@ def make_trainer(
             set_parameters(into, load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
     class Telling(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if state.global_step >= state.max_steps:
+                raise _DoneBefore
+
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             last = next((e["loss"] for e in reversed(state.log_history) if "loss" in e), None)
             if progress is not None and state.is_world_process_zero:
@@ -141,6 +145,16 @@ def make_trainer(
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
     return trainer
+
+
+class _DoneBefore(Exception):
+    """The checkpoint to go on from is that of the last step."""
+
+
+def train(trainer: Any, going_on: str | None) -> None:
+    """Take the steps that are left; where there are none the Trainer would take one more."""
+    with quiet(), contextlib.suppress(_DoneBefore):
+        trainer.train(resume_from_checkpoint=going_on)
 
 
 def sharding_is_asked() -> bool:

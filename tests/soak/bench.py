@@ -62,12 +62,15 @@ class Bench:
         calibrated = [*converting, "0.7", *reading, "--stats", str(self.stats / "stats.molae")]
         light = ["--compressed-experts", "1", "--light-module", "narrow:2"]
         healing = ["heal", str(self.converted), str(self.dst), "--teacher", str(self.src)]
+        training = ["finetune", str(self.src), str(self.dst), "--data", str(text), "--steps", "2"]
+        training += ["--batch-size", "2", "--length", "32", "--learning-rate", "0.1"]
         self.commands = {
             "data-free": [*converting, "0.5"],
             "materialize": ["materialize", str(self.converted), str(self.dst)],
             "calibrated": calibrated,
             "compressed experts": [*calibrated, *light],
             "healed": [*calibrated, "--heal", "3"],
+            "finetune": [*training, "--save-every", "1", "--dtype", "auto"],
             "heal": [*healing, "--passes", "3", *reading],
         }
 
