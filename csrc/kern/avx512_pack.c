@@ -118,23 +118,29 @@ mli_turn__avx512(float *T, const mli_rows_f32 *x, int64_t n)
 }
 
 void
+mli_turn_back__avx512(float *X, int64_t ldx, const float *T, int64_t rows, const int32_t *column,
+                      int64_t cols)
+{
+    for (int64_t j = 0; j < cols; j += 16) {
+        const int64_t wide = cols - j < 16 ? cols - j : 16;
+        const __mmask16 some = (__mmask16)((1u << wide) - 1u);
+        __m512i r[16];
+        for (int64_t c = 0; c < 16; c++)
+            r[c] = c < wide ? _mm512_load_si512(T + 16 * column[j + c]) : _mm512_setzero_si512();
+        transpose(r);
+        for (int64_t p = 0; p < 16 && p < rows; p++)
+            _mm512_mask_storeu_epi32(X + p * ldx + j, some, r[p]);
+    }
+}
+
+void
 mli_gather_f32__avx512(float *X, int64_t ldx, const mli_rows_f32 *x, const int32_t *column,
                        int64_t cols, void *ws)
 {
     /* As columns first, of which any follow any: no number is moved alone. */
     for (int64_t n = 0; n < x->N; n += 16) {
         mli_turn__avx512(ws, x, n);
-        for (int64_t j = 0; j < cols; j += 16) {
-            const int64_t wide = cols - j < 16 ? cols - j : 16;
-            const __mmask16 some = (__mmask16)((1u << wide) - 1u);
-            __m512i r[16];
-            for (int64_t c = 0; c < 16; c++)
-                r[c] = c < wide ? _mm512_load_si512((const float *)ws + 16 * column[j + c])
-                                : _mm512_setzero_si512();
-            transpose(r);
-            for (int64_t p = 0; p < 16 && n + p < x->N; p++)
-                _mm512_mask_storeu_epi32(X + (n + p) * ldx + j, some, r[p]);
-        }
+        mli_turn_back__avx512(X + n * ldx, ldx, ws, x->N - n, column, cols);
     }
 }
 

@@ -96,14 +96,13 @@ nt_ws(int64_t N, int64_t k)
  * each of Y's columns, and sums begin with what is in it. */
 static void
 multiply(float *Y, int64_t ldy, const float *q, const float *W, int64_t ldw, int64_t N, int64_t r,
-         int64_t k, int accumulate, float *T, int begun)
+         int64_t k, int accumulate, float *t)
 {
     const int64_t panels = (N + 15) / 16, passes = (panels + 2) / 3, ldt = 16 * panels;
     const int64_t stride = panel_floats(k), piece = mli_piece(k, DEEP);
 
     for (int64_t j = 0; j < r; j += BAND) {
         const int64_t rows = r - j < BAND ? r - j : BAND;
-        float *t = begun ? T + j * ldt : T;
         for (int64_t i = 0; i == 0 || i < k; i += piece) {
             const int64_t deep = k - i < piece ? k - i : piece;
             const int64_t next = i + piece < k ? piece : BAND * ldw - i;
@@ -113,8 +112,8 @@ multiply(float *Y, int64_t ldy, const float *q, const float *W, int64_t ldw, int
                 (wide == 3   ? column_3
                  : wide == 2 ? column_2
                              : column_1)(t + 16 * p0, ldt, W + j * ldw + i, ldw,
-                                         q + p0 * stride + 16 * i, stride, rows, deep,
-                                         begun || i > 0, ahead, p, passes);
+                                         q + p0 * stride + 16 * i, stride, rows, deep, i > 0, ahead,
+                                         p, passes);
             }
         }
         for (int64_t p = 0; p < N; p += 16)
@@ -137,25 +136,22 @@ nt(float *Y, int64_t ldy, const float *X, int64_t ldx, const float *W, int64_t l
         return;
     }
     mli_pack_f32__avx512(q, X, ldx, N, k);
-    multiply(Y, ldy, q, W, ldw, N, r, k, accumulate, q + (N + 15) / 16 * panel_floats(k), 0);
+    multiply(Y, ldy, q, W, ldw, N, r, k, accumulate, q + (N + 15) / 16 * panel_floats(k));
 }
 
-/* Panels of the rest, a row of T for each of its own, and one panel of all. Both parts are filled
- * up to 16. */
+/* The same and one panel of all of x. */
 static size_t
 gauge_ws(int64_t N, int64_t D)
 {
-    const size_t panels = (size_t)((N + 15) / 16), deep = mli_size_add((size_t)D, 32);
-
-    return mli_size_mul(mli_size_mul(panels + 1, deep), 16 * sizeof(float));
+    return mli_size_add(nt_ws(N, D), mli_size_mul((size_t)panel_floats(D), sizeof(float)));
 }
 
 static void
 gauge_f32(float *Z, int64_t ldz, const mli_rows_f32 *x, const int32_t *own, int64_t cols,
           const int32_t *rest, int64_t k, const float *M, int64_t ldm, void *ws)
 {
-    const int64_t panels = (x->N + 15) / 16, ldt = 16 * panels, stride = panel_floats(k);
-    float *q = ws, *T = q + panels * stride, *turned = T + (cols + 15) / 16 * 16 * ldt;
+    const int64_t panels = (x->N + 15) / 16, stride = panel_floats(k);
+    float *q = ws, *t = q + panels * stride, *turned = t + BAND * 16 * panels;
 
     if (is_small(x->N, cols, k)) {
         mli_rows_small__avx512(Z, ldz, x, own, cols, rest, k, M, ldm, 0, ws);
@@ -163,12 +159,11 @@ gauge_f32(float *Z, int64_t ldz, const mli_rows_f32 *x, const int32_t *own, int6
     }
     for (int64_t p = 0; p < panels; p++) {
         mli_turn__avx512(turned, x, 16 * p);
+        mli_turn_back__avx512(Z + 16 * p * ldz, ldz, turned, x->N - 16 * p, own, cols);
         for (int64_t i = 0; i < k; i++)
             _mm512_store_ps(q + p * stride + 16 * i, v_load(turned + 16 * rest[i]));
-        for (int64_t i = 0; i < cols; i++)
-            _mm512_store_ps(T + i * ldt + 16 * p, v_load(turned + 16 * own[i]));
     }
-    multiply(Z, ldz, q, M, ldm, x->N, cols, k, 0, T, 1);
+    multiply(Z, ldz, q, M, ldm, x->N, cols, k, 1, t);
 }
 
 static size_t

@@ -15,34 +15,30 @@ typedef struct {
     int accumulate;
 } small;
 
-/* start (rows,WIDE) = columns of rows of x. Number by number: AVX-512's gather is no faster on some
+/* taken (rows,WIDE) = columns of rows of x. Number by number: AVX-512's gather is no faster on some
  * CPUs, and much slower on others. */
 static inline void
-begin(float *start, int rows, const float *const *x, const int32_t *own, int64_t cols)
+take(float *taken, int rows, const float *const *x, const int32_t *own, int64_t cols)
 {
     for (int64_t j = 0; j < cols; j++)
         for (int r = 0; r < rows; r++)
-            start[r * WIDE + j] = x[r][own[j]];
+            taken[r * WIDE + j] = x[r][own[j]];
 }
 
-/* Y (rows,16 panels) [+]= rows of x times panels of q; the last panel has the columns of `last`. */
+/* Y (rows,16 panels) = the `own` columns of x, or what is in Y if asked for, plus rows of x times
+ * panels of q; the last panel has the columns of `last`. */
 static inline __attribute__((always_inline)) void
 tile(const int rows, const int panels, float *Y, int64_t ldy, const float *const x[TALL],
      const float *q, const small *how, const int32_t *own, __mmask16 last)
 {
     const int32_t *rest = how->rest;
     const int64_t k = how->k, stride = how->stride;
-    _Alignas(64) float start[TALL * WIDE];
+    _Alignas(64) float taken[TALL * WIDE];
     __m512 s[TALL * PANELS];
 
-    if (own != NULL)
-        begin(start, rows, x, own, 16 * (panels - 1) + __builtin_popcount(last));
     UNROLL
-    for (int r = 0; r < rows; r++)
-        UNROLL
-    for (int p = 0; p < panels; p++)
-        s[r * panels + p] =
-            own != NULL ? _mm512_load_ps(start + r * WIDE + 16 * p) : _mm512_setzero_ps();
+    for (int i = 0; i < rows * panels; i++)
+        s[i] = _mm512_setzero_ps();
     for (int64_t i = 0; i < k; i++, q += 16) {
         const int64_t at = rest != NULL ? rest[i] : i;
         __m512 b[PANELS];
@@ -57,6 +53,8 @@ tile(const int rows, const int panels, float *Y, int64_t ldy, const float *const
                 s[r * panels + p] = _mm512_fmadd_ps(a, b[p], s[r * panels + p]);
         }
     }
+    if (own != NULL)
+        take(taken, rows, x, own, 16 * (panels - 1) + __builtin_popcount(last));
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
@@ -64,7 +62,9 @@ tile(const int rows, const int panels, float *Y, int64_t ldy, const float *const
         const __mmask16 m = p == panels - 1 ? last : (__mmask16)0xFFFF;
         float *y = Y + r * ldy + 16 * p;
         __m512 v = s[r * panels + p];
-        if (how->accumulate)
+        if (own != NULL)
+            v = _mm512_add_ps(v, _mm512_load_ps(taken + r * WIDE + 16 * p));
+        else if (how->accumulate)
             v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, y));
         _mm512_mask_storeu_ps(y, m, v);
     }

@@ -107,8 +107,8 @@ typedef struct {
     int rows_f32_native;
     /* Rows that meet a shared factor in gauge form. gather: X (N,cols) = x[:, column].
      * gauge: Z (N,cols) = x[:, own] + x[:, rest] M (cols,k)^T, in the order of sums of rows_f32
-     * with accumulate. Native as rows_f32 is; ws: gauge_f32_ws bytes, cols + k <= D, 64-byte
-     * aligned. */
+     * with accumulate: the product first. Native as rows_f32 is; ws: gauge_f32_ws bytes, cols + k
+     * <= D, 64-byte aligned. */
     size_t (*gauge_f32_ws)(int64_t N, int64_t D);
     void (*gather_f32)(float *X, int64_t ldx, const mli_rows_f32 *x, const int32_t *column,
                        int64_t cols, void *ws);

@@ -38,6 +38,10 @@ void mli_store_transposed__avx512(float *C, int64_t ldc, const float *T, int64_t
  * multiple of 16, are zeros. */
 void mli_turn__avx512(float *T, const mli_rows_f32 *x, int64_t n);
 
+/* X (rows,cols), of at most 16 rows = columns of such a T as rows. */
+void mli_turn_back__avx512(float *X, int64_t ldx, const float *T, int64_t rows,
+                           const int32_t *column, int64_t cols);
+
 /* See mli_kernels; ws takes T. */
 void mli_gather_f32__avx512(float *X, int64_t ldx, const mli_rows_f32 *x, const int32_t *column,
                             int64_t cols, void *ws);
