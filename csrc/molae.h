@@ -285,6 +285,11 @@ double molae_dot_f32(const float *a, const float *b, int64_t n);
 molae_status molae_row_lengths_f32(const molae_ctx *ctx, double *out, const float *x, int64_t rows,
                                    int64_t n);
 
+/* Row i of out (n,bytes) = row index[i] of src (rows,bytes); they may not overlap. Rows far apart
+ * are asked for ahead. Errors: SHAPE; ARG, an index is out of range (err->info: which). */
+molae_status molae_take_rows(const molae_ctx *ctx, void *out, const void *src, int64_t rows,
+                             const int64_t *index, int64_t n, int64_t bytes, molae_errinfo *err);
+
 /* --------------------------------------------------------- ops: expert layers */
 
 /* Which rows go to which expert: a stable counting sort of top_k_index by expert.

@@ -38,8 +38,25 @@ def test_bad_values_are_seen():
     assert np.isnan(row_squares(a)).tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint16])
+@pytest.mark.parametrize("width", [0, 1, 7, 300])
+def test_rows_by_number(dtype, width, rng):
+    src = (100 * rng.standard_normal((50, width))).astype(dtype)
+    for n in (0, 1, 3, 63, 64, 65, 200):
+        index = rng.integers(0, 50, n)
+        for threads in (1, 3):
+            assert np.array_equal(_core.take_rows(src, index, threads), src[index])
+
+
 def test_what_does_not_fit_is_refused():
     a = np.ones(4, np.float32)
+    for wrong in (-1, 4):
+        with pytest.raises(ArgumentError, match="index: out of range"):
+            _core.take_rows(a[:, None], np.array([0, wrong]), 1)
+    with pytest.raises(ArgumentError, match="int64"):
+        _core.take_rows(a[:, None], np.array([0], np.int32), 1)
+    with pytest.raises(ArgumentError, match="src"):
+        _core.take_rows(np.ones((4, 4))[:, ::2], np.array([0]), 1)
     with pytest.raises(ShapeError, match="as many"):
         _core.dot(a, a[:3])
     with pytest.raises(ArgumentError, match="float32"):

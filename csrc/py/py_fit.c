@@ -541,10 +541,52 @@ py_row_lengths(PyObject *mod, PyObject *args)
     return (PyObject *)out;
 }
 
+PyDoc_STRVAR(take_rows_doc, "take_rows($module, src, index, num_threads, /)\n--\n\n"
+                            "src[index] of a matrix, by numbers (int64) from 0 on.");
+
+static PyObject *
+py_take_rows(PyObject *mod, PyObject *args)
+{
+    mli_pystate *st = PyModule_GetState(mod);
+    const npy_intp any[2] = {-1, -1};
+    PyArrayObject *src, *index, *out;
+    Py_ssize_t num_threads;
+    molae_ctx ctx;
+    molae_errinfo err = {0};
+    molae_status rc;
+    npy_intp dims[2];
+
+    if (!PyArg_ParseTuple(args, "O!O!n:take_rows", &PyArray_Type, &src, &PyArray_Type, &index,
+                          &num_threads) ||
+        mli_py_ctx(st, num_threads, 0, &ctx) < 0 ||
+        mli_py_check_shape(st, "src", src, 2, any, "RW") < 0 ||
+        mli_py_check_layout(st, "src", src) < 0 ||
+        mli_py_check_shape(st, "index", index, 1, any, "N") < 0 ||
+        mli_py_check_layout(st, "index", index) < 0)
+        return NULL;
+    if (PyArray_TYPE(index) != NPY_INT64 || PyDataType_REFCHK(PyArray_DESCR(src)))
+        return PyErr_Format(st->ArgumentError, "src, index: expected numbers, and int64");
+    dims[0] = PyArray_DIM(index, 0);
+    dims[1] = PyArray_DIM(src, 1);
+    Py_INCREF(PyArray_DESCR(src));
+    out = (PyArrayObject *)PyArray_Empty(2, dims, PyArray_DESCR(src), 0);
+    if (out == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    rc = molae_take_rows(&ctx, PyArray_DATA(out), PyArray_DATA(src), PyArray_DIM(src, 0),
+                         PyArray_DATA(index), dims[0], dims[1] * (int64_t)PyArray_ITEMSIZE(src),
+                         &err);
+    Py_END_ALLOW_THREADS
+    if (mli_py_raise(st, rc, &err) < 0)
+        Py_CLEAR(out);
+    return (PyObject *)out;
+}
+
 PyMethodDef mli_py_fit_methods[] = {
     {"adamw", py_adamw, METH_VARARGS, adamw_doc},
     {"dot", py_dot, METH_VARARGS, dot_doc},
     {"row_lengths", py_row_lengths, METH_VARARGS, row_lengths_doc},
+    {"take_rows", py_take_rows, METH_VARARGS, take_rows_doc},
     {"second_moments", py_second_moments, METH_VARARGS, second_moments_doc},
     {"moments_product", py_moments_product, METH_VARARGS, moments_product_doc},
     {"reduce_rank", py_reduce_rank, METH_VARARGS, reduce_rank_doc},

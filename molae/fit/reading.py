@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from molae import _core
 from molae.errors import ShapeError
 from molae.fit.sums import squares
 from molae.ops import Activation, Projection, latent_experts_forward, route
 from molae.ops.call import ROLES
+from molae.threads import get_num_threads
 
 __all__ = [
     "CHUNK",
@@ -142,8 +144,8 @@ class LayerInput:
     def rows(self, tokens: Array) -> tuple[tuple[Array, Array, Array], Array]:
         """(x, index, weights) of tokens of these numbers, and their `answers`, in memory."""
         assert self.answers is not None
-        call = np.asarray(self.x[tokens]), self.index[tokens], self.weights[tokens]
-        return call, np.asarray(self.answers[tokens])
+        call = _taken(self.x, tokens), self.index[tokens], self.weights[tokens]
+        return call, _taken(self.answers, tokens)
 
     def check(self) -> None:
         """Raises ShapeError where `lost` or `answers` are not of the shape of `x`."""
@@ -153,6 +155,13 @@ class LayerInput:
                 raise ShapeError(
                     f"{name}: expected the shape of x, {self.x.shape}, got {rows.shape}"
                 )
+
+
+def _taken(rows: Array, tokens: Array) -> Array:
+    """``rows[tokens]``, in memory."""
+    if rows.flags.c_contiguous and rows.flags.aligned:
+        return _core.take_rows(np.asarray(rows), tokens, get_num_threads())
+    return np.asarray(rows[tokens])
 
 
 def biases_for(

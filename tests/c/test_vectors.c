@@ -6,6 +6,27 @@
 
 enum { ROWS = 700, N = 37 };
 
+/* Every row, from the last to the first, into b; and numbers that are out of range. */
+static void
+rows_by_number(const molae_ctx *ctx, const float *a, float *b)
+{
+    static int64_t index[ROWS];
+    molae_errinfo err;
+    int wrong = 0;
+
+    for (int r = 0; r < ROWS; r++)
+        index[r] = ROWS - 1 - r;
+    CHECK(molae_take_rows(ctx, b, a, ROWS, index, ROWS, N * sizeof *a, &err) == MOLAE_OK);
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < N; i++)
+            wrong += b[r * N + i] != a[index[r] * N + i];
+    CHECK(wrong == 0);
+    index[3] = ROWS;
+    CHECK(molae_take_rows(ctx, b, a, ROWS, index, ROWS, N * sizeof *a, &err) == MOLAE_E_ARG);
+    CHECK(err.info == 3);
+    CHECK(molae_take_rows(ctx, b, a, -1, index, ROWS, N * sizeof *a, &err) == MOLAE_E_SHAPE);
+}
+
 /* Sums of every length, against plain ones; rows in any number of threads. */
 void
 test_vectors(void)
@@ -36,5 +57,6 @@ test_vectors(void)
             CHECK(out[r] == first[r]);
         }
         CHECK(molae_row_lengths_f32(&ctx, out, a, -1, N) == MOLAE_E_SHAPE);
+        rows_by_number(&ctx, a, b);
     }
 }
