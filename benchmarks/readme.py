@@ -33,7 +33,6 @@ SECTIONS: Sections = {
 PAGES: Mapping[str, Sections] = {
     "docs/quality.md": {
         "second": ("quality_second.json", quality),
-        "second-own": ("quality_second_own.json", quality),
         "to-books": ("quality_to_books.json", quality),
         "to-mathematics": ("quality_to_mathematics.json", quality),
     },
