@@ -132,12 +132,18 @@ def test_answers_outlive_an_interruption(compressed, text, tmp_path, monkeypatch
             compressed, tmp_path / name, text, settings(teacher_top_k=4), teacher=DEMO, **options
         )
 
+    folder = tmp_path / "dst.training" / "teacher"
+
+    def kill_there(file, fsync=teachers.os.fsync):
+        if folder.exists():
+            kill()
+        fsync(file)
+
     run("whole")
     with monkeypatch.context() as patch:  # in the middle of the answers
-        patch.setattr(teachers.os, "fsync", kill)
+        patch.setattr(teachers.os, "fsync", kill_there)
         with pytest.raises(Killed):
             run("dst")
-    folder = tmp_path / "dst.training" / "teacher"
     assert (folder / teachers.VALUES).exists()
     (folder / teachers.VALUES).write_bytes(b"half")
     with monkeypatch.context() as patch:  # between the answers and the training

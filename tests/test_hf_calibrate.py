@@ -420,13 +420,13 @@ def test_the_plan_knows_the_temporary_files(source, tmp_path, monkeypatch, setti
     config = molae.ConvertConfig(size=0.5, group_size=2, **settings)
     most = 0
 
-    def written(path, size, _memory_map=calibrate._memory_map):
+    def written(path, shape, made_by=calibrate.scratch_array):
         nonlocal most
-        made = _memory_map(path, size)
+        made = made_by(path, shape)
         most = max(most, sum(f.stat().st_size for f in path.parent.iterdir()))
         return made
 
-    monkeypatch.setattr(calibrate, "_memory_map", written)
+    monkeypatch.setattr(calibrate, "scratch_array", written)
     with calibration(source, folder=tmp_path) as run:
         plan = molae.plan(source, config, calibration=run)
         convert(source, tmp_path / "out", config, calibration=run)
