@@ -183,10 +183,12 @@ def adamw(
 
 # Sum of a b; sums of squares of the rows of x (R,W) -> (R). In double.
 def dot(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], /) -> float: ...
+def row_lengths(x: npt.NDArray[np.float32], num_threads: int, /) -> npt.NDArray[np.float64]: ...
+
+# src (R,W), index (N) -> src[index] (N,W).
 def take_rows(
     src: npt.NDArray[Any], index: npt.NDArray[np.int64], num_threads: int, /
 ) -> npt.NDArray[Any]: ...
-def row_lengths(x: npt.NDArray[np.float32], num_threads: int, /) -> npt.NDArray[np.float64]: ...
 
 # outs: (h,) or (h, dgate, dup), of the shape of gate and up
 def activate(

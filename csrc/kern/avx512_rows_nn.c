@@ -11,11 +11,14 @@
 #define v_load _mm512_load_ps
 #define v_spread _mm512_set1_ps
 #define v_fma _mm512_fmadd_ps
+#define MASK __mmask16
+#define v_add _mm512_add_ps
+#define v_load_some _mm512_maskz_loadu_ps
+#define v_store_some _mm512_mask_storeu_ps
 #include "rows.inc.h"
+#include "tile.inc.h"
 
 enum {
-    TALL = 8,         /* rows of Y in registers, by 3 panels of 16 columns: 24 sums */
-    WIDE = 48,        /* columns of Y in registers */
     BLOCK = 8 * WIDE, /* columns of W that are packed at once */
     DEEP = 128,       /* rows of W that are packed at once: 192 KiB */
     STEPS = 16        /* of k between two requests for memory */
@@ -49,7 +52,7 @@ static inline __attribute__((always_inline)) void
 tile(const int rows, const int panels, float *Y, int64_t ldy, const float *X, int64_t ldx,
      const float *q, int64_t k, __mmask16 last, int accumulate, fetch *f, int64_t per_step)
 {
-    __m512 s[TALL * 3];
+    __m512 s[TALL * PANELS];
 
     UNROLL
     for (int i = 0; i < rows * panels; i++)
@@ -60,17 +63,7 @@ tile(const int rows, const int panels, float *Y, int64_t ldy, const float *X, in
         fetch_some(f, upto < f->end ? upto : f->end);
         q = add_columns(rows, panels, s, X, ldx, q, 16, 16 * panels, i, end);
     }
-    UNROLL
-    for (int r = 0; r < rows; r++)
-        UNROLL
-    for (int p = 0; p < panels; p++) {
-        const __mmask16 m = p == panels - 1 ? last : (__mmask16)0xFFFF;
-        float *y = Y + r * ldy + 16 * p;
-        __m512 v = s[r * panels + p];
-        if (accumulate)
-            v = _mm512_add_ps(_mm512_maskz_loadu_ps(m, y), v);
-        _mm512_mask_storeu_ps(y, m, v);
-    }
+    store_tile(rows, panels, Y, ldy, s, last, accumulate);
 }
 
 typedef void (*tile_fn)(float *, int64_t, const float *, int64_t, const float *, int64_t, __mmask16,
@@ -83,22 +76,10 @@ typedef void (*tile_fn)(float *, int64_t, const float *, int64_t, const float *,
     {                                                                                              \
         tile(ROWS_, PANELS, Y, ldy, X, ldx, q, k, last, accumulate, f, per_step);                  \
     }
-#define TILES(ROWS_) TILE(ROWS_, 1) TILE(ROWS_, 2) TILE(ROWS_, 3)
-TILES(1)
-TILES(2)
-TILES(3)
-TILES(4)
-TILES(5)
-TILES(6)
-TILES(7)
-TILES(8)
-#undef TILES
+ALL_TILES
 #undef TILE
 
-static const tile_fn tiles[TALL][3] = {
-    {tile_1_1, tile_1_2, tile_1_3}, {tile_2_1, tile_2_2, tile_2_3}, {tile_3_1, tile_3_2, tile_3_3},
-    {tile_4_1, tile_4_2, tile_4_3}, {tile_5_1, tile_5_2, tile_5_3}, {tile_6_1, tile_6_2, tile_6_3},
-    {tile_7_1, tile_7_2, tile_7_3}, {tile_8_1, tile_8_2, tile_8_3}};
+static const tile_fn tiles[TALL][PANELS] = TABLE_OF(tile);
 
 /* q[run of WIDE columns][k][16 panels] from W (k,c), c <= BLOCK. */
 static void
@@ -123,8 +104,8 @@ multiply(float *Y, int64_t ldy, const float *X, int64_t ldx, const float *q, int
     const int64_t per_step = steps > 0 ? (f->end + steps - 1) / steps : 0;
 
     for (int64_t j = 0; j < c; j += WIDE) {
-        const int64_t cols = c - j < WIDE ? c - j : WIDE, panels = (cols + 15) / 16;
-        const __mmask16 last = (__mmask16)((1u << (cols - 16 * (panels - 1))) - 1u);
+        __mmask16 last;
+        const int64_t panels = panels_of(c - j, &last);
         for (int64_t t = tall, i = 0, rows; t > 0; t--, i += rows) {
             rows = (n - i + t - 1) / t; /* even parts */
             tiles[rows - 1][panels - 1](Y + i * ldy + j, ldy, X + i * ldx, ldx, q + j * k, k, last,

@@ -92,8 +92,7 @@ nt_ws(int64_t N, int64_t k)
                         sizeof(float));
 }
 
-/* Y (N,r) [+]= panels of q times W (r,k)^T, by T (BAND,16 panels). With `begun` T has a row for
- * each of Y's columns, and sums begin with what is in it. */
+/* Y (N,r) [+]= panels of q times W (r,k)^T, by way of t (BAND,16 panels). */
 static void
 multiply(float *Y, int64_t ldy, const float *q, const float *W, int64_t ldw, int64_t N, int64_t r,
          int64_t k, int accumulate, float *t)
@@ -139,7 +138,7 @@ nt(float *Y, int64_t ldy, const float *X, int64_t ldx, const float *W, int64_t l
     multiply(Y, ldy, q, W, ldw, N, r, k, accumulate, q + (N + 15) / 16 * panel_floats(k));
 }
 
-/* The same and one panel of all of x. */
+/* As nt_ws, and one panel of all columns of x. */
 static size_t
 gauge_ws(int64_t N, int64_t D)
 {

@@ -6,7 +6,12 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 
-enum { TALL = 8, PANELS = 3, WIDE = 16 * PANELS }; /* rows and columns of Y in registers */
+#define V __m512
+#define MASK __mmask16
+#define v_add _mm512_add_ps
+#define v_load_some _mm512_maskz_loadu_ps
+#define v_store_some _mm512_mask_storeu_ps
+#include "tile.inc.h"
 
 /* What a tile multiplies. */
 typedef struct {
@@ -25,8 +30,8 @@ take(float *taken, int rows, const float *const *x, const int32_t *own, int64_t 
             taken[r * WIDE + j] = x[r][own[j]];
 }
 
-/* Y (rows,16 panels) = the `own` columns of x, or what is in Y if asked for, plus rows of x times
- * panels of q; the last panel has the columns of `last`. */
+/* Y (rows,16 panels) [+]= rows of x times panels of q, plus the `own` columns of x unless NULL; the
+ * last panel has the columns of `last`. */
 static inline __attribute__((always_inline)) void
 tile(const int rows, const int panels, float *Y, int64_t ldy, const float *const x[TALL],
      const float *q, const small *how, const int32_t *own, __mmask16 last)
@@ -53,21 +58,16 @@ tile(const int rows, const int panels, float *Y, int64_t ldy, const float *const
                 s[r * panels + p] = _mm512_fmadd_ps(a, b[p], s[r * panels + p]);
         }
     }
-    if (own != NULL)
+    if (own != NULL) {
         take(taken, rows, x, own, 16 * (panels - 1) + __builtin_popcount(last));
-    UNROLL
-    for (int r = 0; r < rows; r++)
         UNROLL
-    for (int p = 0; p < panels; p++) {
-        const __mmask16 m = p == panels - 1 ? last : (__mmask16)0xFFFF;
-        float *y = Y + r * ldy + 16 * p;
-        __m512 v = s[r * panels + p];
-        if (own != NULL)
-            v = _mm512_add_ps(v, _mm512_load_ps(taken + r * WIDE + 16 * p));
-        else if (how->accumulate)
-            v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, y));
-        _mm512_mask_storeu_ps(y, m, v);
+        for (int r = 0; r < rows; r++)
+            UNROLL
+        for (int p = 0; p < panels; p++)
+            s[r * panels + p] =
+                _mm512_add_ps(s[r * panels + p], _mm512_load_ps(taken + r * WIDE + 16 * p));
     }
+    store_tile(rows, panels, Y, ldy, s, last, how->accumulate);
 }
 
 /* dW (rows,16 panels) [+]= dY (N,rows)^T times columns c0 .. of x. */
@@ -95,17 +95,7 @@ tile_tn(const int rows, const int panels, float *dW, int64_t ldw, const float *d
                 s[r * panels + p] = _mm512_fmadd_ps(a, b[p], s[r * panels + p]);
         }
     }
-    UNROLL
-    for (int r = 0; r < rows; r++)
-        UNROLL
-    for (int p = 0; p < panels; p++) {
-        const __mmask16 m = p == panels - 1 ? last : (__mmask16)0xFFFF;
-        float *w = dW + r * ldw + 16 * p;
-        __m512 v = s[r * panels + p];
-        if (accumulate)
-            v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, w));
-        _mm512_mask_storeu_ps(w, m, v);
-    }
+    store_tile(rows, panels, dW, ldw, s, last, accumulate);
 }
 
 #define TILE(ROWS_, PANELS_)                                                                   \
@@ -121,42 +111,15 @@ tile_tn(const int rows, const int panels, float *dW, int64_t ldw, const float *d
     {                                                                                          \
         tile_tn(ROWS_, PANELS_, dW, ldw, dY, ldy, x, c0, last, accumulate);                    \
     }
-#define TILES(ROWS_) TILE(ROWS_, 1) TILE(ROWS_, 2) TILE(ROWS_, 3)
-TILES(1)
-TILES(2)
-TILES(3)
-TILES(4)
-TILES(5)
-TILES(6)
-TILES(7)
-TILES(8)
-#undef TILES
+ALL_TILES
 #undef TILE
 
-#define ALL(F)                                                                                 \
-    {F##_1_1, F##_1_2, F##_1_3}, {F##_2_1, F##_2_2, F##_2_3}, {F##_3_1, F##_3_2, F##_3_3},     \
-        {F##_4_1, F##_4_2, F##_4_3}, {F##_5_1, F##_5_2, F##_5_3}, {F##_6_1, F##_6_2, F##_6_3}, \
-        {F##_7_1, F##_7_2, F##_7_3},                                                           \
-    {                                                                                          \
-        F##_8_1, F##_8_2, F##_8_3                                                              \
-    }
-
 static void (*const tiles[TALL][PANELS])(float *, int64_t, const float *const *, const float *,
-                                         const small *, const int32_t *, __mmask16) = {ALL(tile)};
+                                         const small *, const int32_t *,
+                                         __mmask16) = TABLE_OF(tile);
 static void (*const tiles_tn[TALL][PANELS])(float *, int64_t, const float *, int64_t,
                                             const mli_rows_f32 *, int64_t, __mmask16,
-                                            int) = {ALL(tn)};
-
-/* Panels of up to `cols` columns, and which of the last one's there are. */
-static inline int64_t
-panels_of(int64_t cols, __mmask16 *last)
-{
-    const int64_t panels = cols < WIDE ? (cols + 15) / 16 : PANELS;
-    const int64_t left = cols - 16 * (panels - 1);
-
-    *last = (__mmask16)(left < 16 ? (1u << left) - 1u : 0xFFFFu);
-    return panels;
-}
+                                            int) = TABLE_OF(tn);
 
 void
 mli_rows_small__avx512(float *Y, int64_t ldy, const mli_rows_f32 *x, const int32_t *own,

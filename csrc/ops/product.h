@@ -15,6 +15,9 @@
  *   bf16                              tiles of W widened, then BLAS
  *   else                              BLAS
  *
+ *   gauge form, f32                   more than MLI_STREAM_ROWS rows: the table's gauge_f32, where
+ * native; else a gather and nt tn of small matrices, f32         the table's tn_f32, where native
+ *
  * Which one depends on shapes, types and the table alone. */
 #ifndef MOLAE_OPS_PRODUCT_H
 #define MOLAE_OPS_PRODUCT_H
