@@ -83,6 +83,19 @@ def tokens(rows: int = 2, length: int = 16, seed: int = 0, vocabulary: int = 40)
     return torch.randint(3, vocabulary, (rows, length), generator=generator)
 
 
+def train(model: Any, ids: torch.Tensor, steps: int = 15, lr: float = 1e-2) -> list[float]:
+    """Steps of AdamW on all that learns; the loss before each."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 @torch.no_grad()
 def rounding_effect(model: Any, ids: torch.Tensor, seed: int = 0) -> float:
     """How far the logits move when every expert weight is off by one rounding of float32.

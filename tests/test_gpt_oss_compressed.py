@@ -10,7 +10,7 @@ import pytest
 import torch
 from converting import bits, tensors, tree
 from encoded import oss_pair
-from hf_models import load, matrices
+from hf_models import load, matrices, train
 from hf_models import tokens as some_tokens
 from ref import compressed as ref
 from ref import ops as ref_ops
@@ -318,14 +318,7 @@ def test_from_scratch_and_trained(tmp_path, form):
     assert select_parameters(model, "light") == 2 * E * NUMBERS[form]
     assert not any(p.any() for n, p in model.named_parameters() if n.endswith("light.gate_bias"))
     ids = some_tokens(4, 16)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
-    losses = []
-    for _ in range(10):
-        optimizer.zero_grad()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = train(model, ids, steps=10, lr=0.03)
     assert losses[-1] < losses[0]
     learned = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     assert {n.split("experts.")[1] for n, _ in learned} == TENSORS[form]

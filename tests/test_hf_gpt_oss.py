@@ -13,7 +13,7 @@ import torch
 import transformers
 from converting import bits, fixed_method, tensors
 from encoded import oss_pair
-from hf_models import layer_by_layer, load, matrices
+from hf_models import layer_by_layer, load, matrices, train
 from hf_models import tokens as some_tokens
 
 from molae import ConvertConfig
@@ -154,14 +154,7 @@ def test_training_lowers_the_loss(source, tmp_path):
     convert(source[1], tmp_path / "dst", ConvertConfig(size=0.7))
     model = load(tmp_path / "dst").train()
     ids = some_tokens(4, 16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = train(model, ids, steps=8, lr=3e-3)
     experts = model.model.layers[0].mlp.experts
     for name, p in experts.named_parameters():
         assert p.grad is not None, name

@@ -41,18 +41,6 @@ def expert_parameters(model):
     return {n: p for n, p in model.named_parameters() if ".experts." in n}
 
 
-def train(model, ids, steps=15, lr=1e-2):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.parametrize("which", ["converted", "paper"])
 def test_a_few_steps(which, request):
     model = hf_models.load(request.getfixturevalue(which)).train()
@@ -65,7 +53,7 @@ def test_a_few_steps(which, request):
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
     before = {n: p.detach().clone() for n, p in own.items()}
-    losses = train(model, ids)
+    losses = hf_models.train(model, ids)
     assert losses[-1] < 0.8 * losses[0]
     assert all(not torch.equal(before[n], p) for n, p in own.items())
 
@@ -192,7 +180,7 @@ def test_lora_on_the_factors(which, targets, owner, request, tmp_path):
     wrapped = [m for m in model.modules() if type(m).__name__ == "ParamWrapper"]
     assert owner in {type(m.get_base_layer()).__name__ for m in wrapped}
     assert torch.equal(model(ids).logits, before)
-    losses = train(model.train(), ids, lr=3e-2)
+    losses = hf_models.train(model.train(), ids, lr=3e-2)
     assert losses[-1] < losses[0]
     after = model.eval()(ids).logits.detach()
     model.save_pretrained(tmp_path / "adapter")
@@ -227,7 +215,7 @@ def test_a_new_model_is_trained_saved_and_loaded(family, tmp_path):
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts, LatentExperts)
     assert model.training
-    losses = train(model, hf_models.tokens())
+    losses = hf_models.train(model, hf_models.tokens())
     assert losses[-1] < 0.8 * losses[0]
     model.save_pretrained(tmp_path / "new")
     assert set(tensors(tmp_path / "new")) == set(model.state_dict())
@@ -256,7 +244,7 @@ def test_a_model_with_compressed_experts_is_trained_saved_and_loaded(
     assert experts.num_compressed == 1
     own = experts.compressed if light == "vectors" else experts.light.bias
     begun = own.detach().clone()
-    losses = train(model, hf_models.tokens())
+    losses = hf_models.train(model, hf_models.tokens())
     assert losses[-1] < 0.8 * losses[0]
     assert not torch.equal(own, begun)
     model.save_pretrained(tmp_path / "new")
