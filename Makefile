@@ -106,11 +106,10 @@ ifeq ($(shell uname -m),x86_64)
 AVX2 := -mavx2 -mfma -mf16c
 AVX512 := $(AVX2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
 build/%/csrc/kern/avx2.o: ISA := $(AVX2)
+build/%/csrc/kern/avx2_rows.o: ISA := $(AVX2)
 build/%/csrc/kern/avx2_stream.o: ISA := $(AVX2)
 build/%/csrc/kern/avx512.o: ISA := $(AVX512)
-build/%/csrc/kern/avx512_rows_nn.o: ISA := $(AVX512)
-build/%/csrc/kern/avx512_rows_nt.o: ISA := $(AVX512)
-build/%/csrc/kern/avx512_rows_small.o: ISA := $(AVX512)
+build/%/csrc/kern/avx512_rows.o: ISA := $(AVX512)
 build/%/csrc/kern/avx512_stream.o: ISA := $(AVX512)
 build/%/csrc/kern/avx512_pack.o: ISA := $(AVX512)
 build/%/csrc/kern/avx512bf16.o: ISA := $(AVX512) -mavx512bf16

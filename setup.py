@@ -44,11 +44,10 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AMX = [*AVX512, "-mamx-tile", "-mamx-bf16"]
 ISA_FLAGS = {
     "csrc/kern/avx2.c": AVX2,
+    "csrc/kern/avx2_rows.c": AVX2,
     "csrc/kern/avx2_stream.c": AVX2,
     "csrc/kern/avx512.c": AVX512,
-    "csrc/kern/avx512_rows_nn.c": AVX512,
-    "csrc/kern/avx512_rows_nt.c": AVX512,
-    "csrc/kern/avx512_rows_small.c": AVX512,
+    "csrc/kern/avx512_rows.c": AVX512,
     "csrc/kern/avx512_stream.c": AVX512,
     "csrc/kern/avx512_pack.c": AVX512,
     "csrc/kern/avx512bf16.c": [*AVX512, "-mavx512bf16"],

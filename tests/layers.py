@@ -36,7 +36,7 @@ NAMES = {
     ),
     r"pthread_\w+|thrd_\w+|mtx_\w+": r"csrc/base/par\.c",
     r"_mm\d*_\w+|__m\d+\w*|__mmask\d+|__builtin_ia32_\w+|vld1q_\w+|float32x4_t": (
-        r"csrc/kern/(?!ref|table)\w+\.c"
+        r"csrc/kern/((?!ref|table)\w+\.c|avx\w+\.inc\.h)"
     ),
     r"f?printf|v?s?n?printf|puts|putchar|fputs|fwrite|perror": "",
     r"exit|_exit|abort|longjmp|setjmp|signal|raise": "",

@@ -51,6 +51,7 @@ def test_python_tree():
         ("csrc/py/a.c", "void f(void *p) { free(p); }"),
         ("csrc/fit/a.c", "void f(void) { pthread_create(); }"),
         ("csrc/fit/a.c", "__m256 x;"),
+        ("csrc/kern/rows_nt.inc.h", "__m256 x;"),
         ("csrc/fit/a.c", "void f(void) { _mm256_setzero_ps(); }"),
         # no printing, ending, environment
         ("csrc/fit/a.c", 'void f(void) { printf("x"); }'),

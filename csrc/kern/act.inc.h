@@ -8,9 +8,9 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #if VECTOR_EXP
-/* e^x to 2 units in the last place: x = n ln 2 + r with |r| <= ln 2 / 2, the Taylor series of
- * degree 7 in r (its rest is 5e-9), and 2^n by its bits. x is held in [-87.3, 88.3], so that 2^n
- * is a normal number. NaN stays NaN. */
+/* e^x for x <= 0, to 2 units in the last place: x = n ln 2 + r with |r| <= ln 2 / 2, the Taylor
+ * series of degree 7 in r (its rest is 5e-9), and 2^n by its bits. x is held above -87.3, so that
+ * 2^n is a normal number. NaN stays NaN. */
 INLINE REAL
 FN(exp)(REAL x)
 {
@@ -19,7 +19,6 @@ FN(exp)(REAL x)
     int32_t bits;
 
     x = x < -87.3f ? -87.3f : x;
-    x = x > 88.3f ? 88.3f : x;
     n = x * 0x1.715476p+0f + magic;
     memcpy(&bits, &n, sizeof bits);
     n -= magic;
@@ -48,7 +47,7 @@ FN(exp)(REAL x)
 INLINE REAL
 FN(sigmoid)(REAL x)
 {
-    const REAL e = FN(exp)(x < 0 ? x : -x);
+    const REAL e = FN(exp)(-LIBM(fabs)(x));
     return (x < 0 ? e : (REAL)1) / (1 + e);
 }
 

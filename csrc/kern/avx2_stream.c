@@ -4,54 +4,7 @@
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
-#define V __m256
-#define VL 8
-
-static inline V
-v_zero(void)
-{
-    return _mm256_setzero_ps();
-}
-
-static inline V
-v_set1(float x)
-{
-    return _mm256_set1_ps(x);
-}
-
-static inline V
-v_load(const float *x)
-{
-    return _mm256_loadu_ps(x);
-}
-
-static inline V
-v_load_part(const float *x, int64_t n)
-{
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_maskload_ps(x, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lane));
-}
-
-static inline void
-v_store(float *y, V x)
-{
-    _mm256_storeu_ps(y, x);
-}
-
-static inline V
-v_fma(V a, V b, V c)
-{
-    return _mm256_fmadd_ps(a, b, c);
-}
-
-/* The lanes' sum, in halves. */
-static inline float
-v_sum(V x)
-{
-    __m128 q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
-    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
-}
+#include "avx2.inc.h"
 
 static inline V
 h_load(const uint16_t *x)

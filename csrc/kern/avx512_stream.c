@@ -4,60 +4,7 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 
-#define V __m512
-#define VL 16
-
-static inline __mmask16
-first_lanes(int64_t n)
-{
-    return (__mmask16)((1u << n) - 1u);
-}
-
-static inline V
-v_zero(void)
-{
-    return _mm512_setzero_ps();
-}
-
-static inline V
-v_set1(float x)
-{
-    return _mm512_set1_ps(x);
-}
-
-static inline V
-v_load(const float *x)
-{
-    return _mm512_loadu_ps(x);
-}
-
-static inline V
-v_load_part(const float *x, int64_t n)
-{
-    return _mm512_maskz_loadu_ps(first_lanes(n), x);
-}
-
-static inline void
-v_store(float *y, V x)
-{
-    _mm512_storeu_ps(y, x);
-}
-
-static inline V
-v_fma(V a, V b, V c)
-{
-    return _mm512_fmadd_ps(a, b, c);
-}
-
-/* The lanes' sum, in halves. */
-static inline float
-v_sum(V x)
-{
-    __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
-    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
-}
+#include "avx512.inc.h"
 
 static inline V
 widen(__m256i h)

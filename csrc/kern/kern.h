@@ -115,6 +115,10 @@ typedef struct {
     void (*gauge_f32)(float *Z, int64_t ldz, const mli_rows_f32 *x, const int32_t *own,
                       int64_t cols, const int32_t *rest, int64_t k, const float *M, int64_t ldm,
                       void *ws);
+    /* y[:, column] += [own (N,cols) | rest], where `column` has each of 0 .. D-1 once, and rows of
+     * y (..,D) go by number, none twice. ws as of gather, for D columns. */
+    void (*scatter_f32)(float *y, int64_t D, const int64_t *row, int64_t N, const float *own,
+                        int64_t cols, const float *rest, const int32_t *column, void *ws);
     /* dW (r,k) [+]= dY (N,r)^T x[:, :k], for small r and k. Native as rows_f32 is. */
     void (*tn_f32)(float *dW, int64_t ldw, const float *dY, int64_t ldy, const mli_rows_f32 *x,
                    int64_t r, int64_t k, int accumulate);

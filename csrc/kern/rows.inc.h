@@ -1,24 +1,37 @@
-/* What the two halves of rows_f32 share: a matrix read number by number against panels of columns,
- * sums in registers. The includer defines V, a vector of floats, v_load, v_spread and v_fma. */
+/* rows_f32, gauge_f32, gather_f32 and tn_f32 of a table (kern.h), for the vectors and TALL of the
+ * includer. */
+#include "rows_tile.inc.h"
+#include "rows_turn.inc.h"
 
-/* s (rows,panels) += A (rows, columns i .. end-1) times panels that stand `apart`, each with one
- * vector a column, `step` after the last one's; q is at column i. Returns where it ends. */
-static inline __attribute__((always_inline)) const float *
-add_columns(const int rows, const int panels, V s[24], const float *A, int64_t lda, const float *q,
-            int64_t apart, int64_t step, int64_t i, int64_t end)
+/* products */
+#include "rows_small.inc.h"
+#include "rows_nn.inc.h"
+#include "rows_nt.inc.h"
+
+static size_t
+rows_f32_ws(int64_t N, int64_t k)
 {
-    for (; i < end; i++, q += step) {
-        V b[3];
-        UNROLL
-        for (int p = 0; p < panels; p++)
-            b[p] = v_load(q + p * apart);
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            const V a = v_spread(A[r * lda + i]);
-            UNROLL
-            for (int p = 0; p < panels; p++)
-                s[r * panels + p] = v_fma(a, b[p], s[r * panels + p]);
-        }
-    }
-    return q;
+    const size_t a = nt_ws(N, k), b = nn_ws();
+
+    return a > b ? a : b;
+}
+
+static void
+rows_f32(int layout, float *Y, int64_t ldy, const float *X, int64_t ldx, const float *W,
+         int64_t ldw, int64_t N, int64_t cols, int64_t k, int accumulate, void *ws)
+{
+    (layout == MLI_NN ? nn : nt)(Y, ldy, X, ldx, W, ldw, N, cols, k, accumulate, ws);
+}
+
+static void
+add_rows(mli_kernels *t)
+{
+    t->rows_f32_ws = rows_f32_ws;
+    t->rows_f32 = rows_f32;
+    t->rows_f32_native = 1;
+    t->gauge_f32_ws = gauge_ws;
+    t->gather_f32 = gather_f32;
+    t->scatter_f32 = scatter_f32;
+    t->gauge_f32 = gauge_f32;
+    t->tn_f32 = tn_f32;
 }

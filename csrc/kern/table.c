@@ -29,7 +29,8 @@ prepare(void)
         usable[REF] = 1;
         tables[AVX2] = tables[REF];
         usable[AVX2] = mli_cpu_has_avx2() && mli_kernels_add_avx2(&tables[AVX2]) &&
-                       mli_kernels_add_avx2_stream(&tables[AVX2]);
+                       mli_kernels_add_avx2_stream(&tables[AVX2]) &&
+                       mli_kernels_add_avx2_rows(&tables[AVX2]);
         tables[AVX512] = tables[AVX2];
         usable[AVX512] = mli_cpu_has_avx512() && mli_kernels_add_avx512(&tables[AVX512]) &&
                          mli_kernels_add_avx512_stream(&tables[AVX512]) &&

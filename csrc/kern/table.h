@@ -9,6 +9,7 @@ void mli_kernels_fill_ref(mli_kernels *t);
 void mli_kernels_fill_ref_stream(mli_kernels *t);
 int mli_kernels_add_avx2(mli_kernels *t);
 int mli_kernels_add_avx2_stream(mli_kernels *t);
+int mli_kernels_add_avx2_rows(mli_kernels *t);
 int mli_kernels_add_avx512(mli_kernels *t);
 int mli_kernels_add_avx512_stream(mli_kernels *t);
 int mli_kernels_add_avx512_rows(mli_kernels *t);
@@ -27,11 +28,6 @@ void mli_f32_to_f16__ref(uint16_t *y, const float *x, int64_t n);
  * formed, since it may lie past the end. */
 #define MLI_PREFETCH(p, bytes, level) \
     __builtin_prefetch((const void *)((uintptr_t)(p) + (uintptr_t)(bytes)), 0, (level))
-
-/* The nn half of rows_f32. */
-size_t mli_rows_nn_ws__avx512(void);
-void mli_rows_nn__avx512(float *Y, int64_t ldy, const float *X, int64_t ldx, const float *W,
-                         int64_t ldw, int64_t n, int64_t c, int64_t k, int accumulate, void *ws);
 
 /* For few rows AMX has nothing better. */
 void mli_stream_nt_bf16__avx512(float *Y, int64_t ldy, const float *X, int64_t ldx,

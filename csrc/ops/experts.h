@@ -18,7 +18,7 @@ enum {
     MLI_PAD = 16,      /* between rows of products: a power of two apart they share a cache line */
     MLI_SPAN = 1024,   /* tokens of a task that adds experts up */
     MLI_LIFT = 512,    /* tokens lifted at once */
-    MLI_SCATTER = 32,  /* tokens of a task that adds lifted rows */
+    MLI_SCATTER = 64,  /* tokens of a task that adds lifted rows */
     MLI_SUMMED = 4,    /* vectors that are added up at once */
 };
 

@@ -55,8 +55,11 @@ FN(expert_task)(void *arg, int64_t index, int32_t worker)
         MLI_TRY(FN(inner_rows)(q, s, MLI_GATE, t, gate, ld, &x, &ldx));
     if (!(q->known & MOLAE_KNOWN_UP))
         MLI_TRY(FN(inner_rows)(q, s, MLI_UP, t, up, ld, &x, &ldx));
-    for (int64_t i = 0; i < t->nr; i++)
-        kern->ACT(q->h + at + i * q->F, gate + i * ld, up + i * ld, t->nc, &q->act);
+    if (t->nc == q->F && ld == q->F) /* the rows are one run */
+        kern->ACT(q->h + at, gate, up, t->nr * q->F, &q->act);
+    else
+        for (int64_t i = 0; i < t->nr; i++)
+            kern->ACT(q->h + at + i * q->F, gate + i * ld, up + i * ld, t->nc, &q->act);
     for (int64_t i = 0; q->scale != NULL && i < t->nr; i++) {
         const REAL *scale = FN(scale_of)(q, t, i);
         for (int64_t j = 0; j < t->nc; j++)

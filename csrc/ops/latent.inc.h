@@ -209,30 +209,25 @@ FN(scatter_task)(void *arg, int64_t index, int32_t worker)
     const int64_t last = MLI_MIN(first + MLI_SCATTER, ph->t0 + ph->nt);
     const REAL *lifted = q->lifted;
 
-    (void)worker;
     for (int64_t g = 0; g < r->p->G; g++) {
         const int64_t R = r->p->rank[g];
-        int64_t lo, hi, width;
+        int64_t lo, hi;
         if (R < 1)
             continue;
-        width = FN(lift_rows)(ph, g, &lo, &hi);
-        for (int64_t i = mli_lower_bound(r->tokens, lo, hi, first); i < hi; i++) {
-            const REAL *from = lifted + (i - lo) * width;
-            const REAL *z = ph->z[ph->role] + r->at[g] + (i - r->ptr[g]) * R;
-            REAL *to = ph->out + r->tokens[i] * q->D;
-            if (r->tokens[i] >= last)
-                break;
-            if (r->p->form == MOLAE_FORM_GAUGE) {
-                const int32_t *perm = r->p->perm[g];
-                for (int64_t j = 0; j < R; j++)
-                    to[perm[j]] += z[j];
-                for (int64_t j = 0; j < width; j++)
-                    to[perm[R + j]] += from[j];
-            } else {
+        const int64_t width = FN(lift_rows)(ph, g, &lo, &hi);
+        const int64_t i0 = mli_lower_bound(r->tokens, lo, hi, first);
+        const int64_t i1 = mli_lower_bound(r->tokens, i0, hi, last);
+        const REAL *from = lifted + (i0 - lo) * width;
+        if (r->p->form == MOLAE_FORM_GAUGE)
+            FN(mli_scatter)(ph->out, q->D, r->tokens + i0, i1 - i0,
+                            ph->z[ph->role] + r->at[g] + (i0 - r->ptr[g]) * R, R, from,
+                            r->p->perm[g], &q->scratch[worker].product);
+        else
+            for (int64_t i = i0; i < i1; i++, from += width) {
+                REAL *to = ph->out + r->tokens[i] * q->D;
                 for (int64_t j = 0; j < width; j++)
                     to[j] += from[j];
             }
-        }
         lifted += (hi - lo) * width;
     }
     return MOLAE_OK;

@@ -16,7 +16,8 @@
  *   else                              BLAS
  *
  *   gauge form, f32                   more than MLI_STREAM_ROWS rows: the table's gauge_f32, where
- * native; else a gather and nt tn of small matrices, f32         the table's tn_f32, where native
+ *                                     native; else a gather and nt
+ *   tn of small matrices, f32         the table's tn_f32, where native
  *
  * Which one depends on shapes, types and the table alone. */
 #ifndef MOLAE_OPS_PRODUCT_H
@@ -62,6 +63,10 @@ size_t mli_product_cut(mli_product_scratch *s, char **p, int f32, int bf16, int 
                                          const int32_t *own, int64_t cols, const int32_t *rest,    \
                                          int64_t k, const void *M, molae_dtype dtype, REAL *X,     \
                                          const mli_product_scratch *s);                            \
+    /* y[:, column] += [own (n,cols) | rest]: see scatter_f32 of the table */                      \
+    void mli_scatter_##SFX(REAL *y, int64_t D, const int64_t *row, int64_t n, const REAL *own,     \
+                           int64_t cols, const REAL *rest, const int32_t *column,                  \
+                           const mli_product_scratch *s);                                          \
     /* X (n,cols) = x[:, column] */                                                                \
     void mli_gather_##SFX(REAL *X, int64_t ldx, const mli_rows_##SFX *x, const int32_t *column,    \
                           int64_t cols, const mli_product_scratch *s);

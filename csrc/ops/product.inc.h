@@ -174,6 +174,28 @@ FN(mli_gather)(REAL *X, int64_t ldx, const FN(mli_rows) * x, const int32_t *colu
     FN(gather_plainly)(X, ldx, x, column, cols);
 }
 
+void
+FN(mli_scatter)(REAL *y, int64_t D, const int64_t *row, int64_t n, const REAL *own, int64_t cols,
+                const REAL *rest, const int32_t *column, const mli_product_scratch *s)
+{
+    const int64_t k = D - cols;
+
+#if NARROW_STORAGE
+    if (mli_kernels_get()->rows_f32_native) {
+        mli_kernels_get()->scatter_f32(y, D, row, n, own, cols, rest, column, s->many);
+        return;
+    }
+#endif
+    (void)s;
+    for (int64_t i = 0; i < n; i++) {
+        REAL *to = y + row[i] * D;
+        for (int64_t j = 0; j < cols; j++)
+            to[column[j]] += own[i * cols + j];
+        for (int64_t j = 0; j < k; j++)
+            to[column[cols + j]] += rest[i * k + j];
+    }
+}
+
 molae_status
 FN(mli_product_gauge)(REAL *Z, int64_t ldz, const FN(mli_rows) * x, const int32_t *own,
                       int64_t cols, const int32_t *rest, int64_t k, const void *M,

@@ -153,12 +153,41 @@ products(const mli_kernels *t, problem *p, int accumulate)
     mli_free(ws);
 }
 
+/* y[:, column] += [own | rest]: one addition a number, so to the bit. Rows `row` of y, and one that
+ * nothing is added to. */
+static void
+scatter(const mli_kernels *t, const problem *p, const int64_t *row, const int32_t *column, void *ws)
+{
+    const int64_t D = p->k, R = D / 2, k = D - R, N = p->m > 0 ? p->m - 1 : 0;
+    const size_t ny = (size_t)(p->m * D);
+    float *y = mli_alloc(ny * sizeof *y), *own = mli_alloc((size_t)(N * R) * sizeof *own);
+    float *rest = mli_alloc((size_t)(N * k) * sizeof *rest), *want = mli_alloc(ny * sizeof *want);
+    uint64_t seed = 11;
+
+    for (size_t i = 0; i < ny; i++)
+        want[i] = y[i] = (float)test_random(&seed);
+    for (int64_t i = 0; i < N * R; i++)
+        own[i] = (float)test_random(&seed);
+    for (int64_t i = 0; i < N * k; i++)
+        rest[i] = (float)test_random(&seed);
+    for (int64_t i = 0; i < N; i++)
+        for (int64_t j = 0; j < D; j++)
+            want[row[i] * D + column[j]] += j < R ? own[i * R + j] : rest[i * k + j - R];
+    t->scatter_f32(y, D, row, N, own, R, rest, column, ws);
+    CHECK(ny == 0 || memcmp(y, want, ny * sizeof *y) == 0);
+    mli_free(want);
+    mli_free(rest);
+    mli_free(own);
+    mli_free(y);
+}
+
 /* Y = X[:, own] + X[:, rest] W^T and dW = Y^T X, against the same in double. x has k columns, of
- * which the first half, backwards, is its own and the others meet W. */
+ * which the first half, backwards, is its own and the others meet W. The last row of x, which ends
+ * early, is left out. */
 static void
 by_number(const mli_kernels *t, problem *p)
 {
-    const int64_t R = p->k / 2, k = p->k - R, N = p->m;
+    const int64_t R = p->k / 2, k = p->k - R, N = p->m > 0 ? p->m - 1 : 0;
     int64_t *row = mli_alloc((size_t)N * sizeof *row);
     int32_t *column = mli_alloc((size_t)p->k * sizeof *column);
     float *z = mli_alloc((size_t)(N * R) * sizeof *z), *m = mli_alloc((size_t)(R * k) * sizeof *m);
@@ -169,7 +198,7 @@ by_number(const mli_kernels *t, problem *p)
     int wrong = 0;
 
     for (int64_t i = 0; i < N; i++)
-        row[i] = N - 1 - i; /* the last has no numbers after its own */
+        row[i] = N - 1 - i;
     for (int64_t i = 0; i < p->k; i++)
         column[i] = (int32_t)(p->k - 1 - i);
     for (int64_t i = 0; i < R * k; i++)
@@ -199,6 +228,7 @@ by_number(const mli_kernels *t, problem *p)
             wrong += !(fabs((double)d[j * k + q] - want) <= (double)(N + 2) * 0x1p-24 * size);
         }
     CHECK(wrong == 0);
+    scatter(t, p, row, column, ws);
     mli_free(ws);
     mli_free(d);
     mli_free(m);
@@ -219,7 +249,7 @@ test_products(void)
             continue;
         found++;
         CHECK(t->gemm_bf16_native == (i >= 3));
-        CHECK(t->rows_f32_native == (i >= 2));
+        CHECK(t->rows_f32_native == (i >= 1));
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
             for (int which = 0; which < 4; which++) {
                 problem p = make(shapes[s][0], shapes[s][1], shapes[s][2], which % 2, &seed);
@@ -230,6 +260,6 @@ test_products(void)
     }
     CHECK(found >= 1);
     CHECK(mli_kernels_named("ref")->gemm_bf16_ws(1, 1, INT64_MAX) == SIZE_MAX);
-    if (mli_kernels_named("avx512") != NULL)
-        CHECK(mli_kernels_named("avx512")->rows_f32_ws(1, INT64_MAX) == SIZE_MAX);
+    if (mli_kernels_named("avx2") != NULL)
+        CHECK(mli_kernels_named("avx2")->rows_f32_ws(1, INT64_MAX) == SIZE_MAX);
 }
