@@ -86,10 +86,13 @@ tn_tile(const int rows, const int panels, float *dW, int64_t ldw, const float *d
                 s[r * panels + p] = v_fma(a, b[p], s[r * panels + p]);
         }
     }
-    for (int r = 0; back > 0 && r < rows; r++) {
-        float end[2 * VL];
-        v_store(end, s[(r + 1) * panels - 1]);
-        s[(r + 1) * panels - 1] = v_load_part(end + back, last);
+    if (back > 0) {
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            float end[2 * VL];
+            v_store(end, s[(r + 1) * panels - 1]);
+            s[(r + 1) * panels - 1] = v_load_part(end + back, last);
+        }
     }
     store_tile(rows, panels, dW, ldw, s, last, accumulate);
 }
