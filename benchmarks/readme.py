@@ -44,6 +44,7 @@ PAGES: Mapping[str, Sections] = {
     "docs/healing.md": {
         "heal": ("heal.json", heal),
         "heal-second": ("heal_second.json", heal),
+        "heal-longer": ("heal_longer.json", heal),
     },
     "docs/distributed.md": {"schedule": ("schedule.json", schedule.table)},
     "docs/performance.md": {

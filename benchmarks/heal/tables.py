@@ -44,12 +44,13 @@ def _rises(result: Result, names: list[str], sizes: list[float]) -> str:
     heads = [""]
     for size in sizes:
         heads += [f"size {size:g}: rise", "back"]
+    pruned = " (for REAP: of *REAP, pruning*)" if "reap" in names else ""
     note = (
         "Rise: of the perplexity over the original's, with its standard error by paired windows. "
-        "Back: share of the rise of *molae calibrated* (for REAP: of *REAP, pruning*) that the "
+        f"Back: share of the rise of *molae calibrated*{pruned} that the "
         f"steps after it take back.{_experts(result, sizes)}"
     )
-    return f"{table(heads, cells)}\n\n{note}\n\n{_settings(result)}"
+    return f"{table(heads, cells)}\n\n{note}\n\n{_settings(result, names)}"
 
 
 def _experts(result: Result, sizes: list[float]) -> str:
@@ -61,24 +62,31 @@ def _experts(result: Result, sizes: list[float]) -> str:
     return f" REAP keeps whole experts, {counts} of {result['model']['experts']}."
 
 
-def _settings(result: Result) -> str:
+def _settings(result: Result, names: list[str]) -> str:
     made = result["training"]
     learned = {0.0: "the text", 1.0: "the original's distributions (KL)"}.get(
         made["distill"],
         f"the original's distributions (KL, {made['distill']:.0%}) and the text",
     )
     layers = made["layers"]
+    again = (
+        f"; *on the conversion's text* over the {result['calibration_tokens']:,} that the "
+        "conversion has read"
+    )
+    own = "; the original's own is on the text"
+    more = (
+        f" REAP, which has no factors to train layer by layer, has {made['more_steps']} steps of "
+        "fine-tuning more, which read the text of the layers' training once."
+    )
     return (
         f"Layer by layer: {layers['passes']} passes over "
         f"{layers['sequences'] * made['length']:,} tokens of the text at rate "
-        f"{layers['rate']:g}; *on the conversion's text* over the "
-        f"{result['calibration_tokens']:,} that the conversion has read. Routers: "
+        f"{layers['rate']:g}{again if 'again' in names else ''}. Routers: "
         f"{made['router_steps']} steps of {made['batch']} rows of {made['length']} tokens, on the "
         "original's distributions (KL), at rate "
         f"{made['router_rate']:g}. Fine-tuning: all weights, {made['tune_steps']} such steps on "
-        f"{learned}, at rate {made['tune_rate']:g}; the original's own is on the text. REAP, which "
-        f"has no factors to train layer by layer, has {made['more_steps']} steps of fine-tuning "
-        "more, which read the text of the layers' training once."
+        f"{learned}, at rate {made['tune_rate']:g}{own if 'original-tuned' in names else ''}."
+        f"{more if 'reap-tuned' in names else ''}"
     )
 
 
