@@ -139,9 +139,16 @@ def test_a_run_with_adapters(source, factored, text, tmp_path):
         assert changed == {n for n in before if ".experts." in n and not n.endswith("perm")}
         molae.materialize(tmp_path / "dst", tmp_path / "ordinary")
         ids = hf_models.tokens(2, 32, vocabulary=2000)
-        wanted, got = model(ids).logits, open_model(tmp_path / "ordinary")[0](ids).logits
-        # Products are rounded to the bfloat16 of the files.
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0.02 * wanted.abs().max().item())
+        with torch.no_grad():
+            wanted, got, untrained = (
+                m(ids).logits
+                for m in (model, open_model(tmp_path / "ordinary")[0], open_model(src)[0])
+            )
+        # Products are rounded to the bfloat16 of the files, and where two experts are close a token
+        # may go to the other one. A model that has not learned is much farther away.
+        apart, far = ((m - wanted).norm().item() / wanted.norm().item() for m in (got, untrained))
+        assert apart < 0.01
+        assert far > 0.05
 
 
 def test_a_run_with_adapters_goes_on_to_the_same_bytes(factored, text, tmp_path):
