@@ -75,15 +75,18 @@ gather_f32(float *X, int64_t ldx, const mli_rows_f32 *x, const int32_t *column, 
             X[n * ldx + j] = mli_row_f32(x, n)[column[j]];
 }
 
-static void
-scatter_f32(float *y, int64_t D, const int64_t *row, int64_t N, const float *own, int64_t cols,
-            const float *rest, const int32_t *column, void *ws)
+void
+mli_scatter_f32__ref(float *y, int64_t D, const int64_t *row, int64_t N, const float *own,
+                     int64_t cols, const float *rest, const int32_t *column, void *ws)
 {
     (void)ws;
-    for (int64_t n = 0; n < N; n++)
-        for (int64_t j = 0; j < D; j++)
-            y[row[n] * D + column[j]] +=
-                j < cols ? own[n * cols + j] : rest[n * (D - cols) + j - cols];
+    for (int64_t n = 0; n < N; n++, own += cols, rest += D - cols) {
+        float *to = y + row[n] * D;
+        for (int64_t j = 0; j < cols; j++)
+            to[column[j]] += own[j];
+        for (int64_t j = cols; j < D; j++)
+            to[column[j]] += rest[j - cols];
+    }
 }
 
 static void
@@ -151,7 +154,7 @@ mli_kernels_fill_ref_stream(mli_kernels *t)
     t->rows_f32_native = 0;
     t->gauge_f32_ws = gauge_f32_ws;
     t->gather_f32 = gather_f32;
-    t->scatter_f32 = scatter_f32;
+    t->scatter_f32 = mli_scatter_f32__ref;
     t->gauge_f32 = gauge_f32;
     t->tn_f32 = tn_f32;
     t->gemm_bf16_ws = gemm_bf16_ws;

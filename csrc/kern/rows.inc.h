@@ -1,12 +1,41 @@
-/* rows_f32, gauge_f32, gather_f32 and tn_f32 of a table (kern.h), for the vectors and TALL of the
- * includer. */
-#include "rows_tile.inc.h"
+/* rows_f32, gauge_f32, gather_f32, scatter_f32 and tn_f32 of a table (kern.h), for the vectors and
+ * TALL of the includer. */
 #include "rows_turn.inc.h"
+#include "rows_tile.inc.h"
 
 /* products */
 #include "rows_small.inc.h"
 #include "rows_nn.inc.h"
 #include "rows_nt.inc.h"
+
+/* See mli_kernels; ws takes a panel. */
+static void
+gather_f32(float *X, int64_t ldx, const mli_rows_f32 *x, const int32_t *column, int64_t cols,
+           void *ws)
+{
+    /* As columns first, of which any follow any: no number is moved alone. */
+    for (int64_t n = 0; n < x->N; n += VL) {
+        turn(ws, x, n, x->D, NULL);
+        turn_back(X + n * ldx, ldx, ws, x->N - n, column, cols);
+    }
+}
+
+/* See mli_kernels; ws takes a panel. */
+static void
+scatter_f32(float *y, int64_t D, const int64_t *row, int64_t N, const float *own, int64_t cols,
+            const float *rest, const int32_t *column, void *ws)
+{
+    const mli_rows_f32 a = {own, cols, N, NULL}, b = {rest, D - cols, N, NULL};
+    int64_t n = 0;
+
+    for (; N - n > VL / 4; n += VL) {
+        turn(ws, &a, n, a.D, column);
+        turn(ws, &b, n, b.D, column + cols);
+        add_back(y, D, row + n, ws, N - n);
+    }
+    if (n < N) /* too few to be worth it */
+        mli_scatter_f32__ref(y, D, row + n, N - n, own + n * a.D, cols, rest + n * b.D, column, ws);
+}
 
 static size_t
 rows_f32_ws(int64_t N, int64_t k)

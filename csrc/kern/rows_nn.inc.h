@@ -4,7 +4,7 @@
 
 enum {
     NN_BLOCK = 8 * WIDE, /* columns of W that are packed at once */
-    NN_DEEP = 128,       /* rows of W that are packed at once: 192 KiB */
+    NN_DEEP = 128,       /* rows of W that are packed at once: 192 KiB, or 96 of vectors of 8 */
     NN_STEPS = 16        /* of k between two requests for memory */
 };
 

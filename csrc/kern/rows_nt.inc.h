@@ -140,7 +140,7 @@ gauge_f32(float *Z, int64_t ldz, const mli_rows_f32 *x, const int32_t *own, int6
         return;
     }
     for (int64_t p = 0; p < panels; p++) {
-        turn(turned, x, VL * p);
+        turn(turned, x, VL * p, x->D, NULL);
         turn_back(Z + VL * p * ldz, ldz, turned, x->N - VL * p, own, cols);
         for (int64_t i = 0; i < k; i++)
             v_store(q + p * stride + VL * i, v_load(turned + VL * rest[i]));

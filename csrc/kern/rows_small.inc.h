@@ -38,12 +38,8 @@ small_tile(const int rows, const int panels, float *Y, int64_t ldy, const float 
         for (int p = 0; p < panels; p++)
             b[p] = v_load(q + p * stride);
         UNROLL
-        for (int r = 0; r < rows; r++) {
-            const V a = v_set1(x[r][at]);
-            UNROLL
-            for (int p = 0; p < panels; p++)
-                s[r * panels + p] = v_fma(a, b[p], s[r * panels + p]);
-        }
+        for (int r = 0; r < rows; r++)
+            add_row(panels, s + r * panels, x[r][at], b);
     }
     if (own != NULL) {
         float taken[TALL * WIDE] = {0};
@@ -79,12 +75,8 @@ tn_tile(const int rows, const int panels, float *dW, int64_t ldw, const float *d
             b[p] = v_load(from + VL * p);
         b[panels - 1] = v_load_part(from + at - back, wide);
         UNROLL
-        for (int r = 0; r < rows; r++) {
-            const V a = v_set1(dY[r]);
-            UNROLL
-            for (int p = 0; p < panels; p++)
-                s[r * panels + p] = v_fma(a, b[p], s[r * panels + p]);
-        }
+        for (int r = 0; r < rows; r++)
+            add_row(panels, s + r * panels, dY[r], b);
     }
     if (back > 0) {
         UNROLL

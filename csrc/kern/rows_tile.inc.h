@@ -6,11 +6,15 @@
 
 enum { PANELS = 3, WIDE = VL * PANELS };
 
-/* Floats of a panel that turns VL columns at a time. */
-static inline int64_t
-panel_floats(int64_t k)
+/* s (panels) += a b, for one row of a tile. */
+static inline __attribute__((always_inline)) void
+add_row(const int panels, V *s, float a, const V *b)
 {
-    return (k + VL - 1) / VL * VL * VL;
+    const V all = v_set1(a);
+
+    UNROLL
+    for (int p = 0; p < panels; p++)
+        s[p] = v_fma(all, b[p], s[p]);
 }
 
 /* s (rows,panels) += A (rows, columns i .. end-1) times panels that stand `apart`, each with one
@@ -25,12 +29,8 @@ add_columns(const int rows, const int panels, V *s, const float *A, int64_t lda,
         for (int p = 0; p < panels; p++)
             b[p] = v_load(q + p * apart);
         UNROLL
-        for (int r = 0; r < rows; r++) {
-            const V a = v_set1(A[r * lda + i]);
-            UNROLL
-            for (int p = 0; p < panels; p++)
-                s[r * panels + p] = v_fma(a, b[p], s[r * panels + p]);
-        }
+        for (int r = 0; r < rows; r++)
+            add_row(panels, s + r * panels, A[r * lda + i], b);
     }
     return q;
 }
@@ -45,11 +45,7 @@ store_tile(const int rows, const int panels, float *Y, int64_t ldy, const V s[TA
         UNROLL
     for (int p = 0; p < panels; p++) {
         const int64_t n = p == panels - 1 ? last : VL;
-        float *y = Y + r * ldy + VL * p;
-        V v = s[r * panels + p];
-        if (accumulate)
-            v = v_add(v_load_part(y, n), v);
-        v_store_part(y, v, n);
+        put(Y + r * ldy + VL * p, s[r * panels + p], n, accumulate);
     }
 }
 

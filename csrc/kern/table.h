@@ -23,6 +23,8 @@ int mli_f16_to_f32__ref(float *y, const uint16_t *x, int64_t n);
 int mli_f32_check__ref(float *y, const float *x, int64_t n);
 void mli_f32_to_bf16__ref(uint16_t *y, const float *x, int64_t n);
 void mli_f32_to_f16__ref(uint16_t *y, const float *x, int64_t n);
+void mli_scatter_f32__ref(float *y, int64_t D, const int64_t *row, int64_t N, const float *own,
+                          int64_t cols, const float *rest, const int32_t *column, void *ws);
 
 /* Asks for what stands `bytes` after p, into the cache of that level (3: the first). No pointer is
  * formed, since it may lie past the end. */

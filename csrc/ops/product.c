@@ -25,6 +25,7 @@ mli_product_cut(mli_product_scratch *s, char **p, int f32, int bf16, int narrow,
     size_t n = 0;
 
     s->narrow = narrow && kern->gemm_bf16_native;
+    s->many = NULL;
     if ((f32 || bf16) && kern->rows_f32_native) { /* bf16: gathers alone */
         const int64_t rows = f32 ? MLI_MANY_ROWS_NT : 0;
         const size_t gauge = kern->gauge_f32_ws(rows, most), plain = kern->rows_f32_ws(rows, most);

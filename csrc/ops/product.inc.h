@@ -178,22 +178,18 @@ void
 FN(mli_scatter)(REAL *y, int64_t D, const int64_t *row, int64_t n, const REAL *own, int64_t cols,
                 const REAL *rest, const int32_t *column, const mli_product_scratch *s)
 {
-    const int64_t k = D - cols;
-
 #if NARROW_STORAGE
-    if (mli_kernels_get()->rows_f32_native) {
-        mli_kernels_get()->scatter_f32(y, D, row, n, own, cols, rest, column, s->many);
-        return;
-    }
-#endif
+    mli_kernels_get()->scatter_f32(y, D, row, n, own, cols, rest, column, s->many);
+#else
     (void)s;
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0; i < n; i++, own += cols, rest += D - cols) {
         REAL *to = y + row[i] * D;
         for (int64_t j = 0; j < cols; j++)
-            to[column[j]] += own[i * cols + j];
-        for (int64_t j = 0; j < k; j++)
-            to[column[cols + j]] += rest[i * k + j];
+            to[column[j]] += own[j];
+        for (int64_t j = cols; j < D; j++)
+            to[column[j]] += rest[j - cols];
     }
+#endif
 }
 
 molae_status
